@@ -1,0 +1,33 @@
+"""In: what went wrong. Out: exceptions whose text is one sentence for the user and whose exit code the command returns."""
+
+from __future__ import annotations
+
+
+class HirelcError(Exception):
+    """A problem the user can act on: the message says where, what was found, and what to do."""
+
+    exit_code = 2
+
+
+class InputError(HirelcError):
+    """A model, data set, plan, option or file that cannot be used as given."""
+
+
+class SliceError(HirelcError):
+    """A plan asks for a cut that this model cannot take."""
+
+
+class ExportError(HirelcError):
+    """A model could not be written as a file that computes what the model computes."""
+
+
+class TargetUnavailable(HirelcError):
+    """The device, or the runtime on it, cannot be reached."""
+
+    exit_code = 3
+
+
+class ConstraintError(HirelcError):
+    """No file can meet the limits the user set."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""What a model consists of: traced operations, couplings, units that can be cut, their sensitivity."""

@@ -1,0 +1,128 @@
+"""In: nothing. Out: the frozen values that describe what a model consists of and what can be cut from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IndexRows = NDArray[np.int64]
+"""(size, k): row e holds the k positions along one tensor dimension that belong to element e of a unit."""
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """The part of one named parameter or buffer that goes away with the elements of a unit."""
+
+    tensor: str
+    dim: int
+    index: IndexRows
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a unit's output: `index` are positions among its input features."""
+
+    layer: str
+    index: IndexRows
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Elements that can only be cut together: coupled channels, MLP hidden units or attention heads.
+
+    Attributes:
+        kind: `channels`, `residual channels`, `mlp units` or `attention heads`.
+        size: Number of elements in the uncut model.
+        block: Name of the architectural block it belongs to; a residual unit belongs to the stage.
+        widths: Legal numbers of kept elements, ascending, the last one is `size`.
+        slices: Everything that is removed with an element. Zeroing it gives the masked twin.
+        readers: Layers whose input features come from this unit.
+    """
+
+    name: str
+    kind: str
+    size: int
+    block: str
+    widths: tuple[int, ...]
+    slices: tuple[TensorSlice, ...]
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the time of one layer depends on, apart from its widths.
+
+    Attributes:
+        kind: `conv`, `linear` or `attention` (the core between the projections: scores, softmax, mix).
+        positions: Output positions per image: height * width of a convolution, tokens of a linear layer or of attention.
+        input_size: (height, width) of a convolution's input; (1, tokens) otherwise.
+        kernel, stride, padding, dilation: Of a convolution; (1, 1), (1, 1), (0, 0), (1, 1) otherwise.
+        depthwise: The convolution has one filter per input channel; its two widths move together.
+        groups: Of a convolution that is not depthwise; 1 otherwise.
+        head_dim: Of attention; 0 otherwise. Its widths count heads.
+        activation: `relu`, `relu6`, `gelu`, `silu`, `hardswish` directly behind the layer, or `` for none.
+    """
+
+    kind: str
+    positions: int
+    input_size: tuple[int, int] = (1, 1)
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    depthwise: bool = False
+    groups: int = 1
+    head_dim: int = 0
+    activation: str = ""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer whose widths and precision a plan decides, in execution order.
+
+    `in_unit` and `out_unit` name the units that set its widths (None: fixed). One element of `in_unit` stands for
+    `in_per_element` input features (head_dim for attention heads read by a projection), likewise for outputs.
+    """
+
+    name: str
+    shape: LayerShape
+    block: str
+    in_features: int
+    out_features: int
+    in_unit: str | None
+    out_unit: str | None
+    in_per_element: int
+    out_per_element: int
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class KeptWhole:
+    """A layer that is never cut, and why, in words for the user."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """Blocks, units and layers of one model at one input size. `blocks` are in execution order."""
+
+    input_shape: tuple[int, int, int]
+    blocks: tuple[str, ...]
+    units: tuple[Unit, ...]
+    layers: tuple[Layer, ...]
+    kept_whole: tuple[KeptWhole, ...]
+    params: int
+    macs: int
+
+    def unit(self, name: str) -> Unit:
+        """Return the unit called `name`; raises KeyError."""
+        return self._units_by_name()[name]
+
+    def _units_by_name(self) -> Mapping[str, Unit]:
+        return {unit.name: unit for unit in self.units}

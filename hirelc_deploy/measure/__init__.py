@@ -1,0 +1,1 @@
+"""What a device says: backends, the timing protocol, accuracy of exported files, machine descriptions."""

@@ -1,0 +1,74 @@
+"""In: tables taken on the device. Out: the choices a search makes and what it may know about them before it tries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hirelc_deploy.outcome import Fidelity, Outcome
+from hirelc_deploy.plan import CompressionPlan
+
+Choices = NDArray[np.int64]
+"""(decisions,) index of the option taken for each decision; the last option of every decision is `uncut`."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One thing to decide: the width of a unit (ordered), or the precision of a block's layers (nominal).
+
+    Attributes:
+        name: Unit name, or the block's name for a precision.
+        kind: `width` or `precision`.
+        options: Widths ascending, or precision names; the last is the uncut model's own.
+        loss: (options,) measured rise of the loss (nats) when only this decision leaves the uncut model; the last is 0.
+        ms: (options,) change of the predicted whole-network time when only this decision leaves the uncut model; last 0.
+        size_bytes: (options,) change of the weights' bytes, likewise.
+        features: (k,) what a policy may see: equal length and meaning over all decisions of a problem.
+    """
+
+    name: str
+    kind: str
+    block: str
+    options: tuple[int | str, ...]
+    loss: NDArray[np.float64]
+    ms: NDArray[np.float64]
+    size_bytes: NDArray[np.float64]
+    features: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything a strategy may use. Torch, devices and files stay outside.
+
+    Attributes:
+        predict_ms: Choices to predicted whole-network milliseconds, from the device's table with real layer shapes
+            (not the sum of `Decision.ms`: a layer's time depends on the widths at both of its ends).
+        uncut_ms: Prediction for the uncut model in its best precision.
+        plan_of: Choices to the plan they mean.
+    """
+
+    blocks: tuple[str, ...]
+    decisions: tuple[Decision, ...]
+    uncut_ms: float
+    predict_ms: Callable[[Choices], float]
+    plan_of: Callable[[Choices], CompressionPlan]
+
+
+Evaluate = Callable[[CompressionPlan, Fidelity], Outcome]
+"""The one path from a plan to an outcome. It answers repeats from the journal, and such answers are not counted."""
+
+
+class Strategy(Protocol):
+    """Proposes choices within a time budget and learns from what came of them. Deterministic for a given seed."""
+
+    name: str
+
+    def propose(self, count: int) -> list[Choices]:
+        """Return up to `count` feasible choices (predicted time within budget); fewer when it has no new ones."""
+
+    def observe(self, tried: Sequence[tuple[Choices, Outcome]]) -> None:
+        """Learn from outcomes, failures too."""
