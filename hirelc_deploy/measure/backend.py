@@ -48,14 +48,20 @@ class Runner(Protocol):
         """Return (n, classes) outputs of (n, channels, height, width) images, whatever batch the file was built for."""
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
-        """Return the mean time of each operator over `runs` inferences, in execution order."""
+        """Return the time of each operator in execution order: the mean of the fastest half of `runs` inferences.
+
+        Other programs can only add time, so the slower half says more about them than about the file.
+        """
 
 
 class TimingProcess(Protocol):
     """A separate process on the device that holds fresh sessions of several files."""
 
     def rounds(self, count: int) -> NDArray[np.int64]:
-        """Return (count, files, 2) nanoseconds: wall time and CPU time of one inference of each file, order shuffled."""
+        """Return (count, files, 2) nanoseconds: wall and CPU time of one inference of each file, order shuffled.
+
+        Raises TargetUnavailable when the process ends or stops answering.
+        """
 
 
 class Backend(Protocol):
