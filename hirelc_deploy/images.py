@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch.nn import functional
 from hirelc_deploy.errors import InputError
 
 Labels = NDArray[np.int64]
-"""(n,) class numbers from 0; -1 everywhere when the data has no labels."""
+"""(n,) class numbers from 0."""
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -87,11 +87,11 @@ class Preprocess:
 
 
 class Images(Protocol):
-    """Labelled images of one split, ready for a model. Batches are contiguous (b, channels, height, width) float32."""
+    """The images of one split, ready for a model. Batches are contiguous (b, channels, height, width) float32."""
 
     @property
-    def labels(self) -> Labels:
-        """(n,) class of each image."""
+    def labels(self) -> Labels | None:
+        """(n,) class of each image; None when the data has no labels."""
 
     def __len__(self) -> int: ...
 
@@ -109,24 +109,23 @@ class Images(Protocol):
         """Return the same images for another model's input; the pixels are shared."""
 
 
-def batches(images: Images, size: int, *, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, labels) of at most `size` each, in order, of the first `limit` images."""
-    count = len(images) if limit is None else min(limit, len(images))
-    for start in range(0, count, size):
-        rows = np.arange(start, min(start + size, count))
-        yield images.batch(rows), torch.from_numpy(images.labels[rows])
-
-
 class ArrayImages:
     """Images of one size that live in memory: uint8 pixels, or floats that are model inputs already.
 
     Images that have the model's input size are taken whole; others are resized and cropped as `Preprocess` says.
     """
 
-    def __init__(self, pixels: Tensor, labels: Labels, rows: Labels, preprocess: Preprocess, seed: int = 0) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Labels | None,
+        rows: NDArray[np.int64],
+        preprocess: Preprocess,
+        seed: int = 0,
+    ) -> None:
         """Take (n, channels, height, width) pixels and (n,) labels; `rows` are those that belong to this split."""
         self._pixels, self._all_labels, self._rows = pixels, labels, torch.from_numpy(rows)
-        self._labels = labels[rows]
+        self._labels = None if labels is None else labels[rows]
         self._preprocess, self._seed = preprocess, seed
         if pixels.shape[1] != preprocess.input_size[0]:
             raise InputError(
@@ -140,12 +139,12 @@ class ArrayImages:
             )
 
     @property
-    def labels(self) -> Labels:
-        """(n,) class of each image."""
+    def labels(self) -> Labels | None:
+        """(n,) class of each image; None when the data has no labels."""
         return self._labels
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._rows)
 
     def batch(self, indices: Indices) -> Tensor:
         """Return the preprocessed images, contiguous."""
@@ -183,8 +182,8 @@ class FolderImages:
         self._kept_bytes = 0
 
     @property
-    def labels(self) -> Labels:
-        """(n,) class of each image."""
+    def labels(self) -> Labels | None:
+        """(n,) class of each image; None when the data has no labels."""
         return self._labels
 
     def __len__(self) -> int:
@@ -225,13 +224,24 @@ class FolderImages:
         return pixels
 
 
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG chunk
+
+
 def read_image(file: Path, channels: int = 3) -> Image.Image:
     """Decode an image file as RGB (or grey for one channel); raises InputError naming a file that is not readable."""
     try:
         with Image.open(file) as image:
             return image.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken PNG chunk as SyntaxError.
+    except _UNREADABLE as error:
+        raise InputError(f"{file}: not a readable image ({error}); replace or remove it.") from None
+
+
+def check_image(file: Path) -> None:
+    """Raise InputError where an image file is broken as far as can be told without decoding it."""
+    try:
+        with Image.open(file) as image:
+            image.verify()
+    except _UNREADABLE as error:
         raise InputError(f"{file}: not a readable image ({error}); replace or remove it.") from None
 
 

@@ -1,0 +1,63 @@
+"""Cut the demo's slice out of CIFAR-10 and write it as image sheets beside the demo's model.
+
+    python benchmarks/make_demo_data.py cifar10.npz
+
+`cifar10.npz` comes from benchmarks/import_cifar10.py. The slice is chosen by rule, never by looking at a model:
+
+    test         the first 2,000 images of the test split
+    calibration  256 and
+    selection    1,000 of the last 5,000 training images: classes in turn, earliest image first
+    train        the first 450 images of each class among the first 45,000 training images
+
+A sheet is a lossless WebP of 32 x 32 tiles, row by row (about 1,680 bytes an image, a third less than PNG).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+TEST, CALIBRATION, SELECTION, TRAIN_PER_CLASS = 2000, 256, 1000, 450
+COLUMNS = {"test": 40, "calibration": 16, "selection": 40, "train": 50}
+FOLDER = Path(__file__).resolve().parent.parent / "hirelc_deploy" / "demo"
+
+
+def main() -> None:
+    """Write four sheets and their labels."""
+    with np.load(sys.argv[1]) as cifar10:
+        x, y = cifar10["x_train"], cifar10["y_train"].astype(np.int64)
+        test = cifar10["x_test"][:TEST], cifar10["y_test"][:TEST]
+    turns = 45000 + np.lexsort((y[45000:], rank_within_class(y[45000:])))
+    held = {"calibration": turns[:CALIBRATION], "selection": turns[CALIBRATION : CALIBRATION + SELECTION]}
+    train = np.flatnonzero(rank_within_class(y[:45000]) < TRAIN_PER_CLASS)
+    parts = {"train": (x[train], y[train]), **{name: (x[rows], y[rows]) for name, rows in held.items()}, "test": test}
+    for name, (images, _) in parts.items():
+        file = FOLDER / f"{name}.webp"
+        Image.fromarray(sheet(images, COLUMNS[name])).save(file, "WEBP", lossless=True, quality=100, method=6)
+        print(f"{file}: {len(images)} images, {file.stat().st_size} bytes")
+    labels = {name: labels.tolist() for name, (_, labels) in parts.items()}
+    (FOLDER / "labels.json").write_text(json.dumps(labels, separators=(",", ":")) + "\n", "utf-8")
+
+
+def rank_within_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (n,): how many earlier images have the same label."""
+    rank = np.empty_like(labels)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        rank[rows] = np.arange(len(rows))
+    return rank
+
+
+def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    """Tile (n, 32, 32, 3) images, `columns` a row."""
+    rows = len(images) // columns
+    return images.reshape(rows, columns, 32, 32, 3).transpose(0, 2, 1, 3, 4).reshape(rows * 32, columns * 32, 3)
+
+
+if __name__ == "__main__":
+    main()
