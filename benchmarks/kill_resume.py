@@ -1,0 +1,87 @@
+"""Question: does a search lose anything when it is killed, and does it end with the plan it would have ended with?
+
+    python benchmarks/kill_resume.py --kills 20 --out DIR -- search --model ... --data ... (all options but --out)
+
+Runs the command undisturbed, then again in another folder with SIGKILL after a random time, the same command each time,
+until it has been killed often enough; then lets it finish. Both runs read the same layer table (kept per machine), so
+that what differs is the killing only. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMAND = [sys.executable, "-m", "hirelc_deploy"]
+
+
+def finished_trials(run: Path) -> list[str]:
+    """Return the complete lines of the trial log."""
+    log = run / "trials.jsonl"
+    if not log.exists():
+        return []
+    return [line for line in log.read_text("utf-8").split("\n")[:-1] if line]
+
+
+def final_plan(run: Path) -> dict[str, object]:
+    """Return the plan of the shipped bundle."""
+    plan: dict[str, object] = json.loads((run / "bundle" / "manifest.json").read_text("utf-8"))["plan"]
+    return plan
+
+
+def main() -> int:
+    """Run the experiment and print its record; exit code 1 when a finished trial was lost or the plans differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    undisturbed, disturbed = options.out / "undisturbed", options.out / "disturbed"
+    start = time.monotonic()
+    subprocess.run([*COMMAND, *options.command, "--out", str(undisturbed)], check=True, stdout=subprocess.DEVNULL)
+    whole_seconds = time.monotonic() - start
+
+    lost, moments, seen = 0, [], list[str]()
+    while len(moments) < options.kills:
+        process = subprocess.Popen(
+            [*COMMAND, *options.command, "--out", str(disturbed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        delay = rng.uniform(1.0, max(8.0, whole_seconds / 6))
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            moments.append({"after_seconds": round(delay, 2), "finished_trials": len(finished_trials(disturbed))})
+        now = finished_trials(disturbed)
+        lost += sum(before not in now for before in seen)
+        seen = now
+        if process.returncode == 0:
+            break
+    subprocess.run([*COMMAND, *options.command, "--out", str(disturbed)], check=True, stdout=subprocess.DEVNULL)
+    now = finished_trials(disturbed)
+    lost += sum(before not in now for before in seen)
+    same = final_plan(undisturbed) == final_plan(disturbed)
+    record = {
+        "kills": len(moments),
+        "moments": moments,
+        "finished_trials_lost": lost,
+        "trials_undisturbed": len(finished_trials(undisturbed)),
+        "trials_disturbed": len(now),
+        "same_final_plan": same,
+        "undisturbed_seconds": round(whole_seconds, 1),
+    }
+    print(json.dumps(record, indent=2))
+    return 0 if same and not lost and len(moments) == options.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

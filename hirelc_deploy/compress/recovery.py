@@ -1,0 +1,236 @@
+"""In: a cut model, the uncut one and images. Out: the cut model with as much of its accuracy back as was asked for.
+
+Three steps, cheap first: closed-form compensation (no gradient), re-estimated batch-norm statistics, fine-tuning with
+distillation from the uncut model (Hinton et al. 2015).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hirelc_deploy.images import Images
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.graph.sensitivity import Gram
+from hirelc_deploy.progress import Progress
+
+RIDGE = 1e-3
+"""Added to the covariance of the kept features, as a share of their mean variance: keeps the solve stable."""
+
+
+def compensate(
+    model: nn.Module, graph: ModelGraph, kept: Mapping[str, NDArray[np.int64]], grams: Mapping[str, Gram]
+) -> nn.Module:
+    """Return a full-size copy whose readers make up, linearly, for the features they are about to lose.
+
+    For a reader with input x, kept features S and covariance C, the best affine guess of x from x_S is
+    mean + A (x_S - mean_S) with A = C[:, S] C[S, S]^-1. Weights become W A on S, and a bias takes what is constant.
+    A convolution without bias leaves the constant to the batch norm behind it (`reestimate_norms`).
+
+    Args:
+        kept: Unit name to the ascending indices of its kept elements; units not named stay whole.
+        grams: First and second moments of each reader's input features in the uncut model.
+    """
+    result = copy.deepcopy(model)
+    removed: dict[str, list[NDArray[np.int64]]] = {}
+    for unit in graph.units:
+        if unit.name not in kept or len(kept[unit.name]) == unit.size:
+            continue
+        gone = np.setdiff1d(np.arange(unit.size), kept[unit.name])
+        for reader in unit.readers:
+            removed.setdefault(reader.layer, []).append(reader.index[gone].ravel())
+    modules = dict(result.named_modules())
+    for name, parts in removed.items():
+        layer = modules[name]
+        if isinstance(layer, nn.Conv2d | nn.Linear) and getattr(layer, "groups", 1) == 1:
+            _fold(layer, grams[name], np.concatenate(parts))
+    return result
+
+
+@torch.no_grad()
+def _fold(layer: nn.Conv2d | nn.Linear, gram: Gram, gone: NDArray[np.int64]) -> None:
+    stay = np.setdiff1d(np.arange(len(gram.mean)), gone)
+    covariance = gram.second_moment - np.outer(gram.mean, gram.mean)
+    inner = covariance[np.ix_(stay, stay)]
+    inner = inner + np.eye(len(stay)) * (RIDGE * np.trace(inner) / len(stay) + 1e-12)
+    guess = np.linalg.solve(inner, covariance[np.ix_(stay, gone)]).T  # (gone, stay): gone features from the kept ones
+    weight = layer.weight
+    lost = weight[:, gone]
+    constant = torch.from_numpy(gram.mean[gone] - guess @ gram.mean[stay]).to(weight)
+    weight[:, stay] += torch.einsum("og...,gs->os...", lost, torch.from_numpy(guess).to(weight))
+    weight[:, gone] = 0
+    if layer.bias is not None:
+        layer.bias += torch.einsum("og...,g->o", lost, constant)
+
+
+@torch.no_grad()
+def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace every batch norm's running statistics by plain averages over `batches`; nothing else changes."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    was_training, momenta = model.training, [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for batch in batches:
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How much fine-tuning a cut model gets.
+
+    Attributes:
+        epochs: Passes over the training split; may be a fraction.
+        learning_rate: Peak of the schedule (linear warm-up over the first 5 %, cosine to zero).
+        soft_weight: Share of the distillation term in the loss; the rest is cross-entropy with the labels.
+        temperature: Of the distillation.
+        views: Distinct augmented pictures of each image; the teacher answers each once and is then looked up.
+        weights_ema: Decay per step of the averaged weights that are kept at the end; 0 keeps the last ones.
+    """
+
+    epochs: float = 1.0
+    batch_size: int = 128
+    learning_rate: float = 0.02
+    weight_decay: float = 5e-4
+    soft_weight: float = 0.7
+    temperature: float = 2.0
+    views: int = 8
+    weights_ema: float = 0.0
+
+
+class Teacher:
+    """The uncut model's answers to augmented pictures, computed once per picture: it costs more than its student."""
+
+    def __init__(self, model: nn.Module, images: Images, views: int, device: torch.device, *, labelled: bool) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.images = images
+        self.views = views
+        self.device = device
+        self.labels = torch.from_numpy(images.labels) if labelled else None
+        self._answers: dict[int, Tensor] = {}
+
+    def answers(self, indices: Tensor, view: int, pictures: Tensor) -> Tensor:
+        """Return (batch, classes) logits for `pictures`, which are view `view` of the images at `indices`."""
+        table = self._answers.get(view)
+        known = table[indices] if table is not None else None
+        if known is not None and not bool(known.isnan().any()):
+            return known.to(self.device)
+        with torch.no_grad(), half_precision(self.device):
+            fresh = self.model(pictures).float()
+        if table is None:
+            table = self._answers[view] = torch.full((len(self.images), fresh.shape[1]), float("nan"))
+        table[indices] = fresh.cpu()
+        return fresh
+
+
+def fine_tune(
+    student: nn.Module,
+    teacher: Teacher,
+    recovery: Recovery,
+    *,
+    seed: int,
+    progress: Progress,
+    name: str = "recovery",
+) -> nn.Module:
+    """Train `student` in place to answer like the teacher and return it in eval mode, on the CPU.
+
+    Convolutional networks with batch norm get SGD with Nesterov momentum, others AdamW (a tenth of the learning rate
+    step would stall SGD on a transformer). Batch norm keeps running statistics as usual.
+    """
+    images, device = teacher.images, teacher.device
+    if len(images) < 2:
+        raise InputError(f"recovery: the training split has {len(images)} images; fine-tuning needs at least 2.")
+    generator = torch.Generator().manual_seed(seed)
+    batch_size = min(recovery.batch_size, len(images))
+    per_epoch = len(images) // batch_size
+    steps = max(1, round(recovery.epochs * per_epoch))
+    student.to(device, memory_format=torch.channels_last).train()
+    optimizer = _optimizer(student, recovery)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    averaged = copy.deepcopy(student) if recovery.weights_ema else None
+    order = torch.empty(0, dtype=torch.long)
+    for step in progress.track(range(steps), name, steps):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0:
+            order = torch.randperm(len(images), generator=generator)
+        indices = order[position * batch_size : (position + 1) * batch_size]
+        view = epoch % teacher.views
+        pictures = images.views(indices.numpy(), view).to(device, memory_format=torch.channels_last)
+        answers = teacher.answers(indices, view, pictures)
+        scale = min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * scale
+        with half_precision(device):
+            logits = student(pictures)
+        target = teacher.labels[indices].to(device) if teacher.labels is not None else None
+        loss = distillation_loss(logits.float(), answers, target, recovery)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 5.0)
+        optimizer.step()
+        if averaged is not None:
+            _average(averaged, student, min(recovery.weights_ema, (step + 1) / (step + 10)))
+        if step % 20 == 0:
+            progress.note(f"loss {loss.item():.3f}")
+    result = averaged or student
+    return result.to("cpu", memory_format=torch.contiguous_format).eval()
+
+
+def distillation_loss(logits: Tensor, answers: Tensor, labels: Tensor | None, recovery: Recovery) -> Tensor:
+    """Return soft_weight * T^2 * KL(teacher || student at temperature T) + (1 - soft_weight) * cross-entropy.
+
+    Without labels the soft term stands alone.
+    """
+    t = recovery.temperature
+    soft = F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(answers / t, 1), reduction="batchmean", log_target=True)
+    if labels is None:
+        return t * t * soft
+    hard = F.cross_entropy(logits, labels)
+    return recovery.soft_weight * t * t * soft + (1 - recovery.soft_weight) * hard
+
+
+def _optimizer(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        groups = [{"params": matrices, "weight_decay": recovery.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.SGD(groups, recovery.learning_rate, momentum=0.9, nesterov=True)
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, recovery.learning_rate / 20, betas=(0.9, 0.98))
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, student: nn.Module, decay: float) -> None:
+    for mean, value in zip(averaged.state_dict().values(), student.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """Return a bfloat16 region where the device multiplies bfloat16 in hardware, else one that changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether bfloat16 products are faster than float32 ones here."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
