@@ -24,8 +24,8 @@ class Decision:
         name: Unit name, or the block's name for a precision.
         kind: `width` or `precision`.
         options: Widths ascending, or precision names; the last is the uncut model's own.
-        loss: (options,) measured rise of the loss (nats) when only this decision leaves the uncut model; the last is 0.
-        ms: (options,) change of the predicted whole-network time when only this decision leaves the uncut model; last 0.
+        loss: (options,) measured rise of the loss (nats) when only this decision leaves the uncut model; last 0.
+        ms: (options,) change of the predicted whole-network time when only this decision leaves uncut; last 0.
         size_bytes: (options,) change of the weights' bytes, likewise.
         features: (k,) what a policy may see: equal length and meaning over all decisions of a problem.
     """

@@ -1,0 +1,348 @@
+"""In: finished pieces of work. Out: a run directory that keeps them through any interruption, and gives them back."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.outcome import Fidelity, Outcome, outcome_from_dict, outcome_to_dict
+from hirelc_deploy.plan import CompressionPlan
+
+SCHEMA_VERSION = 1
+CONFIG, MACHINE, TRIALS, FACTS, PARETO, LOCK = (
+    "config.toml",
+    "machine.json",
+    "trials.jsonl",
+    "facts.jsonl",
+    "pareto.json",
+    "run.lock",
+)
+PARTIAL = ".partial"
+"""Ending of files being written; what a killed process leaves of them is removed on the next opening."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One finished evaluation.
+
+    Attributes:
+        trial: Its number, from 1.
+        time: UTC, ISO 8601.
+        context: What else the outcome depends on (data, machine, versions), as one string; `` for nothing.
+    """
+
+    trial: int
+    time: str
+    plan: CompressionPlan
+    fidelity: Fidelity
+    context: str
+    outcome: Outcome
+
+
+def _utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+class Run:
+    """One run directory, opened by `Run.open` to write (one process at a time) or by `Run.read` to look.
+
+    Every trial and every fact is one line of an append-only file, on the disk before the call returns. A line is
+    written at once with its line feed, so a kill leaves at most one last line without one, which is dropped.
+    """
+
+    def __init__(self, directory: Path, lock: int | None, clock: Callable[[], str] = _utc_now) -> None:
+        self.directory = directory
+        self._lock, self._clock = lock, clock
+        self.config_text = _read_text(directory / CONFIG)
+        self.machine: dict[str, Any] = json.loads(_read_text(directory / MACHINE))
+        self.trials = [_trial_from(line, where) for line, where in _lines(directory / TRIALS)]
+        self._outcomes = {(t.plan.digest, t.fidelity, t.context): t.outcome for t in self.trials}
+        self._facts = {str(line["key"]): line["value"] for line, _ in _lines(directory / FACTS)}
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        config_text: str,
+        machine: Mapping[str, Any],
+        *,
+        clock: Callable[[], str] = _utc_now,
+    ) -> Run:
+        """Create a run, or resume the one that is there.
+
+        Args:
+            directory: Absent, empty, or a run with the same options.
+            config_text: The options as TOML; comments and order do not matter when they are compared.
+            machine: Description of the machine, kept as it was when the run began.
+            clock: Gives the time of each line.
+
+        Raises:
+            InputError: Other files in the directory, other options, in use by another process, not writable, or a
+                journal that this program cannot read.
+        """
+        try:
+            _check_directory(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = _acquire(directory / LOCK)
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be used as a run directory ({error.strerror}).") from None
+        try:
+            for leftover in directory.rglob(f"*{PARTIAL}"):
+                leftover.unlink()
+            for name in (TRIALS, FACTS):
+                _drop_torn_line(directory / name)
+            if not (directory / MACHINE).exists():
+                write_atomic(directory / MACHINE, json.dumps(dict(machine), indent=2) + "\n")
+            if (directory / CONFIG).exists():
+                _check_options(directory, config_text)
+            else:
+                write_atomic(directory / CONFIG, config_text)
+            return cls(directory, lock, clock)
+        except OSError as error:
+            os.close(lock)
+            raise InputError(f"{directory}: cannot be used as a run directory ({error.strerror}).") from None
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        """Open a run to look at it, also while another process writes it; raises InputError when it is none."""
+        if not (directory / CONFIG).is_file() or not (directory / TRIALS).is_file():
+            raise InputError(f"{directory}: not a run directory; give the folder a search was told as --out.")
+        return cls(directory, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write this run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def evaluate_once(
+        self,
+        plan: CompressionPlan,
+        fidelity: Fidelity,
+        evaluate: Callable[[CompressionPlan, Fidelity], Outcome],
+        context: str = "",
+    ) -> Outcome:
+        """Return the journaled outcome of a plan, or call `evaluate` and journal what it returns, failures too.
+
+        What `evaluate` raises is passed on and leaves no line.
+        """
+        key = (plan.digest, fidelity, context)
+        if key not in self._outcomes:
+            value = outcome_to_dict(evaluate(plan, fidelity))
+            line = {
+                "schema_version": SCHEMA_VERSION,
+                "trial": len(self.trials) + 1,
+                "time": self._clock(),
+                "plan": plan.to_dict(),
+                "fidelity": fidelity,
+                "context": context,
+                "outcome": value,
+            }
+            self._append(TRIALS, line)
+            record = _trial_from(json.loads(json.dumps(line)), TRIALS)
+            self.trials.append(record)
+            self._outcomes[key] = record.outcome
+        return self._outcomes[key]
+
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return the journaled JSON value of `key`, or call `compute` and journal what it returns.
+
+        Both give the value as JSON gives it back: tuples as lists, keys as strings.
+        """
+        if key not in self._facts:
+            line = {"schema_version": SCHEMA_VERSION, "time": self._clock(), "key": key, "value": compute()}
+            self._append(FACTS, line)
+            self._facts[key] = json.loads(json.dumps(line))["value"]
+        return self._facts[key]
+
+    def write_pareto(self, fronts: Mapping[str, Sequence[tuple[CompressionPlan, Outcome]]]) -> None:
+        """Rewrite pareto.json: fidelity to the plans that no other plan of that fidelity beats."""
+        value = {
+            "schema_version": SCHEMA_VERSION,
+            "fronts": {
+                fidelity: [{"plan": plan.to_dict(), "outcome": outcome_to_dict(outcome)} for plan, outcome in front]
+                for fidelity, front in fronts.items()
+            },
+        }
+        write_atomic(self.directory / PARETO, json.dumps(value, indent=1) + "\n")
+
+    def _append(self, name: str, value: Mapping[str, Any]) -> None:
+        if self._lock is None:
+            raise RuntimeError(f"{self.directory} is open for reading only")
+        path = self.directory / name
+        try:
+            _append_line(path, json.dumps(value))
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); what was finished before is kept."
+            ) from None
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or as it was before, whatever happens."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a path to write to; after a clean end, on the disk, it becomes `path`; else it is removed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _append_line(path: Path, text: str) -> None:
+    with path.open("ab", buffering=0) as file:
+        file.write(text.encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse a directory that holds something else than a run."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: a file of that name is there; give another --out.")
+    if not directory.exists() or ((directory / CONFIG).is_file() and (directory / TRIALS).is_file()):
+        return
+    # Without config.toml, which is written last, only the beginnings of a run may be here.
+    begun = {MACHINE, TRIALS, FACTS, LOCK}
+    foreign = sorted(p.name for p in directory.iterdir() if p.name not in begun and not p.name.endswith(PARTIAL))
+    if foreign:
+        raise InputError(f"{directory}: holds {foreign[0]!r} and is not a run; give an empty or new folder as --out.")
+
+
+def _acquire(path: Path) -> int:
+    """Return a descriptor that holds the lock until it is closed or the process ends, however it ends.
+
+    A record lock, not flock: a child process does not inherit it, so a worker that outlives a killed parent for a
+    moment cannot keep the run locked.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise InputError(f"{path.parent}: another process is writing this run; wait for it, or end it.") from None
+    return descriptor
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Create the file, or cut off a last line that was not written to its end."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(len(_whole_lines(content)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole_lines(content: bytes) -> bytes:
+    """Return the content without a last line that has no line feed or, after a power loss, no JSON."""
+    whole = content[: content.rfind(b"\n") + 1]
+    last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
+    try:
+        json.loads(last or b"{}")
+    except ValueError:
+        return whole[: len(whole) - len(last)]
+    return whole
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each line's value and where it stands; raises InputError for a line that this program cannot read."""
+    if not path.exists():
+        return
+    for number, line in enumerate(_whole_lines(path.read_bytes()).splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except ValueError:
+            raise InputError(
+                f"{where}: damaged (not JSON); delete this line, or start anew in another --out."
+            ) from None
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if version != SCHEMA_VERSION:
+            raise InputError(f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}.")
+        yield value, where
+
+
+def _trial_from(value: Mapping[str, Any], where: str) -> TrialRecord:
+    try:
+        return TrialRecord(
+            value["trial"],
+            value["time"],
+            CompressionPlan.from_dict(value["plan"], where),
+            value["fidelity"],
+            value["context"],
+            outcome_from_dict(value["outcome"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{where}: not a trial of a run ({error}).") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}).") from None
+
+
+def _check_options(directory: Path, config_text: str) -> None:
+    """Raise InputError naming the options that differ from those the run began with."""
+    path = directory / CONFIG
+    try:
+        before = _flat(tomllib.loads(_read_text(path)))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML ({error}); restore it, or use another --out.") from None
+    now = _flat(tomllib.loads(config_text))
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if names:
+        changes = "; ".join(f"{n} = {before.get(n, 'unset')!r} then, {now.get(n, 'unset')!r} now" for n in names[:3])
+        more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(
+            f"{directory}: this run began with other options ({changes}{more}). Use the same options to resume it, "
+            "or another --out for a new run."
+        )
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
