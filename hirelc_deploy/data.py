@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.images import ArrayImages, FolderImages, Images, Indices, Labels, Preprocess, check_image, read_image
+from hirelc_deploy.images import ArrayImages, FolderImages, Images, Indices, Labels, Preprocess, image_size, read_image
 
 __all__ = ["Data", "Images", "Preprocess", "load_data"]
 
@@ -368,11 +368,10 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Labels]:
 
 
 def _checked_files(files: Sequence[Path]) -> Preprocess:
-    """Look into files spread over the whole set before the work starts; return the size of the first as native."""
-    for file in files[:: max(1, len(files) // CHECKED_FILES)]:
-        check_image(file)
-    first = read_image(files[0])
-    return identity((3, first.height, first.width))
+    """Look into files spread over the whole set before the work starts; return their common size, or 224 x 224."""
+    sizes = {image_size(file) for file in files[:: max(1, len(files) // CHECKED_FILES)]}
+    height, width = sizes.pop() if len(sizes) == 1 else (224, 224)
+    return identity((3, height, width))
 
 
 # CIFAR-10 as torchvision keeps it, or in the official binary form

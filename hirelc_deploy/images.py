@@ -80,7 +80,12 @@ class Preprocess:
         return cls((channels, height, width), mean, std, crop_pct, str(value.get("interpolation", "bicubic")))
 
     def canvas_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return (height, width) to which an image is resized before the crop: its shape kept, the crop covered."""
+        """Return (height, width) to which an image is resized before the crop: its shape kept, the crop covered.
+
+        An image of exactly the input's size is taken whole.
+        """
+        if (height, width) == self.input_size[1:]:
+            return height, width
         want_height, want_width = (math.floor(size / self.crop_pct) for size in self.input_size[1:])
         ratio = max(want_height / height, want_width / width)
         return max(want_height, round(height * ratio)), max(want_width, round(width * ratio))
@@ -110,10 +115,7 @@ class Images(Protocol):
 
 
 class ArrayImages:
-    """Images of one size that live in memory: uint8 pixels, or floats that are model inputs already.
-
-    Images that have the model's input size are taken whole; others are resized and cropped as `Preprocess` says.
-    """
+    """Images of one size that live in memory: uint8 pixels, or floats that are model inputs already."""
 
     def __init__(
         self,
@@ -164,9 +166,9 @@ class ArrayImages:
 
     def _canvas(self, indices: Indices) -> Tensor:
         pixels = self._pixels[self._rows[_as_rows(indices)]]
-        if tuple(pixels.shape[1:]) == self._preprocess.input_size or not len(pixels):
+        size = self._preprocess.canvas_size(pixels.shape[2], pixels.shape[3])
+        if size == tuple(pixels.shape[2:]) or not len(pixels):
             return pixels
-        size = self._preprocess.canvas_size(*pixels.shape[2:])
         mode = self._preprocess.interpolation
         # On uint8 with antialiasing torch follows Pillow, on which the weights of pretrained models rely.
         return functional.interpolate(pixels, size, mode=mode, antialias=mode != "nearest")
@@ -236,11 +238,12 @@ def read_image(file: Path, channels: int = 3) -> Image.Image:
         raise InputError(f"{file}: not a readable image ({error}); replace or remove it.") from None
 
 
-def check_image(file: Path) -> None:
-    """Raise InputError where an image file is broken as far as can be told without decoding it."""
+def image_size(file: Path) -> tuple[int, int]:
+    """Return (height, width); raises InputError where a file is broken as far as can be told without decoding it."""
     try:
         with Image.open(file) as image:
             image.verify()
+            return image.height, image.width
     except _UNREADABLE as error:
         raise InputError(f"{file}: not a readable image ({error}); replace or remove it.") from None
 

@@ -1,0 +1,269 @@
+"""In: the options of a job. Out: one frozen, checked description of it that is written to and read from TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hirelc_deploy.errors import InputError
+
+SCHEMA_VERSION = 1
+STRATEGIES = ("hirelc", "knapsack", "random", "uniform", "untrained")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model; see `models.ModelSource`, whose fields these are."""
+
+    spec: str
+    weights: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data; see `data.load_data`."""
+
+    spec: str
+    directory: str | None = None
+    calibration_images: int | None = None
+    selection_images: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("calibration_images", self.calibration_images, 1)
+        _at_least("selection_images", self.selection_images, 1)
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """What the user wants otherwise than the model says; see `images.Preprocess`."""
+
+    input_size: tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the entries that were given, as `models.load_for` takes them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the shipped file must keep; None where there is no limit.
+
+    Attributes:
+        max_drop: Percentage points of accuracy that may be lost.
+        max_latency_ms: Milliseconds of one inference on the target.
+        speedup: Times faster than the uncut float file.
+        max_bytes: Size of the file.
+    """
+
+    max_drop: float | None = None
+    max_latency_ms: float | None = None
+    speedup: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("max_drop", self.max_drop, 0)
+        _above_zero("max_latency_ms", self.max_latency_ms)
+        _above_zero("speedup", self.speedup)
+        _at_least("max_bytes", self.max_bytes, 1)
+        if self.max_drop is not None and self.max_drop > 100:
+            raise InputError(f"max_drop = {self.max_drop:g}: percentage points of accuracy, at most 100.")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How to look for a plan.
+
+    Attributes:
+        budget_seconds: Wall time of the whole search; None for as long as its evaluations take.
+        f1_evaluations: Sliced and compensated models judged per latency budget.
+        finalists: Plans that are recovered by training at most.
+        options: Widths offered per unit at most.
+    """
+
+    strategy: str = "hirelc"
+    budget_seconds: float | None = None
+    f1_evaluations: int = 24
+    finalists: int = 3
+    options: int = 6
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise InputError(f"strategy {self.strategy!r} is unknown; use {', '.join(STRATEGIES)}.")
+        _above_zero("budget_seconds", self.budget_seconds)
+        _at_least("f1_evaluations", self.f1_evaluations, 1)
+        _at_least("finalists", self.finalists, 1)
+        _at_least("options", self.options, 2)
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """Everything that decides what a command computes. Two equal configurations mean the same job.
+
+    Attributes:
+        plan: The plan that `apply` was given; None for a search.
+        threads: Of one inference on the target.
+        recovery_epochs: Passes over the training split for a finalist; 0 for no training.
+        exclude: Patterns of layers that stay whole.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    target: str = "cpu"
+    plan: str | None = None
+    seed: int = 0
+    threads: int = 1
+    recovery_epochs: float = 1.0
+    exclude: tuple[str, ...] = ()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    limits: Limits = Limits()
+    search: SearchConfig = SearchConfig()
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
+        _at_least("threads", self.threads, 1)
+        _at_least("recovery_epochs", self.recovery_epochs, 0)
+
+    def to_toml(self) -> str:
+        """Return the canonical text: equal for equal jobs, entries in the order of the fields, unset ones left out."""
+        return f"schema_version = {SCHEMA_VERSION}\n" + "\n".join(_toml_lines(_plain(self), ())) + "\n"
+
+    @classmethod
+    def from_toml(cls, text: str, where: str = "config.toml") -> JobConfig:
+        """Read what `to_toml` wrote or a person did; raises InputError naming `where` and the entry."""
+        try:
+            value = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{where}: not valid TOML ({error}).") from None
+        version = value.pop("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise InputError(f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}.")
+        job = _typed(value, cls, where, "")
+        assert isinstance(job, cls)
+        return job
+
+    @classmethod
+    def read(cls, path: Path) -> JobConfig:
+        """Read a TOML file; raises InputError where it is missing or wrong."""
+        try:
+            return cls.from_toml(path.read_text("utf-8"), str(path))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as TOML ({error}).") from None
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of `90`, `90s`, `30m`, `1h` or `1h30m`; raises InputError unless they are above 0."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if (
+        not parts
+        or "".join(number + unit for number, unit in parts) != text
+        or ("" in dict(parts).values() and parts[1:])
+    ):
+        raise InputError(f"duration {text!r}: write it like 90s, 30m or 1h30m.")
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    _above_zero(f"duration {text!r}", seconds)
+    return seconds
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and not (math.isfinite(value) and value >= least):
+        raise InputError(f"{name} = {value:g}: give a finite number of at least {least:g}.")
+
+
+def _above_zero(name: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} = {value:g}: give a finite number above 0.")
+
+
+# TOML
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        items = {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {name: item for name, item in items.items() if item is not None and item not in ({}, [])}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in sorted(value.items()) if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> typing.Iterator[str]:
+    for name, value in table.items():
+        if not isinstance(value, Mapping):
+            yield f"{_toml_key(name)} = {_toml_value(value)}"
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield f"\n[{'.'.join(map(_toml_key, (*path, name)))}]"
+            yield from _toml_lines(value, (*path, name))
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{value} cannot be an option.")
+    if isinstance(value, str):
+        # JSON strings are TOML strings, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    raise InputError(f"option value {value!r}: a {type(value).__name__} cannot be written to a run's config.toml.")
+
+
+def _typed(value: Any, hint: Any, where: str, name: str) -> Any:
+    """Return `value` as the type `hint`; raises InputError naming the entry."""
+    if isinstance(hint, types.UnionType):
+        return _typed(value, next(kind for kind in hint.__args__ if kind is not types.NoneType), where, name)
+    if dataclasses.is_dataclass(hint):
+        return _typed_table(value, hint, where, name)
+    origin = typing.get_origin(hint)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(item, hint.__args__[0], where, name) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kind: Any = {tuple: list, Mapping: dict}.get(origin, origin) or hint
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"{where}: {name} is {value!r}; it must be a {kind.__name__}.")
+    return value
+
+
+def _typed_table(value: Any, kind: Any, where: str, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {name} must be a table [{name}].")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{name}." if name else ""
+    for key in value:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(hints)}."
+            raise InputError(f"{where}: unknown entry {prefix}{key}; {hint}")
+    required = (f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING)
+    if missing := [key for key in required if key not in value]:
+        raise InputError(f"{where}: {prefix}{missing[0]} is missing.")
+    try:
+        return kind(**{key: _typed(item, hints[key], where, prefix + key) for key, item in value.items()})
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(where) else f"{where}: {prefix}{text}") from None
