@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from hirelc_deploy.errors import ExportError
+from hirelc_deploy.errors import ExportError, InputError
 
 OPSET = 20
-"""The first opset whose Gelu is one operator: from opset 17 a quantizer meets it as five, and takes four of them apart."""
+"""The first opset whose Gelu is one operator; before, a quantizer meets it as five and takes four of them apart."""
 
 PARITY_TOLERANCE = 1e-4
 """Largest difference between torch and ONNX Runtime, as a share of the largest output. Float kernels reach 1e-6."""
@@ -73,8 +73,13 @@ def set_static_batch(path_in: Path, path_out: Path, batch: int = 1) -> None:
 
     With known shapes ONNX Runtime also turns MatMul + bias into Gemm, whose integer kernel adds the bias by itself.
     Node names keep the layer they start with.
+
+    Raises:
+        InputError: an integer file. It keeps its shape arithmetic and its MatMul; quantize the static file instead.
     """
     proto = onnx.load(str(path_in))
+    if any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
+        raise InputError(f"{path_in}: already quantized; set the batch of the float file, then quantize that.")
     for value in (*proto.graph.input, *proto.graph.output):
         dimensions = value.type.tensor_type.shape.dim
         if len(dimensions) > 0:
@@ -85,8 +90,14 @@ def set_static_batch(path_in: Path, path_out: Path, batch: int = 1) -> None:
 
 
 def layer_of_node(proto: ModelProto) -> dict[str, str]:
-    """Return node name to layer name for each Conv, ConvTranspose, Gemm and MatMul that has a constant weight."""
+    """Return node name to layer name for each Conv, ConvTranspose, Gemm and MatMul that has a constant weight.
+
+    Works on float files and on those of `quantize`, whose constants pass a DequantizeLinear.
+    """
     constants = {initializer.name for initializer in proto.graph.initializer}
+    constants |= {
+        node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    }
     return {
         node.name: node.name.partition("/")[0]
         for node in proto.graph.node
@@ -157,7 +168,7 @@ def _torchscript(model: nn.Module, example: Tensor) -> ModelProto:
             torch.onnx.export(
                 model,
                 (example,),
-                buffer,
+                buffer,  # type: ignore[arg-type]  # takes a file object too
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=["input"],
