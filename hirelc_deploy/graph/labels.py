@@ -1,0 +1,783 @@
+"""In: a trace. Out: which indices of which parameters, layer inputs and layer outputs can only be removed together.
+
+Every index of a dimension that may be cut carries a label, an integer. Operations pass labels on and tie those that
+must go together. A tensor's labels are `Factor`s: arrays over one dimension, or jointly over several once a
+dimension has been split (query-key-value channels seen as 3 x heads x head size).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from hirelc_deploy.graph.trace import Op, TensorRef, Trace, refs
+
+Labels = NDArray[np.int64]
+
+
+class Couplings:
+    """Union-find over labels, with reasons why some labels must stay and marks that tell what others are."""
+
+    def __init__(self) -> None:
+        self._parent: Labels = np.empty(0, np.int64)
+        self._size = 0
+        self._edges: list[tuple[Labels, Labels]] = []
+        self.pins: list[tuple[Labels, str]] = []
+        self.marks: list[tuple[Labels, str]] = []
+
+    def fresh(self, count: int) -> Labels:
+        """Return `count` labels tied to nothing."""
+        self._size += count
+        return np.arange(self._size - count, self._size)
+
+    def tie(self, first: Labels, second: Labels) -> None:
+        """Make every pair of (broadcast) labels one: they are removed together or not at all."""
+        if first is not second:
+            a, b = np.broadcast_arrays(first, second)
+            self._edges.append((a.ravel(), b.ravel()))
+
+    def pin(self, labels: Labels, reason: str) -> None:
+        """Keep these labels in any plan; the first reason given is the one a user reads."""
+        self.pins.append((labels.ravel(), reason))
+
+    def mark(self, labels: Labels, kind: str) -> None:
+        """Note what these labels are."""
+        self.marks.append((labels.ravel(), kind))
+
+    def roots(self, labels: Labels) -> Labels:
+        """Return the smallest label of the class of each label."""
+        self._merge()
+        return self._parent[labels]
+
+    def _merge(self) -> None:
+        parent = np.arange(self._size)
+        parent[: len(self._parent)] = self._parent
+        if self._edges:
+            a = np.concatenate([edge[0] for edge in self._edges])
+            b = np.concatenate([edge[1] for edge in self._edges])
+            self._edges.clear()
+            while True:
+                a, b = parent[a], parent[b]
+                differ = a != b
+                if not differ.any():
+                    break
+                a, b = a[differ], b[differ]
+                # Hook the larger root under the smallest partner, then shorten every path to its root.
+                np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+                while not np.array_equal(shorter := parent[parent], parent):
+                    parent = shorter
+        self._parent = parent
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Labels over `dims` of a tensor: `labels` has one axis per dim, in this order."""
+
+    dims: tuple[int, ...]
+    labels: Labels
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor's shape and its labelled dims; no dim is in two factors, and no labelled dim has size 1."""
+
+    shape: tuple[int, ...]
+    factors: tuple[Factor, ...] = ()
+
+    def factor_of(self, dim: int) -> Factor | None:
+        """Return the factor that labels `dim`."""
+        return next((factor for factor in self.factors if dim in factor.dims), None)
+
+    def moved(self, shape: Sequence[int], new_dim: Callable[[int], int]) -> Value:
+        """Return a view whose dim `new_dim(d)` is this value's dim d."""
+        factors = (Factor(tuple(new_dim(d) for d in f.dims), f.labels) for f in self.factors)
+        return Value(tuple(shape), tuple(factors))
+
+
+@dataclass
+class WeightUse:
+    """A convolution or linear layer as it ran: labels of its features (None where they cannot be cut)."""
+
+    name: str
+    kind: str
+    module: str
+    weight: str
+    input: TensorRef
+    output: TensorRef
+    in_features: int
+    out_features: int
+    in_labels: Labels | None
+    out_labels: Labels | None
+    groups: int = 1
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each filter sees one input channel, so that inputs and outputs go together."""
+        return 1 < self.groups == self.in_features
+
+
+@dataclass
+class AttentionUse:
+    """The core of an attention: scores, softmax and mix, between the projections."""
+
+    name: str
+    heads: int
+    head_dim: int
+    queries: int
+    keys: int
+    labels: Labels | None
+    products: int = 2
+    input: TensorRef | None = None
+
+
+@dataclass
+class Labelled:
+    """What the walk over a trace found. `parameters`: (name, dim) to the labels of that dimension's indices."""
+
+    couplings: Couplings
+    parameters: dict[tuple[str, int], Labels] = field(default_factory=dict)
+    uses: list[WeightUse | AttentionUse] = field(default_factory=list)
+
+
+def label(model: nn.Module, traced: Trace) -> Labelled:
+    """Walk over the operations and return the couplings they make."""
+    walk = Walk(model)
+    for op in traced.ops:
+        handler = HANDLERS.get(op.function, _unknown)
+        result = handler(walk, op)
+        outputs = [op.result] if isinstance(op.result, TensorRef) else list(refs(op.result))
+        values = [result] if isinstance(result, Value) else list(result)
+        for ref, value in zip(outputs, values, strict=True):
+            if ref.name is None:
+                walk.values[ref.uid] = value
+    for ref in refs(traced.output):
+        walk.freeze_all(walk.value(ref), "its outputs are the model's answer")
+    walk.settle_splits()
+    return walk.found
+
+
+class Walk:
+    """The state of one walk: the labels of every tensor seen so far."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.values: dict[int, Value] = {}
+        self.found = Labelled(Couplings())
+        self.couplings = self.found.couplings
+        self._splits: list[Labels] = []
+
+    def value(self, ref: TensorRef) -> Value:
+        """Return the labels of a tensor; a parameter gets its own for each dim, a tensor of unknown origin has none."""
+        if ref.name is not None:
+            dims = (d for d, size in enumerate(ref.shape) if size > 1)
+            return Value(ref.shape, tuple(Factor((d,), self._parameter(ref.name, d, ref.shape[d])) for d in dims))
+        return self.values.get(ref.uid, Value(ref.shape))
+
+    def _parameter(self, name: str, dim: int, size: int) -> Labels:
+        if (name, dim) not in self.found.parameters:
+            self.found.parameters[name, dim] = self.couplings.fresh(size)
+        return self.found.parameters[name, dim]
+
+    def inputs(self, op: Op) -> list[Value]:
+        """Return the values of all tensor arguments."""
+        return [self.value(ref) for ref in refs((op.args, op.kwargs))]
+
+    def freeze(self, value: Value, dim: int, reason: str) -> Value:
+        """Make it impossible to remove indices along `dim`, and return the value without labels there.
+
+        Where the dim is labelled jointly with others, an index of those others can still go, as a whole.
+        """
+        factor = value.factor_of(dim)
+        if factor is None:
+            return value
+        others = tuple(f for f in value.factors if f is not factor)
+        if len(factor.dims) == 1:
+            self.couplings.pin(factor.labels, reason)
+            return Value(value.shape, others)
+        axis = factor.dims.index(dim)
+        first = factor.labels.take([0], axis)
+        self.couplings.tie(factor.labels, first)
+        rest = Factor(tuple(d for d in factor.dims if d != dim), first.squeeze(axis))
+        return Value(value.shape, (*others, rest))
+
+    def freeze_all(self, value: Value, reason: str) -> None:
+        """Keep every labelled index of this value."""
+        for factor in value.factors:
+            self.couplings.pin(factor.labels, reason)
+
+    def one_dim(self, value: Value, dim: int, reason: str) -> tuple[Value, Labels | None]:
+        """Return the labels along `dim` alone; a joint labelling is frozen along `dim` and gives None."""
+        factor = value.factor_of(dim)
+        if factor is not None and len(factor.dims) > 1:
+            value, factor = self.freeze(value, dim, reason), None
+        return value, None if factor is None else factor.labels
+
+    def tie_or_pin(self, first: Labels | None, second: Labels | None, reason: str) -> None:
+        """Tie two label arrays; where one side cannot be cut, the other must stay."""
+        if first is not None and second is not None:
+            self.couplings.tie(first, second)
+        elif (known := first if first is not None else second) is not None:
+            self.couplings.pin(known, reason)
+
+    def elementwise(self, values: Sequence[Value], reason: str) -> Value:
+        """Return the value of an elementwise operation with broadcasting: aligned labels are tied."""
+        shape = np.broadcast_shapes(*(value.shape for value in values))
+        rank = len(shape)
+        aligned = [
+            v.moved((1,) * (rank - len(v.shape)) + v.shape, lambda d, v=v: d + rank - len(v.shape)) for v in values
+        ]  # type: ignore[misc]
+        for dim in range(rank):
+            wide = [i for i, v in enumerate(aligned) if v.shape[dim] > 1]
+            if any(aligned[i].factor_of(dim) is None for i in wide):
+                for i in wide:
+                    aligned[i] = self.freeze(aligned[i], dim, reason)
+        return Value(tuple(shape), tuple(self._tie_factors([f for v in aligned for f in v.factors])))
+
+    def _tie_factors(self, factors: list[Factor]) -> Iterable[Factor]:
+        while factors:
+            group, dims = [factors.pop(0)], set[int]()
+            while dims != (dims := dims.union(*(f.dims for f in group))):
+                group += [f for f in factors if dims & set(f.dims)]
+                factors = [f for f in factors if not dims & set(f.dims)]
+            order = tuple(sorted(dims))
+            arrays = [_spread(factor, order) for factor in group]
+            for array in arrays[1:]:
+                self.couplings.tie(arrays[0], array)
+            shape = np.broadcast_shapes(*(array.shape for array in arrays))
+            widest = max(arrays, key=lambda array: array.size)
+            yield Factor(order, np.broadcast_to(widest, shape))
+
+    def reshape(self, value: Value, shape: tuple[int, ...], reason: str) -> Value:
+        """Return the value seen in another shape: labels are split and merged with their dims."""
+        factors: list[Factor] = []
+        for sources, targets in _matching_dims(value.shape, shape):
+            if len(sources) == 1 and len(targets) == 1:
+                continue
+            touching = [f for f in value.factors if set(f.dims) & set(sources)]
+            if len(touching) > 1 or any(not set(f.dims) <= set(sources) for f in touching):
+                for dim in sources:
+                    value = self.freeze(value, dim, reason)
+            elif touching:
+                sizes = tuple(value.shape[d] for d in sources)
+                array = np.broadcast_to(_spread(touching[0], tuple(sources)), sizes)
+                new = self._reduced(Factor(tuple(targets), array.reshape([shape[d] for d in targets])))
+                factors += new
+                if new and len(new[0].dims) > 1:
+                    self._splits.append(new[0].labels)
+                value = Value(value.shape, tuple(f for f in value.factors if f is not touching[0]))
+        kept = {s[0]: t[0] for s, t in _matching_dims(value.shape, shape) if len(s) == 1 and len(t) == 1}
+        moved = (Factor(tuple(kept[d] for d in f.dims), f.labels) for f in value.factors)
+        return Value(shape, (*moved, *factors))
+
+    def _reduced(self, factor: Factor) -> list[Factor]:
+        """Return the factor without the axes along which its labels do not differ; empty when none is left."""
+        labels, dims = self.couplings.roots(factor.labels), list(factor.dims)
+        for axis in reversed(range(len(dims))):
+            first = labels.take([0], axis)
+            if (labels == first).all():
+                labels = first.squeeze(axis)
+                del dims[axis]
+        return [Factor(tuple(dims), labels)] if dims else []
+
+    def settle_splits(self) -> None:
+        """Tie split dims so that what is removed stays a whole slice along one axis: the axis with most choices."""
+        while True:
+            changed = False
+            for labels in self._splits:
+                roots = self.couplings.roots(labels)
+                count = len(np.unique(roots))
+                if any(count == self._choices(roots, axis) for axis in range(roots.ndim)):
+                    continue
+                axis = max(range(roots.ndim), key=lambda axis: self._choices(roots, axis))
+                self.couplings.tie(labels, labels[_only(axis, labels.ndim)])
+                changed = True
+            if not changed:
+                return
+
+    @staticmethod
+    def _choices(roots: Labels, axis: int) -> int:
+        """Return how many classes are left after tying over all axes but `axis`."""
+        trial = Couplings()
+        values, dense = np.unique(roots, return_inverse=True)
+        trial.fresh(len(values))
+        dense = dense.reshape(roots.shape)
+        trial.tie(dense, dense[_only(axis, roots.ndim)])
+        return len(np.unique(trial.roots(dense)))
+
+
+def _only(axis: int, rank: int) -> tuple[slice, ...]:
+    return tuple(slice(None) if a == axis else slice(0, 1) for a in range(rank))
+
+
+def _spread(factor: Factor, dims: tuple[int, ...]) -> Labels:
+    """Return the labels with one axis for each of `dims`, of size 1 where the factor says nothing."""
+    order = sorted(range(len(factor.dims)), key=lambda axis: dims.index(factor.dims[axis]))
+    array = factor.labels.transpose(order)
+    index = tuple(slice(None) if dim in factor.dims else None for dim in dims)
+    return array[index]
+
+
+def _matching_dims(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Return the smallest groups of old and new dims that hold the same elements in the same order."""
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        if i < len(old) and old[i] == 1 and not (j < len(new) and new[j] == 1):
+            groups.append(([i], list[int]()))
+            i += 1
+            continue
+        if j < len(new) and new[j] == 1 and not (i < len(old) and old[i] == 1):
+            groups.append(([], [j]))
+            j += 1
+            continue
+        sources, targets = [i], [j]
+        left, right = old[i], new[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left *= old[i]
+                sources.append(i)
+                i += 1
+            else:
+                right *= new[j]
+                targets.append(j)
+                j += 1
+        groups.append((sources, targets))
+    return groups
+
+
+# ---- one entry per operation -----------------------------------------------------------------------------------
+
+Handler = Callable[[Walk, Op], "Value | Sequence[Value]"]
+HANDLERS: dict[str, Handler] = {}
+"""Function name (as in `Op.function`) to the rule that passes its labels on. An operation that is not here keeps
+everything it reads whole."""
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register a rule for these function names."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+def _where(op: Op) -> str:
+    return f"{op.function} in {op.module}" if op.module else f"{op.function} in the model's own forward"
+
+
+def _result_shapes(op: Op) -> list[tuple[int, ...]]:
+    return [ref.shape for ref in refs(op.result)]
+
+
+def _unknown(walk: Walk, op: Op) -> Sequence[Value]:
+    for value in walk.inputs(op):
+        walk.freeze_all(value, f"read by {_where(op)}, an operation that this program does not follow")
+    return [Value(shape) for shape in _result_shapes(op)]
+
+
+@handles(
+    "relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu",
+    "celu", "selu", "mish", "softplus", "clamp", "clip", "exp", "log", "sqrt", "rsqrt", "neg", "abs", "square",
+    "reciprocal", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "contiguous",
+    "clone", "detach", "to", "type", "float", "half", "double", "bfloat16", "type_as", "cpu", "cuda", "nan_to_num",
+    "zeros_like", "ones_like", "logsigmoid", "threshold", "sin", "cos", "erf", "requires_grad", "data", "alias",
+    "fill", "zero", "rand_like", "randn_like", "empty_like", "full_like", "identity", "copy",
+)  # fmt: skip
+def _same(walk: Walk, op: Op) -> Value:
+    return walk.value(next(iter(refs((op.args, op.kwargs)))))
+
+
+@handles(
+    "add", "sub", "mul", "div", "pow", "maximum", "minimum", "where", "masked_fill", "lerp", "addcmul", "prelu_scalar",
+    "floor_divide", "remainder", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
+)  # fmt: skip
+def _elementwise(walk: Walk, op: Op) -> Value:
+    given = list(refs((op.args, op.kwargs)))
+    values = [walk.value(ref) for ref in given]
+    result = walk.elementwise(values, f"meets values that cannot be cut in {_where(op)}")
+    if op.function == "add" and sum(ref.name is None for ref in given) > 1:
+        for factor in result.factors:
+            walk.couplings.mark(factor.labels, "residual channels")
+    return result
+
+
+@handles("conv2d")
+def _conv2d(walk: Walk, op: Op) -> Value:
+    x_ref, w_ref = op.arg(0, "input"), op.arg(1, "weight")
+    if len(x_ref.shape) != 4:
+        return _unknown(walk, op)[0]
+    x, weight = walk.value(x_ref), walk.value(w_ref)
+    groups = op.arg(6, "groups", 1)
+    reason = f"meets channels that cannot be cut at {op.module}"
+    for dim in (2, 3):
+        x = walk.freeze(x, dim, reason)
+    x, inputs = walk.one_dim(x, 1, reason)
+    weight, filters = walk.one_dim(weight, 0, reason)
+    weight, columns = walk.one_dim(weight, 1, reason)
+    channels = x_ref.shape[1]
+    if groups == 1:
+        walk.tie_or_pin(inputs, columns, "it reads the image" if inputs is None else reason)
+    elif groups == channels:
+        if inputs is not None and filters is not None:
+            walk.couplings.tie(inputs[:, None], filters.reshape(channels, -1))
+        else:
+            walk.tie_or_pin(inputs, filters, reason)
+    else:
+        # Every group must stay as large as the others: an index goes from all groups at once.
+        if inputs is not None and columns is not None:
+            walk.couplings.tie(inputs.reshape(groups, -1), columns)
+        else:
+            walk.tie_or_pin(inputs, columns, reason)
+        if filters is not None:
+            walk.couplings.tie(filters.reshape(groups, -1), filters.reshape(groups, -1)[:1])
+    _tie_bias(walk, op.arg(2, "bias"), filters)
+    stride, dilation = _pair(op.arg(3, "stride", 1)), _pair(op.arg(5, "dilation", 1))
+    kernel = (w_ref.shape[2], w_ref.shape[3])
+    padding = op.arg(4, "padding", 0)
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        padding = [size // 2 for size in total]
+    use = _weight_use(walk, op, "conv", x_ref, w_ref, channels, inputs, filters)
+    if use is not None:
+        use.groups, use.kernel, use.stride, use.padding, use.dilation = groups, kernel, stride, _pair(padding), dilation
+    kept = tuple(f for f in x.factors if f.dims == (0,))
+    return Value(op.result.shape, kept + _factors_at(1, filters))
+
+
+@handles("linear")
+def _linear(walk: Walk, op: Op) -> Value:
+    x_ref, w_ref = op.arg(0, "input"), op.arg(1, "weight")
+    last = len(x_ref.shape) - 1
+    reason = f"meets features that cannot be cut at {op.module}"
+    x, inputs = walk.one_dim(walk.value(x_ref), last, reason)
+    weight, rows = walk.one_dim(walk.value(w_ref), 0, reason)
+    weight, columns = walk.one_dim(weight, 1, reason)
+    walk.tie_or_pin(inputs, columns, "it reads the image" if inputs is None else reason)
+    _tie_bias(walk, op.arg(2, "bias"), rows)
+    _weight_use(walk, op, "linear", x_ref, w_ref, x_ref.shape[-1], inputs, rows)
+    kept = tuple(f for f in x.factors if last not in f.dims)
+    return Value(op.result.shape, kept + _factors_at(last, rows))
+
+
+def _weight_use(
+    walk: Walk,
+    op: Op,
+    kind: str,
+    x: TensorRef,
+    weight: TensorRef,
+    inputs: int,
+    read: Labels | None,
+    made: Labels | None,
+) -> WeightUse | None:
+    """Note the layer, or keep what it touches where its weight is not the plain weight of a layer module."""
+    layer = walk.modules.get(op.module)
+    is_layer = isinstance(layer, (nn.Conv2d, nn.Linear)) and weight.name == f"{op.module}.weight"
+    if not is_layer:
+        reason = f"computed in {op.module or 'the model itself'}, which is not a plain layer module"
+        for labels in (read, made):
+            if labels is not None:
+                walk.couplings.pin(labels, reason)
+    name = weight.name.rpartition(".")[0] if weight.name is not None else op.module
+    use = WeightUse(name, kind, op.module, weight.name or "", x, op.result, inputs, weight.shape[0], read, made)
+    walk.found.uses.append(use)
+    return use
+
+
+def _tie_bias(walk: Walk, bias: TensorRef | None, features: Labels | None) -> None:
+    if bias is not None:
+        _, labels = walk.one_dim(walk.value(bias), 0, "")
+        walk.tie_or_pin(features, labels, "shares its bias with features that cannot be cut")
+
+
+def _factors_at(dim: int, labels: Labels | None) -> tuple[Factor, ...]:
+    return () if labels is None else (Factor((dim,), labels),)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return int(value[0]), int(value[-1])
+
+
+@handles("batch_norm", "instance_norm", "prelu")
+def _per_channel(walk: Walk, op: Op) -> Value:
+    x, *parameters = walk.inputs(op)
+    reason = f"meets channels that cannot be cut at {_where(op)}"
+    x, channels = walk.one_dim(x, 1, reason)
+    for parameter in parameters:
+        if math.prod(parameter.shape) > 1:
+            walk.tie_or_pin(channels, walk.one_dim(parameter, len(parameter.shape) - 1, reason)[1], reason)
+    return x
+
+
+@handles("layer_norm", "rms_norm")
+def _layer_norm(walk: Walk, op: Op) -> Value:
+    x, *parameters = walk.inputs(op)
+    reason = f"normalised together with the other features by {op.module or 'the model'}"
+    for offset in range(1, len(op.arg(1, "normalized_shape")) + 1):
+        x = walk.freeze(x, len(x.shape) - offset, reason)
+    for parameter in parameters:
+        walk.freeze_all(parameter, reason)
+    return x
+
+
+@handles("scaled_dot_product_attention")
+def _attention(walk: Walk, op: Op) -> Value:
+    q_ref, k_ref, v_ref = (op.arg(i, name) for i, name in enumerate(("query", "key", "value")))
+    mask = op.arg(3, "attn_mask")
+    if len(q_ref.shape) != 4 or q_ref.shape[:2] != v_ref.shape[:2] or k_ref.shape[:2] != v_ref.shape[:2]:
+        return _unknown(walk, op)[0]
+    scores = _product(walk, walk.value(q_ref), _swapped(walk.value(k_ref), -1, -2), op)
+    if mask is not None:
+        scores = walk.elementwise([scores, walk.value(mask)], f"meets a mask that cannot be cut in {_where(op)}")
+    _note_attention(walk, op, scores, q_ref.shape[-1], products=2)
+    return _product(walk, scores, walk.value(v_ref), op)
+
+
+@handles("matmul", "bmm")
+def _matmul(walk: Walk, op: Op) -> Value:
+    a_ref, b_ref = list(refs((op.args, op.kwargs)))
+    if min(len(a_ref.shape), len(b_ref.shape)) < 2:
+        return _unknown(walk, op)[0]
+    result = _product(walk, walk.value(a_ref), walk.value(b_ref), op)
+    if a_ref.name is None and b_ref.name is None:
+        _note_attention(walk, op, result, a_ref.shape[-1], products=1)
+    return result
+
+
+def _product(walk: Walk, a: Value, b: Value, op: Op) -> Value:
+    """Return the value of a @ b: the summed dims are tied or kept, the leading dims meet element by element."""
+    reason = f"summed over in {_where(op)}"
+    row, column = len(a.shape) - 1, len(b.shape) - 2
+    a, a_labels = walk.one_dim(a, row, reason)
+    b, b_labels = walk.one_dim(b, column, reason)
+    walk.tie_or_pin(a_labels, b_labels, reason)
+    a = replace(a, factors=tuple(f for f in a.factors if f.dims != (row,)))
+    b = replace(b, factors=tuple(f for f in b.factors if f.dims != (column,)))
+    left = Value((*a.shape[:-1], 1), a.factors)
+    right = Value((*b.shape[:-2], 1, b.shape[-1]), b.factors)
+    return walk.elementwise([left, right], f"meets values that cannot be cut in {_where(op)}")
+
+
+def _swapped(value: Value, first: int, second: int) -> Value:
+    rank = len(value.shape)
+    order = list(range(rank))
+    order[first], order[second] = order[second], order[first]
+    return _permuted(value, order)
+
+
+def _permuted(value: Value, order: Sequence[int]) -> Value:
+    return value.moved([value.shape[d] for d in order], list(order).index)
+
+
+def _note_attention(walk: Walk, op: Op, scores: Value, inner: int, products: int) -> None:
+    """Note the core of an attention; the two products of a hand-written one are noted as one core."""
+    name, heads = op.module or "attention", math.prod(scores.shape[1:-2])
+    factor = scores.factor_of(1) if len(scores.shape) == 4 else None
+    labels = None
+    if factor is not None:
+        labels = factor.labels if len(factor.dims) == 1 else factor.labels.take(0, 1 - factor.dims.index(1))
+        walk.couplings.mark(labels, "attention heads")
+    before = next((u for u in walk.found.uses if isinstance(u, AttentionUse) and u.name == name), None)
+    if before is not None and products == 1 and before.products == 1:
+        before.products = 2
+    else:
+        source = next(iter(refs((op.args, op.kwargs))))
+        walk.found.uses.append(
+            AttentionUse(name, heads, inner, scores.shape[-2], scores.shape[-1], labels, products, source)
+        )
+
+
+@handles("softmax", "log_softmax", "normalize", "cumsum")
+def _along_dim(walk: Walk, op: Op) -> Value:
+    x = walk.value(op.arg(0, "input"))
+    dim = op.arg(2, "dim", 1) if op.function == "normalize" else op.arg(1, "dim")
+    dims = range(len(x.shape)) if dim is None else [dim]
+    for d in dims:
+        x = walk.freeze(x, d % len(x.shape), f"normalised together with the others by {_where(op)}")
+    return x
+
+
+@handles("mean", "sum", "amax", "amin", "var", "std", "norm")
+def _reduction(walk: Walk, op: Op) -> Value:
+    x = walk.value(op.arg(0, "input"))
+    rank, dims = len(x.shape), op.arg(1, "dim")
+    if op.function == "norm" or not isinstance(dims, (int, tuple, list, type(None))):
+        return _unknown(walk, op)[0]
+    reduced = set(range(rank)) if dims is None else {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+    for dim in reduced:
+        x = walk.freeze(x, dim, f"mixed with the others by {_where(op)}")
+    if len(op.result.shape) == rank:
+        return Value(op.result.shape, x.factors)
+    left = [d for d in range(rank) if d not in reduced]
+    return x.moved(op.result.shape, left.index)
+
+
+@handles(
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample", "pad", "lp_pool2d",
+    "roll", "flip", "unfold_windows", "max_pool2d_with_indices", "boolean_dispatch", "fn", "zero_pad2d",
+)  # fmt: skip
+def _spatial(walk: Walk, op: Op) -> Value | Sequence[Value]:
+    x = walk.value(next(iter(refs((op.args, op.kwargs)))))
+    shapes = _result_shapes(op)
+    if len(shapes) != 1 or len(shapes[0]) != len(x.shape):
+        return _unknown(walk, op)
+    channels = {0, 1} if op.function != "pad" and len(x.shape) == 4 else set()
+    if op.function == "pad":
+        padded = op.arg(1, "pad")
+        channels = {d for d in range(len(x.shape)) if not any(_amounts(padded, len(x.shape) - 1 - d))}
+    for dim in set(range(len(x.shape))) - channels:
+        x = walk.freeze(x, dim, f"moved or padded by {_where(op)}")
+    return Value(shapes[0], x.factors)
+
+
+def _amounts(padded: Sequence[int], place: int) -> Sequence[int]:
+    return padded[2 * place : 2 * place + 2]
+
+
+@handles("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+def _reshape(walk: Walk, op: Op) -> Value:
+    x = walk.value(next(iter(refs((op.args, op.kwargs)))))
+    if any(isinstance(arg, torch.dtype) for arg in op.args):
+        return _unknown(walk, op)[0]
+    return walk.reshape(x, op.result.shape, f"reshaped together with other dimensions by {_where(op)}")
+
+
+@handles("permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim")
+def _permute(walk: Walk, op: Op) -> Value:
+    x = walk.value(op.arg(0, "input"))
+    # The order of the dims is what the same function does to an empty tensor of that rank.
+    probe = torch.empty(0).new_empty(tuple(range(2, len(x.shape) + 2)), device="meta")
+    method = getattr(probe, op.function)
+    options = {name: value for name, value in op.kwargs.items() if name != "input"}
+    moved = method(*op.args[1:], **options) if callable(method) else method
+    return _permuted(x, [size - 2 for size in moved.shape])
+
+
+@handles("expand", "expand_as", "broadcast_to", "repeat", "tile")
+def _expand(walk: Walk, op: Op) -> Value:
+    x, shape = walk.value(next(iter(refs((op.args, op.kwargs))))), op.result.shape
+    offset = len(shape) - len(x.shape)
+    for dim, size in enumerate(x.shape):
+        if size != shape[dim + offset]:
+            x = walk.freeze(x, dim, f"repeated by {_where(op)}")
+    return x.moved(shape, lambda d: d + offset)
+
+
+@handles("cat")
+def _cat(walk: Walk, op: Op) -> Value:
+    values = [walk.value(ref) for ref in op.arg(0, "tensors")]
+    rank = len(values[0].shape)
+    dim = op.arg(1, "dim", 0) % rank
+    reason = f"joined with values that cannot be cut by {_where(op)}"
+    pieces: list[Labels | None] = []
+    others: list[Value] = []
+    for value in values:
+        rest, labels = walk.one_dim(value, dim, reason)
+        pieces.append(labels)
+        shape = tuple(1 if d == dim else size for d, size in enumerate(value.shape))
+        others.append(Value(shape, tuple(f for f in rest.factors if f.dims != (dim,))))
+    joined = walk.elementwise(others, reason)
+    if all(piece is None for piece in pieces):
+        return Value(op.result.shape, joined.factors)
+    whole = [
+        piece if piece is not None else walk.couplings.fresh(v.shape[dim])
+        for piece, v in zip(pieces, values, strict=True)
+    ]
+    for piece, labels in zip(pieces, whole, strict=True):
+        if piece is None:
+            walk.couplings.pin(labels, reason)
+    return Value(op.result.shape, (*joined.factors, Factor((dim,), np.concatenate(whole))))
+
+
+@handles("stack")
+def _stack(walk: Walk, op: Op) -> Value:
+    values = [walk.value(ref) for ref in op.arg(0, "tensors")]
+    joined = walk.elementwise(values, f"stacked with values that cannot be cut by {_where(op)}")
+    dim = op.arg(1, "dim", 0) % len(op.result.shape)
+    return joined.moved(op.result.shape, lambda d: d + (d >= dim))
+
+
+@handles("unbind")
+def _unbind(walk: Walk, op: Op) -> Sequence[Value]:
+    x = walk.value(op.arg(0, "input"))
+    dim = op.arg(1, "dim", 0) % len(x.shape)
+    return [_selected(walk, x, dim, index, op) for index in range(x.shape[dim])]
+
+
+def _selected(walk: Walk, x: Value, dim: int, index: int, op: Op) -> Value:
+    """Return one index of `dim`; of a joint labelling, what is left must be the same at every index."""
+    factor = x.factor_of(dim)
+    if factor is not None:
+        others = tuple(f for f in x.factors if f is not factor)
+        if len(factor.dims) == 1:
+            x = walk.freeze(x, dim, f"picked by its number in {_where(op)}")
+        else:
+            axis = factor.dims.index(dim)
+            part = Factor(tuple(d for d in factor.dims if d != dim), factor.labels.take(index, axis))
+            x = Value(x.shape, (*others, part))
+    shape = x.shape[:dim] + x.shape[dim + 1 :]
+    return x.moved(shape, lambda d: d - (d > dim))
+
+
+@handles("chunk", "split", "tensor_split", "split_with_sizes")
+def _chunk(walk: Walk, op: Op) -> Sequence[Value]:
+    x = walk.value(op.arg(0, "input"))
+    dim = op.arg(2, "dim", 0) % len(x.shape)
+    x, labels = walk.one_dim(x, dim, f"divided by {_where(op)}")
+    shapes = _result_shapes(op)
+    rest = tuple(f for f in x.factors if f.dims != (dim,))
+    if labels is None:
+        return [Value(shape, rest) for shape in shapes]
+    sizes = [shape[dim] for shape in shapes]
+    pieces = np.split(labels, np.cumsum(sizes)[:-1])
+    if len(set(sizes)) > 1:
+        walk.couplings.pin(labels, f"divided into parts of fixed sizes by {_where(op)}")
+    for piece in pieces[1:] if len(set(sizes)) == 1 else []:
+        walk.couplings.tie(pieces[0], piece)  # equal parts must stay equal
+    return [Value(shape, (*rest, Factor((dim,), piece))) for shape, piece in zip(shapes, pieces, strict=True)]
+
+
+@handles("getitem", "select", "narrow")
+def _getitem(walk: Walk, op: Op) -> Value:
+    x = walk.value(op.args[0])
+    key = op.args[1] if op.function == "getitem" else None
+    if op.function == "select":
+        key = (slice(None),) * (op.arg(1, "dim") % len(x.shape)) + (op.arg(2, "index"),)
+    elif op.function == "narrow":
+        start = op.arg(2, "start")
+        key = (slice(None),) * (op.arg(1, "dim") % len(x.shape)) + (slice(start, start + op.arg(3, "length")),)
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if not all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in keys):
+        return _unknown(walk, op)[0]
+    if Ellipsis in keys:
+        place = keys.index(Ellipsis)
+        missing = len(x.shape) - sum(k is not None and k is not Ellipsis for k in keys)
+        keys[place : place + 1] = [slice(None)] * missing
+    dim = 0
+    for k in keys:
+        if k is None:
+            x = x.moved((*x.shape[:dim], 1, *x.shape[dim:]), lambda d, at=dim: d + (d >= at))  # type: ignore[misc]
+            dim += 1
+        elif isinstance(k, int):
+            x = _selected(walk, x, dim, k % x.shape[dim], op)
+        else:
+            size = len(range(*k.indices(x.shape[dim])))
+            if size != x.shape[dim]:
+                x = walk.freeze(x, dim, f"picked by its number in {_where(op)}")
+                x = Value((*x.shape[:dim], size, *x.shape[dim + 1 :]), x.factors)
+            dim += 1
+    return x

@@ -1,0 +1,191 @@
+"""In: a model and one image. Out: the operations of its forward pass, in order, with shapes and parameter names."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import GetSetDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from hirelc_deploy.errors import InputError
+
+BATCH = 2
+"""Images in the traced batch: more than one, so that a size of 1 always means a dimension that carries nothing."""
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor of the trace. `name` is that of a parameter or buffer of the model, else None."""
+
+    uid: int
+    shape: tuple[int, ...]
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of a torch function, its tensors replaced by `TensorRef`.
+
+    Attributes:
+        function: Plain name: `add` for `x + y`, `x += y`, `x.add_(y)` and `torch.add(x, y)`.
+        result: A TensorRef, or a list of them where the function returns several.
+        module: Path of the innermost module whose forward was running.
+    """
+
+    function: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    module: str
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument wherever the caller put it."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass over `BATCH` images. `output` is a TensorRef or a nested container of them."""
+
+    ops: tuple[Op, ...]
+    output: Any
+
+
+def trace(model: nn.Module, example: Tensor) -> Trace:
+    """Run the model once on copies of the first image, in eval mode and without gradients, and record what it does.
+
+    Args:
+        model: Any module; its train/eval flags are as before afterwards.
+        example: (n, channels, height, width) images; only the first is used.
+
+    Raises:
+        InputError: The model cannot run on such an image.
+    """
+    images = example[:1].expand(BATCH, *example.shape[1:]).clone()
+    recorder = _Recorder(model)
+    try:
+        with _eval_mode(model), torch.no_grad(), recorder.module_names(), recorder:
+            output = model(images)
+    except Exception as error:  # the model is the user's code and may raise anything
+        shape = "x".join(str(size) for size in example.shape[1:])
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"model {type(model).__name__}: its forward pass fails on a {shape} image ({reason}). "
+            "Give the image size the model was made for."
+        ) from error
+    return Trace(tuple(recorder.ops), recorder.refs_in(output))
+
+
+def refs(value: Any) -> Iterator[TensorRef]:
+    """Yield every TensorRef inside nested tuples, lists and dicts."""
+    if isinstance(value, TensorRef):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from refs(item)
+    elif isinstance(value, dict):
+        yield from refs(list(value.values()))
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self._path_of = {id(module): path for path, module in model.named_modules()}
+        self._paths = [""]
+        self._count = 0
+        # Identity is by object: a weak reference tells a live tensor from a new one at the address of a dead one.
+        self._known: dict[int, tuple[weakref.ref[Tensor], TensorRef]] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self._remember(tensor, name)
+
+    @contextmanager
+    def module_names(self) -> Iterator[None]:
+        """Keep the path of the running module while models are called inside this context."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            self._paths.append(self._path_of.get(id(module), self._paths[-1]))
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            self._paths.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        arg_refs, kwarg_refs = self.refs_in(args), self.refs_in(kwargs)
+        result = func(*args, **kwargs)
+        if _holds_tensor(result):
+            # An in-place result gets a reference of its own, so that its users are seen as users of the new value.
+            result_refs = self.refs_in(result, renew=True)
+            self.ops.append(Op(_plain_name(func), arg_refs, kwarg_refs, result_refs, self._paths[-1]))
+        return result
+
+    def refs_in(self, value: Any, renew: bool = False) -> Any:
+        """Return `value` with each tensor replaced by its TensorRef."""
+        if isinstance(value, Tensor):
+            known = self._known.get(id(value))
+            if known is None or known[0]() is not value or (renew and known[1].name is None):
+                return self._remember(value, None)
+            return known[1]
+        if isinstance(value, (tuple, list)):
+            items = [self.refs_in(item, renew) for item in value]
+            return tuple(items) if isinstance(value, tuple) else items
+        if isinstance(value, dict):
+            return {key: self.refs_in(item, renew) for key, item in value.items()}
+        return value
+
+    def _remember(self, tensor: Tensor, name: str | None) -> TensorRef:
+        self._count += 1
+        ref = TensorRef(self._count, tuple(tensor.shape), name)
+        self._known[id(tensor)] = (weakref.ref(tensor), ref)
+        return ref
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensor(item) for item in value)
+    return isinstance(value, Tensor)
+
+
+_OPERATOR_NAMES = {
+    **{f"{way}{name}": name for name in ("add", "sub", "mul", "pow") for way in ("r", "i")},
+    **dict.fromkeys(("truediv", "rtruediv", "itruediv", "rdiv", "idiv", "true_divide"), "div"),
+    **dict.fromkeys(("multiply",), "mul"),
+    **dict.fromkeys(("subtract", "rsub"), "sub"),
+    **dict.fromkeys(("concat", "concatenate"), "cat"),
+}
+
+
+def _plain_name(func: Callable[..., Any]) -> str:
+    name = func.__name__
+    owner = getattr(func, "__self__", None)
+    if name == "__get__" and isinstance(owner, (property, GetSetDescriptorType)):
+        name = getattr(owner, "__name__", name)
+    name = name.strip("_")
+    return _OPERATOR_NAMES.get(name, name)
