@@ -1,0 +1,327 @@
+"""In: a layer's shape, widths and precision. Out: its milliseconds on one device, measured once and kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.model_graph import LayerShape
+from hirelc_deploy.measure.backend import Backend, OperatorTime, Precision
+from hirelc_deploy.measure.machine import describe, fingerprint
+
+SCHEMA_VERSION = 1
+OPSET, IR_VERSION = 20, 10
+
+SECONDS_PER_LAYER = 0.01
+"""Time spent running one layer, beside loading it: a search asks for hundreds."""
+LEAST_RUNS, MOST_RUNS = 10, 100
+MACS_PER_SECOND = 2e10
+"""Only to choose the number of runs: about what one core does in float."""
+
+LAYER, BORDER = "layer/", "border/"
+"""Prefixes of the names of nodes that count, and of conversions between float and integer at the file's two ends, which
+do not: inside a network the neighbours speak the same format."""
+CONVERSIONS = frozenset({"Transpose", "ReorderInput", "ReorderOutput"})
+"""What a runtime itself adds at the ends to turn images into the layout of its convolutions, and back."""
+
+_ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "hardswish": "HardSwish"}
+
+
+@dataclass(frozen=True)
+class LayerKey:
+    """One entry of the table. `in_features` of attention counts its heads; a depthwise layer has equal widths."""
+
+    shape: LayerShape
+    in_features: int
+    out_features: int
+    precision: str
+
+
+class LatencyTable:
+    """Times of single layers on one device.
+
+    A layer's time is that of its own kernels inside a one-layer file, from the runtime's own profile: conversions at
+    the file's ends do not count, nor does the call from Python. Entries are kept in an append-only file of JSON lines,
+    per machine and runtime version, so equal layers are measured once, ever.
+    """
+
+    def __init__(self, backend: Backend, path: Path | None, threads: int = 1) -> None:
+        """Open a table; `path` need not exist yet, and None keeps nothing on disk. Broken lines are skipped."""
+        self._backend, self._path, self._threads = backend, path, threads
+        self._precisions = {precision.name: precision for precision in backend.precisions()}
+        self._machine = fingerprint(describe(backend))
+        self._ms: dict[str, float] = {}
+        self._ends_mid_line = False
+        self.measured = 0
+        """Number of layers that this object has measured itself."""
+        if path is not None and path.exists():
+            self._read(path)
+
+    def layer_ms(self, shape: LayerShape, in_features: int, out_features: int, precision: str) -> float:
+        """Return milliseconds of one layer at batch 1; measures it if this machine has not done so before.
+
+        Raises:
+            InputError: a precision that the device does not execute, or widths that the shape cannot take.
+        """
+        key = LayerKey(shape, in_features, out_features, precision)
+        text = self._key_text(key)
+        if text not in self._ms:
+            self._ms[text] = self._measure(key)
+            self.measured += 1
+            self._append(text)
+        return self._ms[text]
+
+    def measure_many(self, keys: Sequence[LayerKey], progress: Callable[[int, int], None] | None = None) -> list[float]:
+        """Return milliseconds of many layers; `progress` hears (done, all)."""
+        times = []
+        for done, key in enumerate(keys, 1):
+            times.append(self.layer_ms(key.shape, key.in_features, key.out_features, key.precision))
+            if progress is not None:
+                progress(done, len(keys))
+        return times
+
+    def _measure(self, key: LayerKey) -> float:
+        model, image_shape, macs = layer_model(key, self._precisions[self._execution(key)])
+        runs = int(min(max(SECONDS_PER_LAYER * MACS_PER_SECOND / macs, LEAST_RUNS), MOST_RUNS))
+        image = np.random.default_rng(0).standard_normal(image_shape).astype(np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "layer.onnx"
+            path.write_bytes(model.SerializeToString())
+            operators = self._backend.build(path, self._threads).profile(image, runs)
+        return sum(operator.microseconds for operator in operators if _counts(operator, key.shape.kind)) / 1000.0
+
+    def _execution(self, key: LayerKey) -> str:
+        """Return the precision the layer runs in: attention between its projections is float in every plan."""
+        if key.precision not in self._precisions:
+            known = ", ".join(self._precisions)
+            raise InputError(f"precision {key.precision!r} is not one that {self._backend.name} executes: {known}.")
+        return "float" if key.shape.kind == "attention" else key.precision
+
+    def _key_text(self, key: LayerKey) -> str:
+        shape = dataclasses.asdict(key.shape)
+        features = [key.in_features, key.out_features]
+        return json.dumps([shape, *features, self._execution(key), self._threads], sort_keys=True)
+
+    def _read(self, path: Path) -> None:
+        try:
+            text = path.read_text("utf-8", "replace")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read as a latency table ({error}).") from None
+        self._ends_mid_line = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                if entry["schema_version"] == SCHEMA_VERSION and entry["machine"] == self._machine:
+                    self._ms[json.dumps(entry["layer"], sort_keys=True)] = float(entry["ms"])
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the machine stopped; its layer is measured again
+
+    def _append(self, text: str) -> None:
+        if self._path is None:
+            return
+        entry = {"schema_version": SCHEMA_VERSION, "machine": self._machine, "layer": json.loads(text)}
+        line = json.dumps({**entry, "ms": self._ms[text]}) + "\n"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("\n" + line if self._ends_mid_line else line)
+        except OSError as error:
+            raise InputError(
+                f"{self._path}: cannot be written ({error}); choose another place for the table."
+            ) from None
+        self._ends_mid_line = False
+
+
+def calibrate(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
+    """Return (a, c) >= 0 that fit measured = a + c * predicted best by least squares of relative errors.
+
+    `a` is what no layer's kernel shows (calls, pooling, additions), `c` what neighbours do to each other in caches.
+    Relative, because a network ten times smaller matters as much. With one pair, or equal predictions, a is 0.
+    """
+    sums, times = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
+    if sums.shape != times.shape or sums.size == 0 or not (sums > 0).all() or not (times > 0).all():
+        raise InputError("calibrate: needs equally many predicted and measured times, at least one, all above 0.")
+    only_scale = 0.0, float((sums / times).sum() / ((sums / times) ** 2).sum())
+    if np.ptp(sums) <= 1e-9 * sums.max():
+        return only_scale
+    # Two unknowns: the least squares optimum is the free one, or lies on an edge.
+    (a, c), *_ = np.linalg.lstsq(np.stack([1 / times, sums / times], axis=1), np.ones(len(times)), rcond=None)
+    if a < 0:
+        return only_scale
+    if c < 0:
+        return float((1 / times).sum() / ((1 / times) ** 2).sum()), 0.0
+    return float(a), float(c)
+
+
+def layer_model(key: LayerKey, precision: Precision) -> tuple[onnx.ModelProto, tuple[int, ...], int]:
+    """Return (one-layer ONNX model of batch 1, shape of its float32 input, multiply-accumulates).
+
+    An integer convolution gets its input as integers and leaves integers, as between two convolutions. An integer
+    linear layer rounds its own input and leaves floats, as behind a layer norm, a GELU or attention. What an activation
+    costs is part of the layer: ReLU nothing where the runtime folds it, SiLU in float between two conversions.
+    """
+    builders = {"conv": _conv, "linear": _linear, "attention": _attention}
+    if key.shape.kind not in builders:
+        raise InputError(f"layer kind {key.shape.kind!r} has no timing; known: {', '.join(builders)}.")
+    if min(key.in_features, key.out_features) < 1:
+        raise InputError(f"layer: widths {key.in_features} -> {key.out_features}; both must be at least 1.")
+    graph = _Graph(None if precision.name == "float" else precision)
+    image_shape, output, macs = builders[key.shape.kind](graph, key)
+    return graph.model(image_shape, output), image_shape, macs
+
+
+def _counts(operator: OperatorTime, kind: str) -> bool:
+    if operator.name.startswith(BORDER):
+        return False
+    # A runtime turns layouts around a convolution once per network, but those of attention are its own work.
+    return kind != "conv" or operator.operator not in CONVERSIONS
+
+
+class _Graph:
+    """Nodes and constants of a model in the making; `integer` is None for a float layer."""
+
+    def __init__(self, integer: Precision | None) -> None:
+        self.integer = integer
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def add(self, operator: str, *inputs: str, prefix: str = LAYER, outputs: int = 1, **attributes: Any) -> str:
+        """Append a node and return its first output; further ones end in `.1`, `.2`."""
+        name = f"{prefix}{len(self.nodes)}/{operator}"
+        results = [name, *(f"{name}.{index}" for index in range(1, outputs))]
+        self.nodes.append(helper.make_node(operator, list(inputs), results, name, **attributes))
+        return name
+
+    def constant(self, value: NDArray[Any] | np.generic) -> str:
+        """Append a constant and return its name."""
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), f"constant{len(self.constants)}"))
+        return str(self.constants[-1].name)
+
+    def quantized(self, tensor: str, prefix: str, top: float = 4.0, signed: bool = True) -> str:
+        """Return `tensor` after rounding to 256 steps over [-top, top], or [0, top] if not signed, and back."""
+        assert self.integer is not None
+        dtype = np.dtype(self.integer.activation_type)
+        lowest = int(np.iinfo(dtype).min)
+        scale = self.constant(np.float32(top * (2 if signed else 1) / 255))
+        zero = self.constant(np.array(lowest + (128 if signed else 0), dtype))
+        integers = self.add("QuantizeLinear", tensor, scale, zero, prefix=prefix)
+        return self.add("DequantizeLinear", integers, scale, zero, prefix=prefix)
+
+    def weight(self, shape: tuple[int, ...], channel_axis: int, input_scale: float = 8 / 255) -> tuple[str, str]:
+        """Return names of a weight and a bias of `shape[channel_axis]`, dequantized per channel if integer."""
+        # A short tile repeated: no timing depends on the values, and drawing millions of them would.
+        fan_in = math.prod(shape) // shape[channel_axis]
+        rng = np.random.default_rng(0)
+        channels = shape[channel_axis]
+        if self.integer is None:
+            tile = rng.standard_normal(4099).astype(np.float32) / np.float32(math.sqrt(fan_in))
+            return self.constant(np.resize(tile, shape)), self.constant(np.full(channels, 0.1, np.float32))
+        tile = rng.integers(-63, 64, 4099).astype(np.int8)
+        scales = np.full(channels, 1 / 64 / math.sqrt(fan_in), np.float32)
+        scale, bias_scale = self.constant(scales), self.constant(scales * np.float32(input_scale))
+        weight = self.constant(np.resize(tile, shape))
+        bias = self.constant(np.full(channels, 9, np.int32))
+        # ONNX means zero where no zero point is given, but ONNX Runtime 1.31 then computes a Gemm in float.
+        zero, bias_zero = self.constant(np.zeros(channels, np.int8)), self.constant(np.zeros(channels, np.int32))
+        return (
+            self.add("DequantizeLinear", weight, scale, zero, axis=channel_axis),
+            self.add("DequantizeLinear", bias, bias_scale, bias_zero, axis=0),
+        )
+
+    def activation(self, kind: str, tensor: str) -> str:
+        """Return `tensor` after an activation function; `` changes nothing."""
+        if not kind:
+            return tensor
+        if kind == "relu6":
+            return self.add("Clip", tensor, self.constant(np.float32(0)), self.constant(np.float32(6)))
+        if kind == "silu":
+            return self.add("Mul", tensor, self.add("Sigmoid", tensor))
+        if kind not in _ACTIVATIONS:
+            raise InputError(f"activation {kind!r} has no timing; known: relu6, silu, {', '.join(_ACTIVATIONS)}.")
+        return self.add(_ACTIVATIONS[kind], tensor)
+
+    def model(self, input_shape: tuple[int, ...], output: str) -> onnx.ModelProto:
+        """Return the model from float32 `input` to `output`, both at the file's ends."""
+        used = {name for node in self.nodes for name in node.input}
+        graph = helper.make_graph(
+            self.nodes,
+            "layer",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape)],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            [constant for constant in self.constants if constant.name in used],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+def _conv(graph: _Graph, key: LayerKey) -> tuple[tuple[int, ...], str, int]:
+    shape, inputs, outputs = key.shape, key.in_features, key.out_features
+    groups = inputs if shape.depthwise else shape.groups
+    if inputs % groups or outputs % groups:
+        raise InputError(f"convolution: {inputs} -> {outputs} channels do not divide into {groups} groups.")
+    image_shape = (1, inputs, *shape.input_size)
+    weight_shape = (outputs, inputs // groups, *shape.kernel)
+    tensor = "input" if graph.integer is None else graph.quantized("input", BORDER)
+    tensor = graph.add(
+        "Conv",
+        tensor,
+        *graph.weight(weight_shape, 0),
+        kernel_shape=shape.kernel,
+        strides=shape.stride,
+        pads=(*shape.padding, *shape.padding),
+        dilations=shape.dilation,
+        group=groups,
+    )
+    if graph.integer is None:
+        tensor = graph.activation(shape.activation, tensor)
+    elif shape.activation in ("", "relu", "relu6"):
+        # A range that starts at 0, and ends at 6 for ReLU6, makes rounding do what the activation did.
+        tensor = graph.quantized(tensor, BORDER, top=6.0, signed=not shape.activation)
+    else:
+        tensor = graph.activation(shape.activation, graph.quantized(tensor, LAYER))
+        tensor = graph.quantized(tensor, LAYER)
+        tensor = _uncounted_end(graph, tensor)
+    return image_shape, tensor, shape.positions * math.prod(weight_shape)
+
+
+def _uncounted_end(graph: _Graph, tensor: str) -> str:
+    # The last conversion back to float belongs to the file's end, not to the layer.
+    last = graph.nodes.pop()
+    return graph.add("DequantizeLinear", *last.input, prefix=BORDER) if tensor == last.output[0] else tensor
+
+
+def _linear(graph: _Graph, key: LayerKey) -> tuple[tuple[int, ...], str, int]:
+    positions, inputs, outputs = key.shape.positions, key.in_features, key.out_features
+    tensor = "input" if graph.integer is None else graph.quantized("input", LAYER)
+    tensor = graph.add("Gemm", tensor, *graph.weight((inputs, outputs), 1))
+    return (positions, inputs), graph.activation(key.shape.activation, tensor), positions * inputs * outputs
+
+
+def _attention(graph: _Graph, key: LayerKey) -> tuple[tuple[int, ...], str, int]:
+    tokens, heads, size = key.shape.positions, key.in_features, key.shape.head_dim
+    if size < 1:
+        raise InputError(f"attention: head_dim is {size}; it must be at least 1.")
+
+    def integers(*values: int) -> str:
+        return graph.constant(np.array(values, np.int64))
+
+    split = graph.add("Reshape", "input", integers(1, tokens, 3, heads, size))
+    turned = graph.add("Transpose", split, perm=(2, 0, 3, 1, 4))
+    parts = graph.add("Split", turned, outputs=3, axis=0, num_outputs=3)
+    query, keys, value = (graph.add("Squeeze", f"{parts}{end}", integers(0)) for end in ("", ".1", ".2"))
+    query = graph.add("Mul", query, graph.constant(np.float32(size**-0.5)))
+    scores = graph.add("MatMul", query, graph.add("Transpose", keys, perm=(0, 1, 3, 2)))
+    mixed = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), value)
+    output = graph.add("Reshape", graph.add("Transpose", mixed, perm=(0, 2, 1, 3)), integers(tokens, heads * size))
+    return (tokens, 3 * heads * size), output, 2 * heads * tokens * tokens * size
