@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -109,6 +110,8 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
         the output's scale.
     """
 
+    uniform = uniform_plan(graph, 0.5, "float").keep
+
     def difference(units: tuple[Unit, ...]) -> float:
         half = {u.name: np.arange(u.size - uniform[u.name], u.size, dtype=np.int64) for u in units}
         part = replace(graph, units=units)
@@ -116,11 +119,11 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
         try:
             sliced = _outputs(slice_model(model, part, half), example)
         except Exception:  # the model is the user's code and may raise anything once its sizes change
-            return float("inf")
+            return math.inf
         if sliced.shape != masked.shape:
-            return float("inf")
+            return math.inf
         error = float((sliced - masked).abs().max() / masked.abs().max().clamp_min(1e-12))
-        return error if error == error else float("inf")
+        return error if math.isfinite(error) else math.inf
 
     def faulty(units: tuple[Unit, ...]) -> list[Unit]:
         if not units or difference(units) <= 1e-4:
@@ -130,7 +133,6 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
         middle = len(units) // 2
         return faulty(units[:middle]) + faulty(units[middle:])
 
-    uniform = uniform_plan(graph, 0.5, "float").keep
     bad = faulty(graph.units)
     if bad:
         reasons = tuple(
@@ -177,7 +179,7 @@ def rebuild(model_uncut: nn.Module, shapes: Mapping[str, list[int]], state_dict:
                     continue
                 if id(tensor) not in resized:
                     resized[id(tensor)] = _like(tensor, tensor.detach().new_empty(tuple(shape)))
-                table[name] = resized[id(tensor)]  # type: ignore[assignment]
+                table[name] = resized[id(tensor)]
     _fix_attributes(model_uncut)
     try:
         model_uncut.load_state_dict(dict(state_dict))
@@ -201,9 +203,9 @@ def _fix_linear(linear: nn.Linear) -> None:
     linear.out_features, linear.in_features = linear.weight.shape
 
 
-def _fix_batch_norm(norm: nn.Module) -> None:
+def _fix_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> None:
     sized = norm.running_mean if norm.running_mean is not None else norm.weight
-    if isinstance(sized, Tensor):
+    if sized is not None:
         norm.num_features = len(sized)
 
 
@@ -216,8 +218,9 @@ def _fix_heads(attention: nn.Module) -> None:
 
     Runs before its layers are fixed: their attributes still tell the old width, their weights the new one.
     """
-    layers = [child for child in attention.children() if isinstance(child, nn.Linear)]
-    ratios = {(layer.weight.shape[0], layer.out_features) for layer in layers if len(layer.weight) < layer.out_features}
+    linears = [child for child in attention.children() if isinstance(child, nn.Linear)]
+    ratios = {(len(linear.weight), linear.out_features) for linear in linears}
+    ratios = {(new, whole) for new, whole in ratios if new < whole}
     for name in (*_HEAD_COUNTS, *_INNER_WIDTHS):
         old = getattr(attention, name, None)
         if type(old) is int and ratios:

@@ -107,7 +107,6 @@ class WeightUse:
 
     name: str
     kind: str
-    module: str
     weight: str
     input: TensorRef
     output: TensorRef
@@ -234,9 +233,7 @@ class Walk:
         """Return the value of an elementwise operation with broadcasting: aligned labels are tied."""
         shape = np.broadcast_shapes(*(value.shape for value in values))
         rank = len(shape)
-        aligned = [
-            v.moved((1,) * (rank - len(v.shape)) + v.shape, lambda d, v=v: d + rank - len(v.shape)) for v in values
-        ]  # type: ignore[misc]
+        aligned = [_with_rank(value, rank) for value in values]
         for dim in range(rank):
             wide = [i for i, v in enumerate(aligned) if v.shape[dim] > 1]
             if any(aligned[i].factor_of(dim) is None for i in wide):
@@ -314,6 +311,11 @@ class Walk:
         dense = dense.reshape(roots.shape)
         trial.tie(dense, dense[_only(axis, roots.ndim)])
         return len(np.unique(trial.roots(dense)))
+
+
+def _with_rank(value: Value, rank: int) -> Value:
+    missing = rank - len(value.shape)
+    return value.moved((1,) * missing + value.shape, lambda dim: dim + missing)
 
 
 def _only(axis: int, rank: int) -> tuple[slice, ...]:
@@ -450,9 +452,8 @@ def _conv2d(walk: Walk, op: Op) -> Value:
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         padding = [size // 2 for size in total]
-    use = _weight_use(walk, op, "conv", x_ref, w_ref, channels, inputs, filters)
-    if use is not None:
-        use.groups, use.kernel, use.stride, use.padding, use.dilation = groups, kernel, stride, _pair(padding), dilation
+    use = _weight_use(walk, op, "conv", (channels, w_ref.shape[0]), (inputs, filters))
+    use.groups, use.kernel, use.stride, use.padding, use.dilation = groups, kernel, stride, _pair(padding), dilation
     kept = tuple(f for f in x.factors if f.dims == (0,))
     return Value(op.result.shape, kept + _factors_at(1, filters))
 
@@ -467,31 +468,23 @@ def _linear(walk: Walk, op: Op) -> Value:
     weight, columns = walk.one_dim(weight, 1, reason)
     walk.tie_or_pin(inputs, columns, "it reads the image" if inputs is None else reason)
     _tie_bias(walk, op.arg(2, "bias"), rows)
-    _weight_use(walk, op, "linear", x_ref, w_ref, x_ref.shape[-1], inputs, rows)
+    _weight_use(walk, op, "linear", (x_ref.shape[-1], w_ref.shape[0]), (inputs, rows))
     kept = tuple(f for f in x.factors if last not in f.dims)
     return Value(op.result.shape, kept + _factors_at(last, rows))
 
 
 def _weight_use(
-    walk: Walk,
-    op: Op,
-    kind: str,
-    x: TensorRef,
-    weight: TensorRef,
-    inputs: int,
-    read: Labels | None,
-    made: Labels | None,
-) -> WeightUse | None:
+    walk: Walk, op: Op, kind: str, features: tuple[int, int], labels: tuple[Labels | None, Labels | None]
+) -> WeightUse:
     """Note the layer, or keep what it touches where its weight is not the plain weight of a layer module."""
+    x, weight = op.arg(0, "input"), op.arg(1, "weight")
     layer = walk.modules.get(op.module)
-    is_layer = isinstance(layer, (nn.Conv2d, nn.Linear)) and weight.name == f"{op.module}.weight"
-    if not is_layer:
-        reason = f"computed in {op.module or 'the model itself'}, which is not a plain layer module"
-        for labels in (read, made):
-            if labels is not None:
-                walk.couplings.pin(labels, reason)
-    name = weight.name.rpartition(".")[0] if weight.name is not None else op.module
-    use = WeightUse(name, kind, op.module, weight.name or "", x, op.result, inputs, weight.shape[0], read, made)
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or weight.name != f"{op.module}.weight":
+        for array in labels:
+            if array is not None:
+                walk.couplings.pin(array, f"computed in {op.module or 'the model itself'}, not in a plain layer module")
+    name = op.module if weight.name is None else weight.name.rpartition(".")[0]
+    use = WeightUse(name, kind, weight.name or "", x, op.result, *features, *labels)
     walk.found.uses.append(use)
     return use
 
@@ -589,7 +582,7 @@ def _note_attention(walk: Walk, op: Op, scores: Value, inner: int, products: int
     factor = scores.factor_of(1) if len(scores.shape) == 4 else None
     labels = None
     if factor is not None:
-        labels = factor.labels if len(factor.dims) == 1 else factor.labels.take(0, 1 - factor.dims.index(1))
+        labels = factor.labels if len(factor.dims) == 1 else factor.labels.take([0], 1 - factor.dims.index(1)).ravel()
         walk.couplings.mark(labels, "attention heads")
     before = next((u for u in walk.found.uses if isinstance(u, AttentionUse) and u.name == name), None)
     if before is not None and products == 1 and before.products == 1:
@@ -627,8 +620,8 @@ def _reduction(walk: Walk, op: Op) -> Value:
 
 
 @handles(
-    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "upsample", "pad", "lp_pool2d",
-    "roll", "flip", "unfold_windows", "max_pool2d_with_indices", "boolean_dispatch", "fn", "zero_pad2d",
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate",
+    "upsample", "pad", "lp_pool2d", "roll", "flip", "max_pool2d_with_indices", "boolean_dispatch", "fn",
 )  # fmt: skip
 def _spatial(walk: Walk, op: Op) -> Value | Sequence[Value]:
     x = walk.value(next(iter(refs((op.args, op.kwargs)))))
@@ -727,7 +720,7 @@ def _selected(walk: Walk, x: Value, dim: int, index: int, op: Op) -> Value:
             x = walk.freeze(x, dim, f"picked by its number in {_where(op)}")
         else:
             axis = factor.dims.index(dim)
-            part = Factor(tuple(d for d in factor.dims if d != dim), factor.labels.take(index, axis))
+            part = Factor(tuple(d for d in factor.dims if d != dim), factor.labels.take([index], axis).squeeze(axis))
             x = Value(x.shape, (*others, part))
     shape = x.shape[:dim] + x.shape[dim + 1 :]
     return x.moved(shape, lambda d: d - (d > dim))

@@ -71,7 +71,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     images = example[:1].expand(BATCH, *example.shape[1:]).clone()
     recorder = _Recorder(model)
     try:
-        with _eval_mode(model), torch.no_grad(), recorder.module_names(), recorder:
+        with eval_mode(model), torch.no_grad(), recorder.module_names(), recorder:
             output = model(images)
     except Exception as error:  # the model is the user's code and may raise anything
         shape = "x".join(str(size) for size in example.shape[1:])
@@ -95,7 +95,8 @@ def refs(value: Any) -> Iterator[TensorRef]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode, and give every module its own train/eval flag back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

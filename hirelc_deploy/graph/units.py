@@ -47,7 +47,7 @@ def build_graph(
     groups = _groups(found, layers)
     units, why = _units(groups, found, layers, block_of)
     units = _chosen(units, why, layers, exclude, include)
-    table = _layer_table(model, traced, found, layers, block_of, units)
+    table = _layer_table(model, traced, found, block_of, units)
     blocks = list(dict.fromkeys(block_of[use.name] for use in layers))
     for unit in units:
         if unit.block not in blocks:
@@ -261,12 +261,7 @@ def _kept_whole(
 
 
 def _layer_table(
-    model: nn.Module,
-    traced: Trace,
-    found: Labelled,
-    layers: Sequence[WeightUse | AttentionUse],
-    block_of: Mapping[str, str],
-    units: Sequence[Unit],
+    model: nn.Module, traced: Trace, found: Labelled, block_of: Mapping[str, str], units: Sequence[Unit]
 ) -> tuple[Layer, ...]:
     roots = found.couplings.roots
     unit_of = {
@@ -286,31 +281,27 @@ def _layer_table(
         name = max(dict.fromkeys(known), key=known.count)
         return name, known.count(name) // next(unit.size for unit in units if unit.name == name)
 
+    def made(
+        use: WeightUse | AttentionUse,
+        shape: LayerShape,
+        read: tuple[str | None, int],
+        written: tuple[str | None, int],
+        params: int,
+    ) -> Layer:
+        ends = (use.heads, use.heads) if isinstance(use, AttentionUse) else (use.in_features, use.out_features)
+        units, per_element = (read[0], written[0]), (read[1], written[1])
+        return Layer(use.name, shape, block_of[use.name], *ends, *units, *per_element, params, macs[use.name])
+
     macs: dict[str, int] = {}
     for use in found.uses:
         macs[use.name] = macs.get(use.name, 0) + _macs(use)
     parameters = dict(model.named_parameters())
     activation_after = _activations(traced)
     table = []
-    for use in layers:
+    for use in _merged_uses(found):
         if isinstance(use, AttentionUse):
-            unit, per_element = side(use.labels)
             shape = LayerShape("attention", use.queries, (1, use.keys), head_dim=use.head_dim)
-            table.append(
-                Layer(
-                    use.name,
-                    shape,
-                    block_of[use.name],
-                    use.heads,
-                    use.heads,
-                    unit,
-                    unit,
-                    per_element,
-                    per_element,
-                    0,
-                    macs[use.name],
-                )
-            )
+            table.append(made(use, shape, side(use.labels), side(use.labels), 0))
             continue
         shape = LayerShape(
             use.kind,
@@ -324,24 +315,8 @@ def _layer_table(
             1 if use.depthwise else use.groups,
             activation=activation_after(use.output.uid),
         )
-        in_unit, in_per_element = side(use.in_labels)
-        out_unit, out_per_element = side(use.out_labels)
         params = sum(parameters[n].numel() for n in (use.weight, f"{use.name}.bias") if n in parameters)
-        table.append(
-            Layer(
-                use.name,
-                shape,
-                block_of[use.name],
-                use.in_features,
-                use.out_features,
-                in_unit,
-                out_unit,
-                in_per_element,
-                out_per_element,
-                params,
-                macs[use.name],
-            )  # fmt: skip
-        )
+        table.append(made(use, shape, side(use.in_labels), side(use.out_labels), params))
     return tuple(table)
 
 
