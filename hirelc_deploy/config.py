@@ -131,9 +131,9 @@ class JobConfig:
     threads: int = 1
     recovery_epochs: float = 1.0
     exclude: tuple[str, ...] = ()
-    preprocess: PreprocessConfig = PreprocessConfig()
-    limits: Limits = Limits()
-    search: SearchConfig = SearchConfig()
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    limits: Limits = field(default_factory=Limits)
+    search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)

@@ -13,6 +13,7 @@ import json
 import sys
 import tomllib
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -303,7 +304,9 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     if file.suffix not in (".pth", ".pt", ".bin"):
         raise InputError(f"{file}: weights are read from .safetensors, .pth, .pt and .bin files.")
     try:
-        value = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, which tell the user nothing
+            value = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch names no base class for what a broken or hostile file makes it raise
         raise InputError(
             f"{file}: refused, it holds more than plain tensors or is broken ({_first_line(error)}); "
