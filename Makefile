@@ -1,8 +1,8 @@
 # `make demo` and `make test` do everything on a fresh machine, the virtual environment in .venv included.
 #
 #   make demo PYTHON=python3.12        with another Python (3.11 or newer)
-#   make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
-#                                      where the package index has only the large CUDA build of torch
+#   make demo TORCH_ARGS="--index-url URL"
+#                                      with PyTorch's own CPU index, where the default index gives the large CUDA build
 
 PYTHON ?= python3
 TORCH_ARGS ?=
