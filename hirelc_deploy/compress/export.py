@@ -204,7 +204,10 @@ def _torch_export(model: nn.Module, example: Tensor) -> ModelProto:
     layers = []
     for node in proto.graph.node:
         scopes = {item.key: item.value for item in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
-        layers.append(next((name for name in reversed(ast.literal_eval(scopes)) if name in modules), ""))
+        # A convolution that took in its BatchNorm has the scope of the latter, but still the weight of its own layer.
+        owners = [tensor.rpartition(".")[0] for tensor in node.input if node.op_type in WEIGHT_OPERATORS]
+        candidates = [*filter(None, owners), *reversed(ast.literal_eval(scopes))]
+        layers.append(next((name for name in candidates if name in modules), ""))
     _name_nodes(proto, layers)
     return proto
 
@@ -246,6 +249,8 @@ def _finish(proto: ModelProto, example: Tensor, dynamic_batch: bool) -> ModelPro
     """Pin every dimension but the batch, use GlobalAveragePool, fold constants."""
     graph = proto.graph
     for value in graph.input:
+        if dynamic_batch and value.type.tensor_type.shape.dim[0].HasField("dim_value"):
+            raise ExportError("what it computes depends on the number of images")
         for dimension, size in list(zip(value.type.tensor_type.shape.dim, example.shape, strict=True))[dynamic_batch:]:
             dimension.Clear()
             dimension.dim_value = size

@@ -173,7 +173,13 @@ class Histogram:
         return best
 
 
-def calibrate(float_model: Path, images: Iterable[NDArray[np.float32]], method: str = "minmax") -> Ranges:
+DEFAULT_METHOD = "percentile"
+"""Divergence from the float file, in 1e-4 nats, of minmax / percentile / mse with 256 images: 7.3 / 5.8 / 3.4 on a
+CIFAR-10 ResNet-18, 17.5 / 13.4 / 18.8 on a ViT with everything integer, 6.0 / 3.8 / 7.1 with its weight layers integer.
+Better than the plain range on all three; accuracy could not tell the methods apart."""
+
+
+def calibrate(float_model: Path, images: Iterable[NDArray[np.float32]], method: str = DEFAULT_METHOD) -> Ranges:
     """Run the float file on calibration images and return the range of every float tensor.
 
     One pass; memory depends on the size of a batch and not on how many there are.

@@ -1,0 +1,178 @@
+"""In: small torch models. Out: proof that their ONNX files compute the same, name their layers, and fail in words."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
+from hirelc_deploy.compress import export
+from hirelc_deploy.demo.model import DemoNet
+from hirelc_deploy.errors import ExportError, InputError
+
+
+def small_cnn():
+    torch.manual_seed(0)
+    model = DemoNet(widths=(8, 16), blocks_per_stage=1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def small_vit():
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=16, patch_size=8, num_classes=5, embed_dim=32, depth=2, num_heads=2).eval()
+
+
+def images(count, size=16, seed=1):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def run(path, batch):
+    session = export.open_session(path)
+    return session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
+
+
+def operators(path):
+    return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+
+
+@pytest.mark.parametrize("build", [small_cnn, small_vit])
+def test_the_file_computes_what_torch_computes_at_any_batch(build, tmp_path):
+    model = build()
+    export.export_onnx(model, images(2), tmp_path / "m.onnx")
+    for count in (1, 5):
+        with torch.no_grad():
+            wanted = model(images(count)).numpy()
+        np.testing.assert_allclose(run(tmp_path / "m.onnx", images(count)), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [small_cnn, small_vit])
+@pytest.mark.parametrize("static", [False, True])
+def test_every_weight_layer_of_torch_is_the_layer_of_one_node(build, static, tmp_path):
+    model = build()
+    path = tmp_path / "m.onnx"
+    export.export_onnx(model, images(2), path)
+    if static:
+        export.set_static_batch(path, path)
+    layers = export.layer_of_node(onnx.load(str(path)))
+    expected = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert sorted(layers.values()) == sorted(expected)
+
+
+def test_a_node_carries_the_weight_of_the_layer_it_is_named_after(tmp_path):
+    model = small_vit()
+    export.export_onnx(model, images(2), tmp_path / "m.onnx")
+    proto = onnx.load(str(tmp_path / "m.onnx"))
+    weights = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
+    layers = export.layer_of_node(proto)
+    for node in proto.graph.node:
+        if node.name in layers:
+            theirs = model.get_submodule(layers[node.name]).weight.detach().numpy()
+            ours = weights[node.input[1]]
+            np.testing.assert_array_equal(ours.T if node.op_type == "MatMul" else ours, theirs)
+
+
+def test_batch_norm_is_folded_and_means_are_pools(tmp_path):
+    export.export_onnx(small_cnn(), images(2), tmp_path / "m.onnx")
+    found = operators(tmp_path / "m.onnx")
+    assert found["BatchNormalization"] == found["ReduceMean"] == found["Identity"] == 0
+    assert found["GlobalAveragePool"] == 1
+
+
+def test_a_static_file_has_no_shape_arithmetic_and_adds_biases_in_gemm(tmp_path):
+    model = small_vit()
+    export.export_onnx(model, images(2), tmp_path / "m.onnx")
+    export.set_static_batch(tmp_path / "m.onnx", tmp_path / "s.onnx")
+    found = operators(tmp_path / "s.onnx")
+    assert found["Shape"] == 0
+    assert found["Gemm"] == sum(isinstance(module, nn.Linear) for module in model.modules())
+    session = export.open_session(tmp_path / "s.onnx")
+    assert session.get_inputs()[0].shape == [1, 3, 16, 16]
+    np.testing.assert_allclose(run(tmp_path / "s.onnx", images(1)), run(tmp_path / "m.onnx", images(1)), atol=1e-5)
+
+
+def test_a_file_can_be_written_for_one_batch_size(tmp_path):
+    model = small_cnn()
+    export.export_onnx(model, images(3), tmp_path / "m.onnx", dynamic_batch=False)
+    session = export.open_session(tmp_path / "m.onnx")
+    assert session.get_inputs()[0].shape == [3, 3, 16, 16]
+    assert session.get_outputs()[0].shape == [3, 10]
+
+
+def test_export_leaves_the_model_in_training_mode_if_it_was(tmp_path):
+    model = small_cnn().train()
+    export.export_onnx(model, images(2), tmp_path / "m.onnx")
+    assert model.training
+    assert model.bn1.training
+
+
+def test_the_slow_exporter_takes_over_and_names_layers_alike(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ExportError("not this one")
+
+    monkeypatch.setattr(export, "_torchscript", refuse)
+    model = small_cnn()
+    export.export_onnx(model, images(2), tmp_path / "m.onnx")
+    layers = export.layer_of_node(onnx.load(str(tmp_path / "m.onnx")))
+    expected = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert sorted(layers.values()) == sorted(expected)
+
+
+class DependsOnBatch(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) * (2 if len(x) == 1 else 1)
+
+
+def test_a_model_that_a_trace_does_not_describe_is_refused_with_both_reasons(tmp_path):
+    with pytest.raises(ExportError, match=r"differs from torch by .*; the second exporter: "):
+        export.export_onnx(DependsOnBatch(), images(2), tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    model = small_cnn()
+    with torch.no_grad():
+        model.stages[1][0].conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ExportError, match=r"stages\.1\.0\.conv1\.weight: holds NaN"):
+        export.export_onnx(model, images(2), tmp_path / "m.onnx")
+
+
+def test_a_broken_norm_is_told_before_it_reaches_a_file(tmp_path):
+    model = small_cnn()
+    model.bn1.running_var.fill_(-1.0)
+    with pytest.raises(ExportError, match="NaN or infinity"):
+        export.export_onnx(model, images(2), tmp_path / "m.onnx")
+
+
+def test_half_precision_and_several_outputs_are_refused_in_a_sentence(tmp_path):
+    with pytest.raises(ExportError, match=r"call model\.float\(\)"):
+        export.export_onnx(small_cnn().half(), images(2).half(), tmp_path / "m.onnx")
+
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(ExportError, match="returns tuple"):
+        export.export_onnx(Two(), images(2), tmp_path / "m.onnx")
+
+
+def test_a_file_that_is_no_model_is_refused_in_the_runtimes_words(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"not a model")
+    with pytest.raises(ExportError, match="ONNX Runtime refuses"):
+        export.open_session(tmp_path / "m.onnx")
+
+
+def test_the_batch_of_an_integer_file_is_not_changed_afterwards(tmp_path):
+    q = onnx.helper.make_node("QuantizeLinear", ["x", "s"], ["y"])
+    graph = onnx.helper.make_graph([q], "g", [], [])
+    onnx.save(onnx.helper.make_model(graph), str(tmp_path / "q.onnx"))
+    with pytest.raises(InputError, match="already quantized"):
+        export.set_static_batch(tmp_path / "q.onnx", tmp_path / "s.onnx")
