@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -210,22 +211,22 @@ def _fix_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> None:
 
 
 _HEAD_COUNTS = ("num_heads", "heads", "n_heads", "nhead", "num_attention_heads")
+_QUERY_KEY_VALUE = re.compile(r"(to_|w_?|in_)?(q|k|v|qkv|kv|qk|query|key|value)(_?proj|_?linear)?|in_proj")
 _INNER_WIDTHS = ("attn_dim", "inner_dim", "attention_dim", "all_head_size", "dim_attn")
 
 
 def _fix_heads(attention: nn.Module) -> None:
-    """Scale the head count of an attention module by how far its own projections shrank.
+    """Scale the head count of an attention module by how far its query, key and value projections shrank.
 
     Runs before its layers are fixed: their attributes still tell the old width, their weights the new one.
     """
-    linears = [child for child in attention.children() if isinstance(child, nn.Linear)]
-    ratios = {(len(linear.weight), linear.out_features) for linear in linears}
-    ratios = {(new, whole) for new, whole in ratios if new < whole}
-    for name in (*_HEAD_COUNTS, *_INNER_WIDTHS):
+    linears = {name: child for name, child in attention.named_children() if isinstance(child, nn.Linear)}
+    named = [linear for name, linear in linears.items() if _QUERY_KEY_VALUE.fullmatch(name)]
+    shrunk = [linear for linear in named or linears.values() if len(linear.weight) < linear.out_features]
+    for name in (*_HEAD_COUNTS, *_INNER_WIDTHS) if shrunk else ():
         old = getattr(attention, name, None)
-        if type(old) is int and ratios:
-            new, whole = next(iter(ratios))
-            setattr(attention, name, old * new // whole)
+        if type(old) is int:
+            setattr(attention, name, old * len(shrunk[0].weight) // shrunk[0].out_features)
 
 
 def _has_heads(module: nn.Module) -> bool:
@@ -238,7 +239,7 @@ ATTRIBUTE_FIXES: list[tuple[Callable[[nn.Module], bool], Callable[..., None]]] =
     (lambda module: isinstance(module, nn.Linear), _fix_linear),
     (lambda module: isinstance(module, nn.modules.batchnorm._BatchNorm), _fix_batch_norm),
 ]
-"""Which modules keep sizes in attributes, and how to set these from the sliced weights. Parents come before children."""
+"""Which modules keep sizes in attributes, and how to set these from sliced weights. Parents come before children."""
 
 
 def _fix_attributes(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from torch import nn
@@ -30,11 +30,11 @@ def block_of_layers(model: nn.Module, layers: Sequence[tuple[str, int]]) -> dict
     return blocks
 
 
-def stage_of(layers: Iterable[str], block_of: dict[str, str]) -> str:
-    """Return the stage that holds most of the blocks of these layers, or the first block if they share no stage."""
+def stage_of(layers: Iterable[str], block_of: Mapping[str, str]) -> str | None:
+    """Return the sequence of blocks that holds most of the blocks of these layers, or None if they are in none."""
     blocks = list(dict.fromkeys(block_of[layer] for layer in layers))
     stages = Counter(block.rpartition(".")[0] for block in blocks if ".." not in block and "." in block)
-    return stages.most_common(1)[0][0] if stages else blocks[0]
+    return stages.most_common(1)[0][0] if stages else None
 
 
 def _ancestors(path: str) -> Iterable[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -527,6 +527,15 @@ def _layer_norm(walk: Walk, op: Op) -> Value:
     return x
 
 
+@handles("group_norm")
+def _group_norm(walk: Walk, op: Op) -> Value:
+    x, *parameters = walk.inputs(op)
+    reason = f"normalised together with the other channels of its group by {op.module or 'the model'}"
+    for parameter in parameters:
+        walk.freeze_all(parameter, reason)
+    return walk.freeze(x, 1, reason)
+
+
 @handles("scaled_dot_product_attention")
 def _attention(walk: Walk, op: Op) -> Value:
     q_ref, k_ref, v_ref = (op.arg(i, name) for i, name in enumerate(("query", "key", "value")))
@@ -552,14 +561,11 @@ def _matmul(walk: Walk, op: Op) -> Value:
 
 
 def _product(walk: Walk, a: Value, b: Value, op: Op) -> Value:
-    """Return the value of a @ b: the summed dims are tied or kept, the leading dims meet element by element."""
+    """Return the value of a @ b: the summed dims stay whole, the leading dims meet element by element."""
+    # Cutting query and key dims would be exact but for the scale, which is taken from their number.
     reason = f"summed over in {_where(op)}"
-    row, column = len(a.shape) - 1, len(b.shape) - 2
-    a, a_labels = walk.one_dim(a, row, reason)
-    b, b_labels = walk.one_dim(b, column, reason)
-    walk.tie_or_pin(a_labels, b_labels, reason)
-    a = replace(a, factors=tuple(f for f in a.factors if f.dims != (row,)))
-    b = replace(b, factors=tuple(f for f in b.factors if f.dims != (column,)))
+    a = walk.freeze(a, len(a.shape) - 1, reason)
+    b = walk.freeze(b, len(b.shape) - 2, reason)
     left = Value((*a.shape[:-1], 1), a.factors)
     right = Value((*b.shape[:-2], 1, b.shape[-1]), b.factors)
     return walk.elementwise([left, right], f"meets values that cannot be cut in {_where(op)}")

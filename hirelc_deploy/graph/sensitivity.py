@@ -1,4 +1,4 @@
-"""In: a model, its graph and images. Out: how much each element of each unit matters, and statistics of layer inputs."""
+"""In: a model, its graph and images. Out: importance of every element of every unit, and moments of layer inputs."""
 
 from __future__ import annotations
 

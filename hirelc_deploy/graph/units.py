@@ -68,14 +68,14 @@ def legal_widths(size: int, positions: int, kind: str) -> tuple[int, ...]:
     """Return the widths a unit may take, ascending, `size` last.
 
     Any number of heads; otherwise multiples of 8 channels, which is what integer kernels fill their registers with
-    (of 4 where there are fewer than 16 channels).
+    (of 4 where there are fewer than 16 channels); any number where one element is 8 channels or more.
 
     Args:
         size: Elements of the unit.
         positions: Channels of its first layer that each element stands for.
         kind: The unit's kind.
     """
-    if kind == "attention heads":
+    if kind == "attention heads" or positions >= 8:
         return tuple(range(1, size + 1))
     step = 8 if size * positions >= 16 else 4
     return (*(width for width in range(1, size) if width * positions % step == 0), size)
@@ -183,12 +183,12 @@ def _units(
         if not reason and size == 1:
             reason = "all its outputs are bound together, none can go alone"
         if not reason and len(widths) == 1:
-            reason = f"only {size * positions} channels, fewer than the device's step allows to cut"
+            reason = f"has only {size * positions} channels, too few to cut in steps that save time"
         if reason:
             for use in makers:
                 why.setdefault(use.name, reason)
             continue
-        name, block = _name_and_block(kind, [use.name for use in main], dict(block_of))
+        name, block = _name_and_block(kind, [use.name for use in main], block_of)
         taken = sum(unit.name == name or unit.name.startswith(f"{name}#") for unit in units)
         units.append(
             Unit(f"{name}#{taken + 1}" if taken else name, kind, size, block, widths, group.slices, tuple(readers))
@@ -204,11 +204,11 @@ def _kind(marks: set[str], makers: Sequence[WeightUse]) -> str:
     return "mlp units" if all(use.kind == "linear" for use in makers) else "channels"
 
 
-def _name_and_block(kind: str, makers: Sequence[str], block_of: dict[str, str]) -> tuple[str, str]:
+def _name_and_block(kind: str, makers: Sequence[str], block_of: Mapping[str, str]) -> tuple[str, str]:
     first = makers[0]
     if kind == "residual channels":
         stage = stage_of(makers, block_of)
-        return f"{stage}.residual", stage
+        return f"{stage or first}.residual", stage or block_of[first]
     if kind == "attention heads":
         return f"{first.rpartition('.')[0] or first}.heads", block_of[first]
     return first, block_of[first]

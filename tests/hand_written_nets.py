@@ -1,0 +1,110 @@
+"""In: nothing. Out: small networks written by hand, each with couplings that a slicer gets wrong easily."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MixedNet(nn.Module):
+    """Depthwise, concat, residual, grouped convolution, gate, chunk and a flattened read, in one forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.left = nn.Conv2d(16, 24, 1)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False)
+        self.norm = nn.BatchNorm2d(24)
+        self.right = nn.Conv2d(16, 16, 3, padding=1)
+        self.joined = nn.Conv2d(40, 16, 1)
+        self.wide = nn.Conv2d(16, 64, 1)
+        self.grouped = nn.Conv2d(64, 32, 3, padding=1, groups=2)
+        self.gate = nn.Conv2d(32, 32, 1)
+        self.halves = nn.Conv2d(32, 48, 1)
+        self.fc1 = nn.Linear(24 * 16, 40)
+        self.fc2 = nn.Linear(40, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        left = F.relu6(self.norm(self.depthwise(self.left(x))))
+        y = torch.cat([left, F.silu(self.right(x))], 1)
+        x = x + self.joined(y)
+        y = F.relu(self.grouped(F.relu(self.wide(x))))
+        y = y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        a, b = self.halves(y).chunk(2, dim=1)
+        y = F.adaptive_avg_pool2d(F.gelu(a) * b, 4).flatten(1)
+        return self.fc2(F.relu(self.fc1(y)))
+
+
+class HandAttention(nn.Module):
+    """Attention with separate projections and written-out softmax."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, heads * head_dim)
+        self.k = nn.Linear(dim, heads * head_dim, bias=False)
+        self.v = nn.Linear(dim, heads * head_dim)
+        self.out = nn.Linear(heads * head_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class HandTransformer(nn.Module):
+    """Patches, one attention, one gated MLP, an average and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 4, 4)
+        self.norm = nn.LayerNorm(24)
+        self.attention = HandAttention(24, heads=4, head_dim=6)
+        self.gate = nn.Linear(24, 32)
+        self.value = nn.Linear(24, 32)
+        self.back = nn.Linear(32, 24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(self.norm(x))
+        x = x + self.back(F.silu(self.gate(x)) * self.value(x))
+        return self.head(x.mean(1))
+
+
+class FlatBlock(nn.Module):
+    """A transformer block whose attention and MLP layers are children of one module, with a fused projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.patches = nn.Conv2d(3, 24, 4, 4)
+        self.norm = nn.LayerNorm(24)
+        self.fc1 = nn.Linear(24, 32)
+        self.fc2 = nn.Linear(32, 24)
+        self.qkv = nn.Linear(24, 3 * 32)
+        self.proj = nn.Linear(32, 24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.patches(x).flatten(2).mT)
+        q, k, v = self.qkv(x).reshape(len(x), -1, 3, self.num_heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head((x + self.fc2(F.gelu(self.fc1(x)))).mean(1))
+
+
+class FixedSizes(nn.Module):
+    """A forward pass that has the number of channels written into its code, beside a part that can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = nn.Conv2d(3, 16, 3)
+        self.middle = nn.Conv2d(16, 16, 3)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(F.relu(self.free(x)))
+        x = x.reshape(len(x), 16, -1).reshape(len(x), 16, 12, 12)
+        return self.last(x).mean((2, 3))

@@ -1,0 +1,140 @@
+"""Importance and input moments, against numbers worked out by hand and a slow twin."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hirelc_deploy.compress.slicing import mask_model
+from hirelc_deploy.demo.model import DemoNet
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.sensitivity import importance, input_grams
+from hirelc_deploy.graph.units import build_graph
+
+
+def two_pixel_net() -> nn.Module:
+    """A 1x1 convolution to 8 channels, the mean over pixels, and a linear answer."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(8.0).reshape(8, 1, 1, 1))
+        model[3].weight.zero_()
+        model[3].weight[0] = 1.0
+        model[3].weight[0, 7] = 0.0
+        model[3].bias.zero_()
+        model[3].weight[1] = model[3].weight[0]
+        model[3].weight[1, :4] = -1.0
+        model[3].weight *= 0.1
+    return model.double()
+
+
+def test_importance_is_the_mean_square_of_per_image_sums():
+    model = two_pixel_net()
+    images = torch.tensor([[1.0, 3.0], [-2.0, 0.0]], dtype=torch.float64).reshape(2, 1, 1, 2)
+    labels = torch.tensor([0, 1])
+    graph = build_graph(model, images)
+    found = importance(model, graph, [(images, labels)])["0"]
+    # The pixels' means are 2 and -1, so channel c holds 2c and -c. Only channels 0 to 3 tell the classes apart: the
+    # first logit leads by 0.2 (0 + 1 + 2 + 3) = 1.2 times the mean, and class 0 has p = sigmoid(2.4), sigmoid(-1.2).
+    # dL/dx is 0.1 (-(1 - p) * 1 + (1 - p) * -1) = -0.2 (1 - p) for label 0 and 0.2 p for label 1, in these channels.
+    p = 1 / (1 + np.exp([-2.4, 1.2]))
+    square = np.mean([(2 * 0.2 * (1 - p[0])) ** 2, (-1 * 0.2 * p[1]) ** 2])
+    np.testing.assert_allclose(found, [0, square, 4 * square, 9 * square, 0, 0, 0, 0], atol=1e-15)
+    assert found[7] == 0, "nothing reads channel 7"
+
+
+def test_images_are_squared_one_by_one_whatever_the_batches():
+    torch.manual_seed(0)
+    model = DemoNet((8, 16), 1)
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([1, 2, 3, 4])
+    graph = build_graph(model, images)
+    together = importance(model, graph, [(images, labels)])
+    apart = importance(model, graph, [(images[i : i + 1], labels[i : i + 1]) for i in range(4)])
+    for name, values in together.items():
+        np.testing.assert_allclose(values, apart[name], rtol=1e-4)
+
+
+def test_importance_predicts_the_loss_of_shrinking_an_element_a_little():
+    # x * dL/dx summed over readers and positions is the derivative of the loss with respect to the element's scale.
+    torch.manual_seed(0)
+    model = DemoNet((8, 16), 1).double().eval()
+    images, labels = torch.randn(1, 3, 16, 16, dtype=torch.float64), torch.tensor([3])
+    graph = build_graph(model, images)
+    found = importance(model, graph, [(images, labels)])
+    unit = graph.unit("stages.0.residual")
+    readers = [model.get_submodule(reader.layer) for reader in unit.readers]
+    step = 1e-6
+
+    def loss(scale: float, element: int) -> float:
+        factor = torch.ones(unit.size, dtype=torch.float64)
+        factor[element] = scale
+        handles = [r.register_forward_pre_hook(lambda _, x: (x[0] * factor[:, None, None],)) for r in readers]
+        with torch.no_grad():
+            value = float(F.cross_entropy(model(images), labels))
+        for handle in handles:
+            handle.remove()
+        return value
+
+    for element in (0, 5):
+        slope = (loss(1 + step, element) - loss(1 - step, element)) / (2 * step)
+        np.testing.assert_allclose(found[unit.name][element], slope**2, rtol=1e-4)
+
+
+def test_an_element_that_is_already_zero_has_no_importance():
+    torch.manual_seed(0)
+    model = DemoNet((8, 16), 1)
+    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    graph = build_graph(model, images)
+    masked = mask_model(model, graph, {"stages.1.0.conv1": np.array([0, 1, 2, 3, 4, 5, 6, 15])})
+    found = importance(masked, graph, [(images, labels)])["stages.1.0.conv1"]
+    assert (found[7:15] == 0).all()
+    assert found[:7].any()
+
+
+def test_weights_flags_and_gradients_are_as_before():
+    model = DemoNet((8, 16), 1).train()
+    model.fc.bias.requires_grad_(False)
+    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    graph = build_graph(model, images)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    importance(model, graph, [(images, labels)])
+    input_grams(model, graph, [images])
+    assert model.training
+    assert model.fc.weight.requires_grad
+    assert not model.fc.bias.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_input_moments_equal_hand_counts_over_images_and_pixels():
+    model = nn.Sequential(nn.Conv2d(1, 8, 1, bias=False), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(8.0).reshape(8, 1, 1, 1))
+    images = torch.tensor([[1.0, 3.0], [-2.0, 0.0]]).reshape(2, 1, 1, 2)
+    graph = build_graph(model, images)
+    gram = input_grams(model, graph, [images[:1], images[1:]])["1"]
+    assert gram.count == 4
+    np.testing.assert_allclose(gram.mean, 0.5 * np.arange(8))
+    np.testing.assert_allclose(gram.second_moment, 3.5 * np.outer(np.arange(8), np.arange(8)))
+    every_other = input_grams(model, graph, [images], stride=2)["1"]
+    assert every_other.count == 2
+    np.testing.assert_allclose(every_other.mean, -0.5 * np.arange(8))
+
+
+def test_moments_of_flattened_and_token_inputs_have_the_layers_features():
+    model = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 2))
+    images = torch.randn(3, 3, 16, 16)
+    grams = input_grams(model, build_graph(model, images), [images])
+    assert {name: (gram.count, gram.mean.shape) for name, gram in grams.items()} == {"2": (3, (32,)), "4": (3, (16,))}
+
+
+def test_no_images_is_an_input_error():
+    model = DemoNet((8, 16), 1)
+    graph = build_graph(model, torch.zeros(1, 3, 16, 16))
+    with pytest.raises(InputError, match="no images were given"):
+        importance(model, graph, [])
+    with pytest.raises(InputError, match="no images were given"):
+        input_grams(model, graph, [])
