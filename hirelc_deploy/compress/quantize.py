@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -309,6 +310,7 @@ def quantize(
     if target.activation_type not in types or target.weight_type != "int8":
         raise InputError(f"precision {target.name!r} of this target has no integer arithmetic; use int8.")
     proto = onnx.shape_inference.infer_shapes(onnx.load(str(float_model)))
+    _give_each_layer_its_own_constants(proto)
     integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
     if not integer:
         out.write_bytes(float_model.read_bytes())
@@ -337,7 +339,71 @@ def quantize(
         raise ExportError(f"{float_model.name}: cannot be quantized ({error}); calibrate on this very model.") from None
     finally:
         logger.setLevel(level)
+    _keep_float(result, set(integer))
+    quantizer.model.topological_sort()
     out.write_bytes(result.SerializeToString())
+
+
+def _give_each_layer_its_own_constants(proto: ModelProto) -> None:
+    """Copy weights and biases that several nodes read, as equal biases are after export.
+
+    The quantizer replaces a constant for all its readers, so a float layer would read what was rounded for another.
+    """
+    constants = {initializer.name: initializer for initializer in proto.graph.initializer}
+    readers = Counter(tensor for node in proto.graph.node for tensor in node.input)
+    for node in proto.graph.node:
+        if node.op_type in WEIGHT_OPERATORS:
+            for position, tensor in enumerate(node.input):
+                if tensor in constants and readers[tensor] > 1:
+                    copy = TensorProto()
+                    copy.CopyFrom(constants[tensor])
+                    copy.name = node.input[position] = f"{tensor}:{node.name}"
+                    proto.graph.initializer.append(copy)
+
+
+def _keep_float(proto: ModelProto, integer: set[str]) -> None:
+    """Keep ONNX Runtime from quantizing a float layer that lies between integer ones.
+
+    From 1.21 on it rewrites such a layer at load, with one scale for all of its weights (WeightBiasQuantization), which
+    undoes the plan with a worse quantization than ours. It does so only behind a DequantizeLinear with one scale:
+    therefore the layer gets its own, with the same scale once per channel.
+    """
+    graph = proto.graph
+    constants = {initializer.name: initializer for initializer in graph.initializer}
+    makers = {tensor: node for node in graph.node for tensor in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for tensor in node.input:
+            readers.setdefault(tensor, []).append(node)
+    for node in list(graph.node):
+        maker = makers.get(node.input[0]) if len(node.input) > 0 else None
+        if (
+            node.op_type not in ("Conv", "ConvTranspose", "Gemm")
+            or node.name in integer
+            or node.input[1] not in constants
+        ):
+            continue
+        if maker is None or maker.op_type != "DequantizeLinear" or not _ends_in_quantize(node, readers):
+            continue
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        dims = constants[node.input[1]].dims
+        by_row = node.op_type == "ConvTranspose" or (node.op_type == "Gemm" and not attributes.get("transB", 0))
+        channels = dims[0] if by_row else dims[1] * (attributes.get("group", 1) if node.op_type == "Conv" else 1)
+        inputs = [maker.input[0]]
+        for tensor in maker.input[1:]:
+            inputs.append(f"{tensor}:{node.name}")
+            values = np.full(channels, numpy_helper.to_array(constants[tensor]))
+            graph.initializer.append(numpy_helper.from_array(values, inputs[-1]))
+        node.input[0] = f"{maker.output[0]}:{node.name}"
+        graph.node.append(helper.make_node("DequantizeLinear", inputs, [node.input[0]], node.input[0], axis=1))
+
+
+def _ends_in_quantize(node: NodeProto, readers: Mapping[str, list[NodeProto]]) -> bool:
+    """Return whether nothing but ReLU and Clip lies between a node and the one QuantizeLinear that reads it."""
+    following = readers.get(node.output[0], [])
+    while len(following) == 1 and following[0].op_type in _ACTIVATIONS:
+        following = readers.get(following[0].output[0], [])
+    return len(following) == 1 and following[0].op_type == "QuantizeLinear"
 
 
 def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], pattern: Pattern) -> list[str]:
