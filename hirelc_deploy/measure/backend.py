@@ -58,7 +58,10 @@ class TimingProcess(Protocol):
     """A separate process on the device that holds fresh sessions of several files."""
 
     def rounds(self, count: int) -> NDArray[np.int64]:
-        """Return (count, files, 2) nanoseconds: wall and CPU time of one inference of each file, order shuffled.
+        """Return (count, files, 2) nanoseconds: wall and CPU time of one inference of each file.
+
+        Files take turns in random order, a few timed runs in a row after untimed ones of the same file, so that none
+        pays for caches that another has just emptied.
 
         Raises TargetUnavailable when the process ends or stops answering.
         """
