@@ -95,14 +95,15 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 def test_the_vectorised_bootstrap_equals_the_obvious_loop() -> None:
     values = np.random.default_rng(3).standard_normal((2, 3, 7))
     rng = np.random.default_rng(11)
-    processes, rounds = rng.integers(3, size=(50, 3, 1)), rng.integers(7, size=(50, 3, 7))
-    expected = [
-        [
-            np.median([values[file, processes[draw, p, 0], rounds[draw, p, r]] for p in range(3) for r in range(7)])
-            for draw in range(50)
-        ]
-        for file in range(2)
-    ]
+    processes, starts = rng.integers(3, size=(50, 3, 1)), rng.integers(7, size=(50, 3, 2))
+    expected = np.empty((2, 50))
+    for file in range(2):
+        for draw in range(50):
+            drawn = []
+            for place in range(3):
+                rounds = [(start + offset) % 7 for start in starts[draw, place] for offset in range(5)][:7]
+                drawn += [values[file, processes[draw, place, 0], one] for one in rounds]
+            expected[file, draw] = np.median(drawn)
     np.testing.assert_array_equal(_bootstrap_medians(values, 50, seed=11), expected)
 
 

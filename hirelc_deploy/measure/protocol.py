@@ -2,10 +2,11 @@
 
 Why it is more than a loop, from measurements on a crowded machine of two cores: two benchmarks run one after the other
 called the same file different in 36 to 86 % of trials, because processes differ by 2 to 4 % and load comes and goes.
-What is steady is the ratio of runs that lie side by side (0.2 to 0.3 % between sessions). So every round runs each file
-once, in random order; rounds come from several processes, one of them working at a time; the statistic is the median of
-log ratios; its interval comes from a bootstrap over processes, then rounds; and a verdict needs the whole interval
-beyond a margin, because looking at the data to decide when to stop makes a bare interval lie in 5 to 18 % of trials.
+What is steady is the ratio of runs that lie side by side (0.2 to 0.3 % between sessions). So the files take turns in
+random order, every few milliseconds; a round is one timed run of each. Rounds come from several processes, one of them
+working at a time; the statistic is the median of log ratios; its interval comes from a bootstrap over processes, then
+short blocks of rounds; and a verdict needs the whole interval beyond a margin, because looking at the data to decide
+when to stop makes a bare interval lie in 5 to 18 % of trials.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ CONTENDED = 1.2
 """Wall p90 over CPU p90 above this means that other programs took the core: 1.0 alone, 3.9 at a load of 14."""
 STEP_ROUNDS = 20
 """Rounds of one process before the next one works."""
+BLOCK_ROUNDS = 5
+"""Rounds that the bootstrap draws together: what disturbs one run of a burst disturbs its neighbours."""
 LOOKS_DRAWS, FINAL_DRAWS = 200, 1000
 """Bootstrap draws when deciding whether to stop, and for the interval that is reported."""
 
@@ -54,7 +57,7 @@ class TimingLimits:
     min_rounds: int = 100
     max_rounds: int = 2000
     half_width: float = 0.0075
-    seconds: float = 300.0
+    seconds: float = 120.0
 
     def __post_init__(self) -> None:
         if self.processes < 1 or not 1 <= self.min_rounds <= self.max_rounds:
@@ -146,7 +149,7 @@ def compare(
             for number in range(limits.processes)
         ]
         samples = np.zeros((limits.processes, 0, len(files), 2), np.int64)
-        step = 2  # the first turn only finds out how long a round takes
+        step = BLOCK_ROUNDS  # the first turn only finds out how long a round takes
         while True:
             started = now()
             turn = np.stack([process.rounds(step) for process in processes])
@@ -229,11 +232,13 @@ def _log_ratios(samples: Samples, clock: Clock) -> NDArray[np.float64]:
 
 
 def _bootstrap_medians(log_ratios: NDArray[np.float64], draws: int, seed: int) -> NDArray[np.float64]:
-    """Return (files, draws) medians over rounds drawn from drawn processes: sessions differ among themselves."""
+    """Return (files, draws) medians over blocks of rounds from drawn processes; a block may wrap around the end."""
     files, processes, rounds = log_ratios.shape
     rng = np.random.default_rng(seed)
     drawn_processes = rng.integers(processes, size=(draws, processes, 1))
-    drawn_rounds = rng.integers(rounds, size=(draws, processes, rounds))
+    starts = rng.integers(rounds, size=(draws, processes, math.ceil(rounds / BLOCK_ROUNDS)))
+    blocks = (starts[..., None] + np.arange(BLOCK_ROUNDS)) % rounds
+    drawn_rounds = blocks.reshape(draws, processes, -1)[..., :rounds]
     flat = (drawn_processes * rounds + drawn_rounds).reshape(draws, -1)
     return np.stack([np.median(one.ravel()[flat], axis=1) for one in log_ratios]).reshape(files, draws)
 
