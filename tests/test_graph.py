@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hand_written_nets import FixedSizes, HandTransformer, MixedNet
 from torch import nn
 
+from hirelc_deploy.compress.slicing import provable
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.trace import refs, trace
@@ -215,3 +216,60 @@ def test_a_model_with_nothing_to_cut_is_an_empty_graph_not_an_error():
 def test_fixed_sizes_in_code_are_not_visible_to_the_trace():
     # `compress.slicing.provable` is what catches this; the graph alone believes that both units can be cut.
     assert len(build_graph(FixedSizes(), SMALL_IMAGE).units) == 2
+
+
+ODD_WAYS = {
+    "tensor index": lambda x: x[:, torch.arange(x.shape[1] - 1, -1, -1)],
+    "boolean index": lambda x: x[:, torch.ones(16, dtype=torch.bool)],
+    "one channel": lambda x: x[:, 3:4] + x,
+    "ellipsis and none": lambda x: x[..., None, :, :].squeeze(2),
+    "reversed step": lambda x: x[:, ::2].repeat(1, 2, 1, 1),
+    "uneven split": lambda x: torch.cat(x.split([4, 12], 1), 1),
+    "even split": lambda x: torch.cat(x.split(8, dim=1)[::-1], 1),
+    "stack and sum": lambda x: torch.stack([x, x.flip(1)], 0).sum(0),
+    "einsum": lambda x: torch.einsum("bchw,bchw->bchw", x, x),
+    "group norm": lambda x: F.group_norm(x, 4),
+    "local norm": F.normalize,
+    "softmax": lambda x: x.softmax(1) * x,
+    "mean over channels": lambda x: x - x.mean(1, keepdim=True),
+    "channels last and back": lambda x: x.movedim(1, -1).contiguous().permute(0, 3, 1, 2),
+    "shuffle": lambda x: x.reshape(len(x), 4, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape),
+    "channels times batch": lambda x: x.flatten(0, 1).unsqueeze(1).reshape(x.shape),
+    "gram": lambda x: (x.flatten(2) @ x.flatten(2).mT).softmax(-1) @ x.flatten(2).unflatten(1, (-1,)).relu(),
+    "padding channels": lambda x: F.pad(x, (0, 0, 0, 0, 0, 16))[:, :16],
+    "padding pixels": lambda x: F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2.0),
+    "in place": lambda x: x.clone().mul_(2).add_(x).relu_(),
+    "written part": lambda x: x.clone().index_fill_(1, torch.tensor([0]), 0),
+    "max with index": lambda x: x.max(1, keepdim=True)[0] + x,
+    "pixel shuffle": lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
+    "where": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "reversed operands": lambda x: 1 - (2.0 / (1 + x.abs())),
+    "rolled": lambda x: torch.roll(x, (1, 1), dims=(2, 3)),
+    "numbers from shapes": lambda x: x * x.size(1) + x.shape[-1],
+}
+
+
+class Odd(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.first, self.last = way, nn.Conv2d(3, 16, 3), nn.LazyConv2d(4, 1)
+
+    def forward(self, x):
+        x = self.way(self.first(x))
+        return self.last(x if x.ndim == 4 else x.unsqueeze(-1)).mean((2, 3))
+
+
+@pytest.mark.parametrize("way", ODD_WAYS)
+def test_whatever_happens_between_two_layers_is_followed_exactly_or_kept_whole(way):
+    torch.manual_seed(0)
+    model = Odd(ODD_WAYS[way]).eval()
+    images = torch.randn(2, 3, 16, 16)
+    model(images)
+    graph = build_graph(model, images)
+    followed = {unit.name for unit in graph.units}
+    assert followed or graph.kept_whole[0].reason
+    proven, difference = provable(model, graph, images)
+    assert difference <= 1e-5
+    # What only the proof finds: code whose numbers depend on the width in ways that leave no trace.
+    expected = {"first"} if way in ("numbers from shapes", "even split", "shuffle") else set()
+    assert followed - {unit.name for unit in proven.units} <= expected

@@ -403,7 +403,7 @@ def _same(walk: Walk, op: Op) -> Value:
 
 
 @handles(
-    "add", "sub", "mul", "div", "pow", "maximum", "minimum", "where", "masked_fill", "lerp", "addcmul", "prelu_scalar",
+    "add", "sub", "mul", "div", "pow", "maximum", "minimum", "where", "masked_fill", "lerp", "addcmul",
     "floor_divide", "remainder", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
 )  # fmt: skip
 def _elementwise(walk: Walk, op: Op) -> Value:
@@ -626,8 +626,7 @@ def _reduction(walk: Walk, op: Op) -> Value:
 
 
 @handles(
-    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate",
-    "upsample", "pad", "lp_pool2d", "roll", "flip", "max_pool2d_with_indices", "boolean_dispatch", "fn",
+    "max_pool2d", "avg_pool2d", "lp_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "pad",
 )  # fmt: skip
 def _spatial(walk: Walk, op: Op) -> Value | Sequence[Value]:
     x = walk.value(next(iter(refs((op.args, op.kwargs)))))
@@ -645,6 +644,16 @@ def _spatial(walk: Walk, op: Op) -> Value | Sequence[Value]:
 
 def _amounts(padded: Sequence[int], place: int) -> Sequence[int]:
     return padded[2 * place : 2 * place + 2]
+
+
+@handles("roll", "flip")
+def _reordered(walk: Walk, op: Op) -> Value:
+    x = walk.value(op.arg(0, "input"))
+    given = op.arg(2, "dims") if op.function == "roll" else op.kwargs.get("dims", op.args[1:])
+    moved = np.atleast_1d(np.array(range(len(x.shape)) if given is None or given == () else given)).ravel()
+    for dim in moved.tolist():
+        x = walk.freeze(x, dim % len(x.shape), f"moved by {_where(op)}")
+    return x
 
 
 @handles("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")

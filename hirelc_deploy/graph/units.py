@@ -343,6 +343,8 @@ def _activations(traced: Trace) -> Callable[[int], str]:
     def after(uid: int) -> str:
         while len(places := users.get(uid, [])) == 1:
             op = traced.ops[places[0]]
+            if op.function == "hardtanh" and (op.arg(1, "min_val", -1), op.arg(2, "max_val", 1)) != (0, 6):
+                return ""
             if op.function not in _TRANSPARENT:
                 return _ACTIVATIONS.get(op.function, "")
             uid = op.result.uid
