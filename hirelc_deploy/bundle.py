@@ -306,8 +306,8 @@ class _Findings:
 
 def verify(
     bundle: Path,
+    data: Data | None,
     backend: Backend,
-    data: Data | None = None,
     *,
     reference: Path | None = None,
     limits: TimingLimits = FULL,
@@ -315,7 +315,7 @@ def verify(
     """Check that a bundle is what its manifest says: files, integer operators, outputs, accuracy and latency.
 
     Args:
-        data: Its test split is taken for the accuracy.
+        data: Its test split is taken for the accuracy; None leaves that out.
         reference: The uncut FP32 file, to time the bundle's file against; without it nothing is timed.
 
     Raises:

@@ -16,13 +16,18 @@ import jinja2
 
 from hirelc_deploy import __version__
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.runs import CONFIG, MACHINE, TRIALS, write_atomic
 from hirelc_deploy.scatter import Point, draw, frame
 
-RUN_FILES = ("config.toml", "machine.json", "trials.jsonl", "result.json")
+RESULT, BUNDLE_MANIFEST = "result.json", "bundle/manifest.json"
+RUN_FILES = (CONFIG, MACHINE, TRIALS, RESULT)
 """Any one of these makes a directory a run; what else is absent is said on the page."""
 
 WIDE, NARROW = (860, 420), (360, 340)
 """(width, height) in pixels of the scatter on a desktop and on a phone: drawn twice, so that text keeps its size."""
+
+WHOLE_COMMAND = "whole command"
+"""The stage that contains the others: it is the total, not a bar beside them."""
 
 Record = Mapping[str, Any]
 
@@ -33,6 +38,7 @@ class ReportInput:
 
     Attributes:
         name: Shown where the run does not name its model.
+        manifest: Of the bundle; where the result does not tell date, command and plan, they come from here.
         trials: One record per evaluation; the outcome's keys lie in it or under `outcome`.
         absent: One sentence for each part of the run that was missing or could not be read.
     """
@@ -42,6 +48,7 @@ class ReportInput:
     trials: Sequence[Record] = ()
     machine: Record = field(default_factory=dict)
     config: Record = field(default_factory=dict)
+    manifest: Record = field(default_factory=dict)
     absent: Sequence[str] = ()
 
 
@@ -83,15 +90,16 @@ def read_run(directory: Path) -> ReportInput:
             else:
                 broken += 1
         if broken:
-            absent.append(f"trials.jsonl: {broken} of {broken + len(records)} lines cannot be read.")
+            absent.append(f"{TRIALS}: {broken} of {broken + len(records)} lines cannot be read.")
         return records
 
     return ReportInput(
         name=directory.resolve().name,
-        result=read("result.json", json.loads, {}),
-        trials=read("trials.jsonl", lines, []),
-        machine=read("machine.json", json.loads, {}),
-        config=read("config.toml", tomllib.loads, {}),
+        result=read(RESULT, json.loads, {}),
+        trials=read(TRIALS, lines, []),
+        machine=read(MACHINE, json.loads, {}),
+        config=read(CONFIG, tomllib.loads, {}),
+        manifest=read(BUNDLE_MANIFEST, json.loads, {}),
         absent=absent,
     )
 
@@ -99,7 +107,7 @@ def read_run(directory: Path) -> ReportInput:
 def write_report(run: ReportInput, path: Path) -> Path:
     """Write the page to `path` and return it; raises InputError where it cannot be written."""
     try:
-        path.write_text(render(run), "utf-8")
+        write_atomic(path, render(run))
     except OSError as error:
         raise InputError(f"{path}: the report cannot be written ({error.strerror}).") from None
     return path
@@ -117,12 +125,12 @@ def render(run: ReportInput) -> str:
     environment.filters |= {"count": _count, "bytes": _bytes, "ms": _ms, "seconds": _seconds, "percent": _percent}
     result = run.result
     outcomes = [_outcome(trial) for trial in run.trials]
-    layers = _layers(result)
+    plan = _record(result.get("plan")) or _record(run.manifest.get("plan"))
     sections: dict[str, Any] = {
         "headline": _headline(result),
         "scatter": _scatter(result, outcomes),
         "bars": _bars(result),
-        "layers": layers,
+        "layers": _layers(result),
         "operators": _operators(result),
         "kept_whole": _kept_whole(result),
         "cost": _cost(result, outcomes),
@@ -142,8 +150,8 @@ def render(run: ReportInput) -> str:
         facts=_facts(run),
         machine=_flat(run.machine),
         config=json.dumps(run.config, indent=2, default=str, ensure_ascii=False) if run.config else "",
-        plan=json.dumps(result["plan"], indent=2, ensure_ascii=False) if _record(result.get("plan")) else "",
-        command=_text(result.get("command")),
+        plan=json.dumps(plan, indent=2, ensure_ascii=False) if plan else "",
+        command=_text(result.get("command")) or _text(run.manifest.get("command")),
         warnings=[_text(item) for item in _list(result.get("warnings")) if _text(item)],
         absent=[
             *run.absent,
@@ -157,16 +165,21 @@ def render(run: ReportInput) -> str:
 
 
 def _title(run: ReportInput) -> str:
-    model = _text(run.result.get("model")) or _text(run.config.get("model"))
-    data = _text(run.result.get("data")) or _text(run.config.get("data"))
+    model, data = _setting(run, "model"), _setting(run, "data")
     return f"{model} on {data}" if model and data else model or run.name
 
 
 def _facts(run: ReportInput) -> list[str]:
     """Return the short facts under the title."""
-    target = _text(run.result.get("target")) or _text(run.config.get("target"))
-    cpu = next((_text(run.machine.get(key)) for key in ("cpu", "cpu_model", "processor") if run.machine.get(key)), "")
-    return [fact for fact in (target, cpu, _text(run.result.get("date"))) if fact]
+    date = _text(run.result.get("date")) or _text(run.manifest.get("created"))
+    cpu = _text(run.machine.get("cpu_model"))
+    return [fact for fact in (_setting(run, "target"), cpu, date.replace("T", " ")) if fact]
+
+
+def _setting(run: ReportInput, name: str) -> str:
+    """Return what the result, or else the options, say for `name`; options may be a table with the name as `spec`."""
+    option = run.config.get(name)
+    return _text(run.result.get(name)) or _text(option) or _text(_record(option).get("spec"))
 
 
 def _headline(result: Record) -> list[dict[str, str]]:
@@ -252,12 +265,17 @@ def _bars(result: Record) -> list[dict[str, Any]]:
 
 
 def _role(candidate: Record, result: Record) -> str:
-    """Return `shipped`, `unpruned` (the FP32 reference too) or `candidate`; a run says so itself, or names tell."""
-    role, name = _text(candidate.get("role")), _text(candidate.get("name"))
+    """Return `shipped`, `unpruned` (the FP32 reference too) or `candidate`.
+
+    A run may say so itself; else the shipped file is the one with the result's latency and size, and names tell.
+    """
+    role, name = _text(candidate.get("role")), _text(candidate.get("name")).lower()
     if role in ("shipped", "unpruned", "candidate"):
         return role
-    best_unpruned = _text(_record(result.get("best_unpruned")).get("name"))
-    return "unpruned" if name and name.lower() in ("fp32", best_unpruned.lower()) else "candidate"
+    shipped = _number(_record(result.get("latency")).get("ratio")), _number(result.get("size_bytes"))
+    if shipped == (_number(candidate.get("ratio")), _number(candidate.get("size_bytes"))):
+        return "shipped"
+    return "unpruned" if name.startswith(("fp32", "int8")) else "candidate"
 
 
 def _layers(result: Record) -> list[dict[str, Any]]:
@@ -334,14 +352,15 @@ def _kept_whole(result: Record) -> list[dict[str, Any]]:
 
 def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
     """Return wall time by stage, evaluations by fidelity, and the share of time spent outside evaluation."""
-    stages = [
-        (name, seconds)
+    stages = {
+        name: seconds
         for name, value in _record(result.get("stages")).items()
         if (seconds := _number(value)) is not None
-    ]
+    }
+    total = stages.pop(WHOLE_COMMAND, None)
     if not stages:
         return {}
-    total, longest = sum(seconds for _, seconds in stages), max(seconds for _, seconds in stages)
+    longest = max(stages.values())
     search = _record(result.get("search"))
     counts = [
         ("trained, exported and timed (F3)", _number(search.get("f3"))),
@@ -349,7 +368,7 @@ def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
         ("sliced and judged (F1)", _number(search.get("f1"))),
         ("repeats answered from the journal", _number(search.get("repeats"))),
     ]
-    overhead = _number(search.get("overhead_seconds"))
+    overhead, searching = _number(search.get("overhead_seconds")), _number(search.get("seconds"))
     failed = Counter(
         (_text(outcome.get("stage")) or "unnamed stage", _text(outcome.get("reason")) or "no reason given")
         for outcome in outcomes
@@ -358,12 +377,12 @@ def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
     return {
         "stages": [
             {"name": name, "seconds": seconds, "width": f"{100 * seconds / longest if longest else 0:.2f}"}
-            for name, seconds in stages
+            for name, seconds in stages.items()
         ],
-        "total": total,
+        "total": total or sum(stages.values()),
         "strategy": _text(search.get("strategy")),
         "counts": [(name, count) for name, count in counts if count is not None],
-        "overhead": None if overhead is None or not total else overhead / total,
+        "overhead": overhead / searching if overhead is not None and searching else None,
         "failed": [(stage, reason, count) for (stage, reason), count in failed.most_common()],
     }
 

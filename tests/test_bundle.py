@@ -163,7 +163,7 @@ def test_an_existing_folder_is_not_touched_unless_asked(made: Made, bundle: Path
         write_bundle(bundle, made.contents)
     assert (bundle / "run.py").read_text() == "mine"
     write_bundle(bundle, made.contents, overwrite=True)
-    assert verify(bundle, BACKEND).ok
+    assert verify(bundle, None, BACKEND).ok
     assert [path.name for path in bundle.parent.iterdir()] == ["copy"]
 
 
@@ -280,7 +280,7 @@ def test_the_script_answers_bad_files_with_a_sentence(
 
 
 def test_a_fresh_bundle_verifies_with_its_claimed_accuracy(made: Made) -> None:
-    result = verify(made.directory, BACKEND, made.data())
+    result = verify(made.directory, made.data(), BACKEND)
     assert result.problems == ()
     assert (result.accuracy, result.claimed_accuracy) == (pytest.approx(0.9), 0.9)
     assert result.integer_ops == made.contents.operators.integer_ops
@@ -360,7 +360,7 @@ def test_a_tampered_bundle_has_a_problem(
     bundle: Path, made: Made, tamper: Callable[[Path], object], words: str
 ) -> None:
     tamper(bundle)
-    result = verify(bundle, BACKEND, made.data())
+    result = verify(bundle, made.data(), BACKEND)
     assert not result.ok
     assert any(words in problem for problem in result.problems), result.problems
 
@@ -368,7 +368,7 @@ def test_a_tampered_bundle_has_a_problem(
 def test_a_float_file_in_the_place_of_the_integer_one_is_noticed(bundle: Path, made: Made) -> None:
     shutil.copyfile(made.float_file, bundle / "model.onnx")
     rehash(bundle, "model.onnx")
-    result = verify(bundle, BACKEND)
+    result = verify(bundle, None, BACKEND)
     assert any("0 operators run in integers" in problem for problem in result.problems)
 
 
@@ -376,23 +376,23 @@ def test_other_weights_in_the_file_do_not_reproduce_the_samples(bundle: Path) ->
     torch.manual_seed(5)
     export_onnx(DemoNet((8, 16), 1, 4), torch.randn(2, 3, 16, 16), bundle / "model.onnx")
     rehash(bundle, "model.onnx")
-    assert any("stored outputs are not reproduced" in problem for problem in verify(bundle, BACKEND).problems)
+    assert any("stored outputs are not reproduced" in problem for problem in verify(bundle, None, BACKEND).problems)
 
 
 def test_nothing_is_run_when_files_were_altered(bundle: Path, made: Made) -> None:
     flip_a_weight(bundle)
-    result = verify(bundle, BACKEND, made.data())
+    result = verify(bundle, made.data(), BACKEND)
     assert (result.integer_ops, result.float_ops, result.accuracy) == (None, None, None)
 
 
 def test_other_test_images_are_judged_by_their_sampling_error(bundle: Path, made: Made) -> None:
     claim("measurements", "test", value={"images": 100, "labels_sha256": "of others"})(bundle)
     claim("measurements", "accuracy", "test", value=0.95)(bundle)
-    result = verify(bundle, BACKEND, made.data())
+    result = verify(bundle, made.data(), BACKEND)
     assert result.ok
     assert any("by chance" in remark for remark in result.remarks)
     claim("measurements", "accuracy", "test", value=0.2)(bundle)
-    assert not verify(bundle, BACKEND, made.data()).ok
+    assert not verify(bundle, made.data(), BACKEND).ok
 
 
 def test_data_with_other_classes_is_refused(made: Made, tmp_path: Path) -> None:
@@ -400,20 +400,20 @@ def test_data_with_other_classes_is_refused(made: Made, tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", **{**arrays, "classes": np.array([*CLASSES, "wolf"])})
     data = load_data(f"npz:{tmp_path / 'two.npz'}", calibration_images=16, selection_images=16)
     with pytest.raises(InputError, match="5 classes"):
-        verify(made.directory, BACKEND, data)
+        verify(made.directory, data, BACKEND)
 
 
 def test_the_latency_is_compared_on_the_same_machine_only(bundle: Path, made: Made) -> None:
     fake = FakeBackend()
     claim("measurements", "operators", value={"integer_ops": 1})(bundle)
-    result = verify(bundle, fake, reference=made.float_file)
+    result = verify(bundle, None, fake, reference=made.float_file)
     assert result.ok
     assert result.latency is not None
     assert any("another machine" in remark for remark in result.remarks)
     here = {"cpu_model": _cpu_model(fake), "versions": fake.versions()}
     claim("machine", value=here)(bundle)
     claim("measurements", "latency", value={"ratio_low": 0.01, "ratio_high": 0.02})(bundle)
-    result = verify(bundle, fake, reference=made.float_file)
+    result = verify(bundle, None, fake, reference=made.float_file)
     assert any(problem.startswith("latency: ") for problem in result.problems)
 
 
@@ -426,7 +426,7 @@ def _cpu_model(fake: FakeBackend) -> object:
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match="not a bundle"):
-            verify(path, BACKEND)
+            verify(path, None, BACKEND)
 
 
 # Loading
