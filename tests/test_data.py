@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hirelc_deploy import demo
 from hirelc_deploy.data import Data, load_data
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.images import ArrayImages, FolderImages, Images, Preprocess
@@ -227,6 +228,11 @@ def test_the_demo_slice_is_balanced_and_large_enough() -> None:
     assert test.labels[:5].tolist() == [3, 8, 8, 0, 6]  # the first labels of CIFAR-10's test split
     pixels = (test.batch([0]) * 255).round().to(torch.int64)
     assert pixels[0, :, 0, 0].tolist() == [158, 112, 49]  # the first pixel of its first image, a cat
+
+
+def test_what_the_demo_ships_stays_within_20_megabytes() -> None:
+    folder = Path(demo.__file__).parent
+    assert sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) <= 20e6
 
 
 def test_random_inputs_repeat_have_no_labels_and_differ_between_splits() -> None:

@@ -20,8 +20,9 @@ ORDER = (
     ("search",),
     ("runs",),
     ("pipeline", "tables"),
-    ("job", "delivery"),
+    ("finalists", "delivery"),
     ("bundle", "bundle_template", "report"),
+    ("job", "doctor"),
     ("cli", "__main__"),
 )
 SEARCH_SEES = {"errors", "plan", "outcome", "search"}
@@ -61,7 +62,7 @@ def own_imports(file: Path) -> Iterator[tuple[str, int]]:
         if root == "hirelc_backends":
             yield root, line
         elif root == "hirelc_deploy":
-            yield (rest[0] if rest[0] in parts or not rest[0].startswith("__") else "__init__"), line
+            yield (rest[0] if rest[0] in parts else "__init__"), line
 
 
 @pytest.mark.parametrize("file", product_files(), ids=lambda file: str(file.relative_to(ROOT)))
