@@ -6,6 +6,8 @@ import ast
 import contextlib
 import io
 import logging
+import os
+import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -144,15 +146,23 @@ def _probes(example: Tensor, dynamic_batch: bool) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters' notes for their own developers off the user's terminal."""
+    """Keep the exporters' notes for their own developers off the user's terminal and out of what programs read.
+
+    A failing TorchScript export writes its whole graph to the standard output from C++, hence the file descriptor.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    with warnings.catch_warnings():
+    sys.stdout.flush()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "wb") as nowhere:
         warnings.simplefilter("ignore")
         logger.setLevel(logging.ERROR)
+        standard_output = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
         try:
             yield
         finally:
+            os.dup2(standard_output, 1)
+            os.close(standard_output)
             logger.setLevel(level)
 
 
@@ -185,7 +195,7 @@ def _torchscript(model: nn.Module, example: Tensor) -> ModelProto:
 
 def _torch_export(model: nn.Module, example: Tensor) -> ModelProto:
     try:
-        with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+        with _quiet():
             program = torch.onnx.export(
                 model,
                 (example if len(example) > 1 else example.repeat(2, 1, 1, 1),),  # torch.export takes 1 for a constant
