@@ -111,7 +111,7 @@ def run_search(
     *,
     f1_evaluations: int,
     f2_evaluations: int,
-    batch: int = 16,
+    batch: int = 8,
     progress: Callable[[SearchResult], None] = lambda result: None,
     deadline: float = math.inf,
     f2_reserve_s: float = 0.0,

@@ -14,7 +14,7 @@ class PpoSettings:
     """Schulman et al. 2017, for one-step episodes: no critic, the baseline comes from the batch.
 
     Attributes:
-        learning_rate: Of Adam.
+        learning_rate: Of Adam. Large, for a search has tens of updates, not thousands.
         epochs: Passes over each batch.
         clip: How far the probability of an action may move, as a ratio, before it stops counting.
         entropy: Weight of the entropy bonus, per decision.
@@ -22,8 +22,8 @@ class PpoSettings:
         leave_one_out: Baseline of a sample is the mean of the others, else the mean of all.
     """
 
-    learning_rate: float = 0.01
-    epochs: int = 4
+    learning_rate: float = 0.05
+    epochs: int = 8
     clip: float = 0.2
     entropy: float = 0.003
     max_gradient_norm: float = 1.0

@@ -1,0 +1,191 @@
+"""The strategies: feasible, repeatable, and learning where there is something to learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toy_problem import Toy, random_problem
+
+from hirelc_deploy.errors import ConstraintError, InputError
+from hirelc_deploy.outcome import Failed, Measured
+from hirelc_deploy.search.baselines import STRATEGIES, make_strategy
+from hirelc_deploy.search.hierarchy import Hierarchy
+from hirelc_deploy.search.high_level import MULTIPLIERS, PricePolicy, block_budgets
+from hirelc_deploy.search.knapsack import smallest, solve
+from hirelc_deploy.search.loop import SearchResult, run_search
+from hirelc_deploy.search.problem import Choices
+
+BUDGET = 0.45
+
+
+def search(toy: Toy, name: str, seed: int, evaluations: int) -> SearchResult:
+    strategy = make_strategy(name, toy.problem, BUDGET * toy.problem.uncut_ms, seed)
+    return run_search(toy.problem, strategy, toy.evaluate, f1_evaluations=evaluations, f2_evaluations=0)
+
+
+def losses(result: SearchResult) -> list[float]:
+    return [trial.outcome.loss for trial in result.trials if isinstance(trial.outcome, Measured)]
+
+
+def proposals(toy: Toy, name: str, seed: int, rounds: int = 4) -> list[list[int]]:
+    strategy = make_strategy(name, toy.problem, BUDGET * toy.problem.uncut_ms, seed)
+    found: list[Choices] = []
+    for _ in range(rounds):
+        batch = strategy.propose(6)
+        strategy.observe([(c, toy.evaluate(toy.problem.plan_of(c), "F1")) for c in batch])
+        found += batch
+    return [c.tolist() for c in found]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_proposal_fits_the_budget_and_is_new(name: str) -> None:
+    for seed in range(6):
+        problem = random_problem(seed)
+        _, shortest_ms = smallest(problem)
+        budget_ms = shortest_ms + 0.5 * (problem.uncut_ms - shortest_ms)
+        strategy = make_strategy(name, problem, budget_ms, seed)
+        seen = set()
+        for _ in range(3):
+            batch = strategy.propose(5)
+            assert len(batch) <= 5
+            for choices in batch:
+                assert problem.predict_ms(choices) <= budget_ms
+                assert choices.tobytes() not in seen
+                seen.add(choices.tobytes())
+            strategy.observe([(c, Measured("", "F1", 1.0, None, 1, 1)) for c in batch])
+        assert seen
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_equal_seeds_propose_equal_plans(name: str) -> None:
+    toy = Toy(0)
+    assert proposals(toy, name, 5) == proposals(toy, name, 5)
+    if name != "uniform":
+        assert proposals(toy, name, 5) != proposals(toy, name, 6)
+
+
+@pytest.mark.parametrize("name", ["hirelc", "knapsack"])
+def test_the_first_proposal_is_the_solvers_answer(name: str) -> None:
+    toy = Toy(2)
+    budget_ms = BUDGET * toy.problem.uncut_ms
+    first = make_strategy(name, toy.problem, budget_ms, 0).propose(8)[0]
+    assert np.array_equal(first, solve(toy.problem, budget_ms))
+
+
+def test_the_null_starts_far_from_the_solver() -> None:
+    toy = Toy(2)
+    solved = toy.loss(solve(toy.problem, BUDGET * toy.problem.uncut_ms))
+    assert np.median(losses(search(toy, "untrained", 0, 20))) > 1.5 * solved
+    assert np.median(losses(search(toy, "hirelc", 0, 20))) < 1.5 * solved
+
+
+def test_learning_beats_the_untrained_machine_at_equal_evaluations_for_every_seed() -> None:
+    for seed in range(4):
+        toy = Toy(seed)
+        trained, untrained = search(toy, "hirelc", seed, 64), search(toy, "untrained", seed, 64)
+        assert trained.count("F1") == untrained.count("F1") == 64
+        assert min(losses(trained)) < min(losses(untrained))
+
+
+def test_what_is_proposed_late_is_better_than_what_the_prior_alone_proposes() -> None:
+    """The prior alone beats the null; this holds only if the updates help."""
+    ratios, best = [], []
+    for seed in range(5):
+        toy = Toy(seed)
+        taught = losses(search(toy, "hirelc", seed, 128))
+        strategy = Hierarchy(toy.problem, BUDGET * toy.problem.uncut_ms, seed, learns=False)
+        result = run_search(toy.problem, strategy, toy.evaluate, f1_evaluations=128, f2_evaluations=0)
+        ratios.append(np.median(taught[-32:]) / np.median(losses(result)[-32:]))
+        best.append(min(taught) / min(losses(result)))
+    assert np.mean(ratios) < 0.95
+    assert np.mean(best) < 0.95
+
+
+def test_the_solver_uses_its_evaluations_too() -> None:
+    improved = 0
+    for seed in range(5):
+        found = losses(search(Toy(seed), "knapsack", seed, 60))
+        improved += min(found) < 0.97 * found[0]
+    assert improved >= 4
+
+
+def test_rewards_and_update_statistics_are_kept_for_the_log() -> None:
+    toy = Toy(0)
+    strategy = Hierarchy(toy.problem, BUDGET * toy.problem.uncut_ms, 0)
+    run_search(toy.problem, strategy, toy.evaluate, f1_evaluations=24, f2_evaluations=0)
+    assert len(strategy.rewards) == 24
+    assert all(reward.ms == 0 and reward.loss <= 0 for reward in strategy.rewards)
+    assert strategy.updates
+    assert set(strategy.updates[0]) == {"entropy", "clipped"}
+
+
+def test_a_batch_of_failures_teaches_nothing_and_breaks_nothing() -> None:
+    toy = Toy(0)
+    for name in STRATEGIES:
+        strategy = make_strategy(name, toy.problem, BUDGET * toy.problem.uncut_ms, 0)
+        for _ in range(2):
+            strategy.observe([(c, Failed("p", "F1", "slice", "no")) for c in strategy.propose(4)])
+
+
+def test_block_budgets_sum_to_the_limit_and_none_is_negative() -> None:
+    for seed in range(8):
+        toy = Toy(seed)
+        budget_ms = BUDGET * toy.problem.uncut_ms
+        strategy = Hierarchy(toy.problem, budget_ms, seed)
+        for choices in strategy.propose(4):
+            unavoidable_ms, parts = strategy.budgets(choices)
+            assert unavoidable_ms == pytest.approx(smallest(toy.problem)[1])
+            assert unavoidable_ms + parts.sum() == pytest.approx(budget_ms)
+            assert (parts >= 0).all()
+
+
+def test_a_block_that_keeps_more_is_handed_more_time() -> None:
+    toy = Toy(3, blocks=2)
+    small, _ = smallest(toy.problem)
+    wide = small.copy()
+    wide[:3] = len(toy.problem.decisions[0].options) - 1
+    _, parts = block_budgets(toy.problem, wide, toy.ms(wide))
+    assert parts[0] > 0
+    assert parts[1] == pytest.approx(0.0)
+
+
+def test_an_untaught_high_level_leaves_every_block_at_the_common_price_most_often() -> None:
+    policy = PricePolicy(torch.randn(4, 7, dtype=torch.float64), torch.Generator().manual_seed(0), with_prior=True)
+    probabilities = torch.softmax(policy(), dim=-1).detach()
+    assert (MULTIPLIERS[probabilities.argmax(dim=-1).numpy()] == 1.0).all()
+    assert float(probabilities.max()) == pytest.approx(0.57, abs=0.01)
+
+
+def test_uniform_keeps_the_same_share_everywhere_and_as_much_as_fits() -> None:
+    toy = Toy(4)
+    for budget in (0.3, 0.6, 0.9):
+        budget_ms = budget * toy.problem.uncut_ms
+        (choices,) = make_strategy("uniform", toy.problem, budget_ms, 0).propose(8)
+        assert len(set(choices.tolist())) == 1
+        assert toy.ms(choices) <= budget_ms
+        assert toy.ms(choices + 1) > budget_ms
+
+
+def test_an_unknown_strategy_is_refused_with_the_names_there_are() -> None:
+    toy = Toy(0, blocks=1)
+    with pytest.raises(InputError, match="'magic' is unknown; use one of hirelc, knapsack, random, uniform, untrained"):
+        make_strategy("magic", toy.problem, 1.0, 0)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_hopeless_budget_is_refused_before_anything_starts(name: str) -> None:
+    toy = Toy(0, blocks=1)
+    with pytest.raises(ConstraintError, match="cannot be met"):
+        make_strategy(name, toy.problem, 0.9 * smallest(toy.problem)[1], 0)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_budget_that_leaves_one_choice_ends_by_itself(name: str) -> None:
+    toy = Toy(0, blocks=1)
+    budget_ms = smallest(toy.problem)[1]
+    strategy = make_strategy(name, toy.problem, budget_ms, 0)
+    result = run_search(toy.problem, strategy, toy.evaluate, f1_evaluations=50, f2_evaluations=1)
+    assert result.count("F1") == 1
+    assert result.count("F2") == 1
+    assert result.stopped == "no new plans"
