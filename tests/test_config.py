@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hirelc_deploy.config import (
+    STRATEGIES,
     DataConfig,
     JobConfig,
     Limits,
@@ -18,6 +19,7 @@ from hirelc_deploy.config import (
     parse_duration,
 )
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.search import baselines
 
 FULL = JobConfig(
     ModelConfig(
@@ -125,3 +127,7 @@ def test_durations_are_seconds(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="duration"):
         parse_duration(text)
+
+
+def test_the_strategies_a_job_may_name_are_those_that_exist() -> None:
+    assert set(STRATEGIES) == set(baselines.STRATEGIES)
