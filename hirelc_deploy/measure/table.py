@@ -178,8 +178,12 @@ def layer_model(key: LayerKey, precision: Precision) -> tuple[onnx.ModelProto, t
     if min(key.in_features, key.out_features) < 1:
         raise InputError(f"layer: widths {key.in_features} -> {key.out_features}; both must be at least 1.")
     graph = _Graph(None if precision.name == "float" else precision)
-    image_shape, output, macs = builders[key.shape.kind](graph, key)
-    return graph.model(image_shape, output), image_shape, macs
+    image_shape, output_shape, output, macs = builders[key.shape.kind](graph, key)
+    return graph.model(image_shape, output_shape, output), image_shape, macs
+
+
+_Built = tuple[tuple[int, ...], tuple[int | None, ...], str, int]
+"""Input shape, output shape (None: not worth computing), name of the output, multiply-accumulates."""
 
 
 def _counts(operator: OperatorTime, kind: str) -> bool:
@@ -252,20 +256,20 @@ class _Graph:
             raise InputError(f"activation {kind!r} has no timing; known: relu6, silu, {', '.join(_ACTIVATIONS)}.")
         return self.add(_ACTIVATIONS[kind], tensor)
 
-    def model(self, input_shape: tuple[int, ...], output: str) -> onnx.ModelProto:
-        """Return the model from float32 `input` to `output`, both at the file's ends."""
+    def model(self, input_shape: tuple[int, ...], output_shape: tuple[int | None, ...], output: str) -> onnx.ModelProto:
+        """Return the model from float32 `input` to float32 `output`."""
         used = {name for node in self.nodes for name in node.input}
         graph = helper.make_graph(
             self.nodes,
             "layer",
             [helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape)],
-            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, output_shape)],
             [constant for constant in self.constants if constant.name in used],
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
-def _conv(graph: _Graph, key: LayerKey) -> tuple[tuple[int, ...], str, int]:
+def _conv(graph: _Graph, key: LayerKey) -> _Built:
     shape, inputs, outputs = key.shape, key.in_features, key.out_features
     groups = inputs if shape.depthwise else shape.groups
     if inputs % groups or outputs % groups:
@@ -292,7 +296,7 @@ def _conv(graph: _Graph, key: LayerKey) -> tuple[tuple[int, ...], str, int]:
         tensor = graph.activation(shape.activation, graph.quantized(tensor, LAYER))
         tensor = graph.quantized(tensor, LAYER)
         tensor = _uncounted_end(graph, tensor)
-    return image_shape, tensor, shape.positions * math.prod(weight_shape)
+    return image_shape, (1, outputs, None, None), tensor, shape.positions * math.prod(weight_shape)
 
 
 def _uncounted_end(graph: _Graph, tensor: str) -> str:
@@ -301,14 +305,15 @@ def _uncounted_end(graph: _Graph, tensor: str) -> str:
     return graph.add("DequantizeLinear", *last.input, prefix=BORDER) if tensor == last.output[0] else tensor
 
 
-def _linear(graph: _Graph, key: LayerKey) -> tuple[tuple[int, ...], str, int]:
+def _linear(graph: _Graph, key: LayerKey) -> _Built:
     positions, inputs, outputs = key.shape.positions, key.in_features, key.out_features
     tensor = "input" if graph.integer is None else graph.quantized("input", LAYER)
     tensor = graph.add("Gemm", tensor, *graph.weight((inputs, outputs), 1))
-    return (positions, inputs), graph.activation(key.shape.activation, tensor), positions * inputs * outputs
+    tensor = graph.activation(key.shape.activation, tensor)
+    return (positions, inputs), (positions, outputs), tensor, positions * inputs * outputs
 
 
-def _attention(graph: _Graph, key: LayerKey) -> tuple[tuple[int, ...], str, int]:
+def _attention(graph: _Graph, key: LayerKey) -> _Built:
     tokens, heads, size = key.shape.positions, key.in_features, key.shape.head_dim
     if size < 1:
         raise InputError(f"attention: head_dim is {size}; it must be at least 1.")
@@ -324,4 +329,4 @@ def _attention(graph: _Graph, key: LayerKey) -> tuple[tuple[int, ...], str, int]
     scores = graph.add("MatMul", query, graph.add("Transpose", keys, perm=(0, 1, 3, 2)))
     mixed = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), value)
     output = graph.add("Reshape", graph.add("Transpose", mixed, perm=(0, 2, 1, 3)), integers(tokens, heads * size))
-    return (tokens, 3 * heads * size), output, 2 * heads * tokens * tokens * size
+    return (tokens, 3 * heads * size), (tokens, heads * size), output, 2 * heads * tokens * tokens * size

@@ -16,7 +16,7 @@ from hirelc_deploy.errors import ExportError, InputError, TargetUnavailable
 from hirelc_deploy.measure.backend import OperatorTime, Precision, Runner, TimingProcess
 from hirelc_deploy.measure.registry import get_backend
 
-STEPS = {"float": (16, 4, 1.0), "int8": (32, 4, 0.25)}
+STEPS = {"float": (16, 8, 1.0), "int8": (32, 8, 0.25)}
 """Precision to (output channels per step, input channels per step, time of a step relative to float)."""
 MACS_PER_MICROSECOND = 20_000.0
 ELEMENTS_PER_MICROSECOND = 4_000.0
@@ -176,7 +176,7 @@ def _stepped_macs(
 ) -> float:
     out_step, in_step, relative = STEPS[precision]
     if kind == "Conv":
-        outputs, inputs, positions = weight[0], weight[1] * math.prod(weight[2:]), math.prod(output[2:])
+        outputs, inputs, positions = weight[0], weight[1], math.prod(output[2:]) * math.prod(weight[2:])
     else:
         outputs, inputs = (weight[0], weight[1]) if transposed else (weight[-1], weight[-2])
         positions = math.prod(output[:-1])
@@ -195,6 +195,8 @@ def _read(model: Path) -> tuple[list[Any], dict[str, tuple[int, ...]], dict[str,
     except Exception as error:  # protobuf's exception types differ by its implementation
         raise ExportError(f"{model}: not an ONNX file ({error}).") from None
     graph = loaded.graph
+    if not graph.output:
+        raise ExportError(f"{model}: an empty ONNX file.")
     shapes = {
         value.name: tuple(d.dim_value if d.dim_value > 0 else 1 for d in value.type.tensor_type.shape.dim)
         for value in (*graph.input, *graph.value_info, *graph.output)
