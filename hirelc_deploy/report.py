@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import re
 import tomllib
 from collections import Counter, defaultdict
@@ -25,6 +25,9 @@ RUN_FILES = (CONFIG, MACHINE, TRIALS, RESULT)
 
 WIDE, NARROW = (860, 420), (360, 340)
 """(width, height) in pixels of the scatter on a desktop and on a phone: drawn twice, so that text keeps its size."""
+
+LARGEST = 1e30
+"""No figure of a run is larger: what is, is damage, and would overflow the arithmetic below."""
 
 WHOLE_COMMAND = "whole command"
 """The stage that contains the others: it is the total, not a bar beside them."""
@@ -115,14 +118,6 @@ def write_report(run: ReportInput, path: Path) -> Path:
 
 def render(run: ReportInput) -> str:
     """Return the page as HTML; every text of the run is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hirelc_deploy", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"count": _count, "bytes": _bytes, "ms": _ms, "seconds": _seconds, "percent": _percent}
     result = run.result
     outcomes = [_outcome(trial) for trial in run.trials]
     plan = _record(result.get("plan")) or _record(run.manifest.get("plan"))
@@ -144,7 +139,7 @@ def render(run: ReportInput) -> str:
         "kept_whole": "layers that were kept whole",
         "cost": "wall time by stage",
     }
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         **sections,
         title=_title(run),
         facts=_facts(run),
@@ -159,6 +154,19 @@ def render(run: ReportInput) -> str:
         ],
         tool_version=__version__,
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hirelc_deploy", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"count": _count, "bytes": _bytes, "ms": _ms, "seconds": _seconds, "percent": _percent}
+    return environment.get_template("report.html.j2")
 
 
 # What the page says, section by section. Each returns an empty value where the run does not tell.
@@ -186,11 +194,11 @@ def _headline(result: Record) -> list[dict[str, str]]:
     """Return the tiles: a value, its label, and a note on how sure it is."""
     tiles = []
     latency, unpruned = _record(result.get("latency")), _record(result.get("best_unpruned"))
-    ratio, rival = _number(latency.get("ratio")), _number(unpruned.get("ratio"))
+    ratio, rival = _positive(latency.get("ratio")), _positive(unpruned.get("ratio"))
     if ratio:
-        low, high = _number(latency.get("ratio_low")), _number(latency.get("ratio_high"))
+        low, high = _positive(latency.get("ratio_low")), _positive(latency.get("ratio_high"))
         sure = f"95 % interval {1 / high:.2f} to {1 / low:.2f}" if low and high else "no interval"
-        median, verdict = _number(latency.get("median_ms")), _text(latency.get("verdict"))
+        median, verdict = _positive(latency.get("median_ms")), _text(latency.get("verdict"))
         notes = ["" if verdict == "faster" else verdict, _ms(median) if median else "", sure]
         tiles.append(
             {
@@ -205,7 +213,7 @@ def _headline(result: Record) -> list[dict[str, str]]:
                 "note": f"{_text(unpruned.get('name')) or 'unnamed'}, {_times(1 / rival)} as fast as FP32",
             }
         )
-    size_ratio, size = _number(result.get("size_ratio")), _number(result.get("size_bytes"))
+    size_ratio, size = _positive(result.get("size_ratio")), _positive(result.get("size_bytes"))
     if size_ratio and size:
         tiles.append(
             {
@@ -242,11 +250,11 @@ def _faster(ratio: float, than: str) -> dict[str, str]:
 
 def _bars(result: Record) -> list[dict[str, Any]]:
     """Return one bar per candidate file: its time as a share of the slowest, with its interval."""
-    timed = [(c, ratio) for c in _records(result.get("candidates")) if (ratio := _number(c.get("ratio"))) is not None]
-    longest = max((_number(c.get("ratio_high")) or ratio for c, ratio in timed), default=0.0) or 1.0
+    timed = [(c, ratio) for c in _records(result.get("candidates")) if (ratio := _positive(c.get("ratio"))) is not None]
+    longest = max((_positive(c.get("ratio_high")) or ratio for c, ratio in timed), default=0.0) or 1.0
     bars: list[dict[str, Any]] = []
     for candidate, ratio in timed:
-        low, high = _number(candidate.get("ratio_low")), _number(candidate.get("ratio_high"))
+        low, high = _positive(candidate.get("ratio_low")), _positive(candidate.get("ratio_high"))
         interval = (low, high) if low is not None and high is not None and high > low else None
         bars.append(
             {
@@ -255,8 +263,8 @@ def _bars(result: Record) -> list[dict[str, Any]]:
                 "interval": interval,
                 "width": f"{100 * ratio / longest:.2f}",
                 "interval_width": [f"{100 * end / longest:.2f}" for end in interval or ()],
-                "median_ms": _number(candidate.get("median_ms")),
-                "size_bytes": _number(candidate.get("size_bytes")),
+                "median_ms": _positive(candidate.get("median_ms")),
+                "size_bytes": _positive(candidate.get("size_bytes")),
                 "accuracy": _number(candidate.get("accuracy_selection")),
                 "role": _role(candidate, result),
             }
@@ -273,7 +281,7 @@ def _role(candidate: Record, result: Record) -> str:
     if role in ("shipped", "unpruned", "candidate"):
         return role
     shipped = _number(_record(result.get("latency")).get("ratio")), _number(result.get("size_bytes"))
-    if shipped == (_number(candidate.get("ratio")), _number(candidate.get("size_bytes"))):
+    if shipped == (_number(candidate.get("ratio")), _positive(candidate.get("size_bytes"))):
         return "shipped"
     return "unpruned" if name.startswith(("fp32", "int8")) else "candidate"
 
@@ -314,9 +322,9 @@ def _time_shares(layers: Sequence[str], operators: Sequence[Record]) -> dict[str
         words = re.split(r"\W+", _text(operator.get("name")))
         for path, name in paths:
             if any(words[at : at + len(path)] == path for at in range(len(words) - len(path) + 1)):
-                spent[name] += _number(operator.get("microseconds")) or 0.0
+                spent[name] += _positive(operator.get("microseconds")) or 0.0
                 break
-    total = sum(_number(operator.get("microseconds")) or 0.0 for operator in operators)
+    total = sum(_positive(operator.get("microseconds")) or 0.0 for operator in operators)
     return {name: value / total for name, value in spent.items()} if total else {}
 
 
@@ -327,7 +335,7 @@ def _operators(result: Record) -> dict[str, Any]:
     for operator in _records(result.get("operators")):
         key = _text(operator.get("operator")) or "unnamed", operator.get("is_integer") is True
         count[key] += 1
-        time[key] += _number(operator.get("microseconds")) or 0.0
+        time[key] += _positive(operator.get("microseconds")) or 0.0
     total = sum(time.values())
     if not total:
         return {}
@@ -368,7 +376,7 @@ def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
         ("sliced and judged (F1)", _number(search.get("f1"))),
         ("repeats answered from the journal", _number(search.get("repeats"))),
     ]
-    overhead, searching = _number(search.get("overhead_seconds")), _number(search.get("seconds"))
+    overhead, searching = _number(search.get("overhead_seconds")), _positive(search.get("seconds"))
     failed = Counter(
         (_text(outcome.get("stage")) or "unnamed stage", _text(outcome.get("reason")) or "no reason given")
         for outcome in outcomes
@@ -394,15 +402,15 @@ def _scatter(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
     moments can be compared; where a ratio is missing it is the file's own median.
     """
     candidates = _records(result.get("candidates"))
-    fp32_ms = next((_number(c.get("median_ms")) for c in candidates if _text(c.get("name")).lower() == "fp32"), None)
+    fp32_ms = next((_positive(c.get("median_ms")) for c in candidates if _text(c.get("name")).lower() == "fp32"), None)
     by_accuracy = any(_number(o.get("accuracy")) is not None for o in outcomes) or any(
         _number(c.get("accuracy_selection")) is not None for c in candidates
     )
 
     def point(value: Record, accuracy: str, role: str, name: str = "") -> Point | None:
-        ratio, y = _number(value.get("ratio")), _number(value.get(accuracy if by_accuracy else "loss"))
-        timed = ratio * fp32_ms if ratio and fp32_ms else _number(value.get("median_ms"))
-        ms = timed or _number(value.get("predicted_ms"))
+        ratio, y = _positive(value.get("ratio")), _number(value.get(accuracy if by_accuracy else "loss"))
+        timed = ratio * fp32_ms if ratio and fp32_ms else _positive(value.get("median_ms"))
+        ms = timed or _positive(value.get("predicted_ms"))
         if y is None or ms is None or ms <= 0:
             return None
         return Point(ms, 100 * y if by_accuracy else y, role if timed else "predicted", name)
@@ -460,8 +468,15 @@ def _records(value: Any) -> list[Record]:
 
 
 def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    """Return a number that is finite, as a time, a count or an accuracy must be; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < LARGEST else None
+
+
+def _positive(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and number > 1 / LARGEST else None
 
 
 def _text(value: Any) -> str:

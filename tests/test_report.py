@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_run import EVIL, result, write_run
+
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.report import ReportInput, read_run, render, write_report
+from hirelc_deploy.scatter import Point, draw, frame, front, log_ticks, ticks
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return render(read_run(write_run(tmp_path_factory.mktemp("run"))))
+
+
+class Page(HTMLParser):
+    """Collects the text and the tags, and notices a tag that is not closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.tags, self._open = "", [], []  # type: ignore[var-annotated]
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += " " + data.replace("\u00a0", " ")
+
+
+def words(html: str) -> str:
+    return re.sub(r"\s+", " ", Page(html).text)
+
+
+def only(value: dict[str, Any]) -> str:
+    return words(render(ReportInput("run", result=value)))
+
+
+def test_the_headline_gives_times_faster_bytes_and_drop_with_intervals(page: str) -> None:
+    text = words(page)
+    assert "10.0 × faster than the FP32 file 1 ms; 95 % interval 9.90 to 10.10" in text
+    assert "3.00 × faster than the best unpruned file int8 placed, 3.33 × as fast as FP32" in text
+    assert "32.0 × smaller than the FP32 file 1.4 MB, was 44.8 MB" in text
+    assert "0.59 points of accuracy lost" in text
+    assert "94.22 % before, 93.63 % now; paired 95 % interval of the loss +0.31 to +0.87" in text
+
+
+def test_a_slower_file_is_called_slower() -> None:
+    text = only({**result(), "latency": {"ratio": 1.25, "verdict": "slower"}, "best_unpruned": {}, "size_ratio": 0.5})
+    assert "1.25 × slower than the FP32 file slower; no interval" in text
+    assert "2.00 × larger than the FP32 file" in text
+    assert "faster than" not in text
+
+
+def test_the_page_names_run_machine_command_and_date(page: str) -> None:
+    text = words(page)
+    assert "resnet18 on torch/cifar10" in text
+    assert "onnxruntime_cpu A processor 2026-11-20 17:00:00" in text
+    assert "hirelc-deploy search" in text
+    assert "versions.onnxruntime 1.31" in text
+    assert "Absent" not in text
+
+
+def test_every_text_of_the_run_is_escaped(page: str) -> None:
+    assert "<script" not in page
+    assert words(page).count(EVIL) >= 3  # a layer, a warning, a failed trial
+
+
+def test_the_page_loads_nothing(page: str) -> None:
+    for tag, attributes in Page(page).tags:
+        assert tag not in ("script", "img", "iframe", "object", "embed", "base")
+        assert not {"src", "srcset", "action"} & attributes.keys()
+        assert attributes.get("href", "data:,") == "data:,"
+    assert not re.search(r"@import|url\(", page)
+
+
+def test_layers_show_widths_precision_and_their_share_of_the_measured_time(page: str) -> None:
+    text = words(page)
+    # The conv1 inside the block takes its own time, not the block's: the longest name that fits wins.
+    assert re.search(r"conv1 conv 64 → 24 64 → 24 int8 5.18 k 332 k 60.0 %", text)
+    assert re.search(r"conv2 conv 64 64 float 36.9 k 2.36 M 30.0 %", text)
+    assert "60.0 % of the time in integer operators" in text
+
+
+def test_the_total_is_the_whole_command_and_not_the_sum_of_nested_stages(page: str) -> None:
+    text = words(page)
+    assert "5 min 0 s of wall time, strategy hirelc , 10.0 % of the search outside evaluation and timing" in text
+    assert "whole command" not in text
+
+
+def test_failed_trials_are_counted_with_their_reason(page: str) -> None:
+    assert f"export {EVIL} 1" in words(page)
+
+
+def test_trials_that_fell_far_below_are_left_out_and_counted(page: str) -> None:
+    assert "1 trial lies outside the frame" in words(page)
+
+
+def test_without_labels_the_scatter_shows_the_loss() -> None:
+    value = result()
+    for item in value["candidates"]:
+        item["accuracy_selection"] = None
+    trials = [{"outcome": {"kind": "measured", "fidelity": "F2", "loss": 0.2, "accuracy": None, "ratio": 0.4}}]
+    assert "Loss (nats), lower is better" in words(render(ReportInput("run", result=value, trials=trials)))
+
+
+@pytest.mark.parametrize("name", ["result.json", "trials.jsonl", "machine.json", "config.toml", "bundle/manifest.json"])
+@pytest.mark.parametrize("harm", ["remove", "cut", "other"])
+def test_a_missing_or_broken_part_is_named_instead_of_failing(tmp_path: Path, name: str, harm: str) -> None:
+    path = write_run(tmp_path / "run") / name
+    content = path.read_bytes()
+    path.unlink()
+    if harm != "remove":
+        path.write_bytes(content[: len(content) // 2 - 3] + b'"' if harm == "cut" else b'[1, "a", [null]]\n\xff')
+    text = words(render(read_run(tmp_path / "run")))
+    assert f"Absent from this run {name}" in text
+
+
+def test_a_run_that_was_killed_still_gives_a_page(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run")
+    (directory / "result.json").unlink()
+    with (directory / "trials.jsonl").open("a") as file:
+        file.write('{"trial": 25, "outc')
+    text = words(render(read_run(directory)))
+    assert "1 of 25 lines cannot be read" in text
+    assert "Nothing in this run tells what was shipped" in text
+    assert "Accuracy against time" in text
+
+
+WRONG = (None, "text", 7, True, math.nan, math.inf, -1.0, [], {}, [None], ["a"], [[]], {"a": {"b": []}}, 10**400)
+
+
+@pytest.mark.parametrize("key", sorted(result()))
+def test_wrong_values_never_break_the_page(key: str) -> None:
+    good = result()
+    for wrong in WRONG:
+        render(ReportInput("run", result={**good, key: wrong}))
+        inner = good[key]
+        if isinstance(inner, list) and isinstance(inner[0], dict):
+            for name in inner[0]:
+                render(ReportInput("run", result={**good, key: [{**inner[0], name: wrong}, *inner[1:]]}))
+        if isinstance(inner, dict):
+            for name in inner:
+                render(ReportInput("run", result={**good, key: {**inner, name: wrong}}))
+
+
+def test_trials_of_any_shape_never_break_the_page() -> None:
+    keys = ("kind", "fidelity", "ratio", "median_ms", "predicted_ms", "accuracy", "loss", "stage", "reason")
+    trials: list[Any] = [
+        {"outcome": {"kind": "measured", "ratio": 0.5, "accuracy": 0.5, key: wrong}} for key in keys for wrong in WRONG
+    ]
+    trials += [{"outcome": wrong} for wrong in WRONG]
+    render(ReportInput("run", result=result(), trials=trials))
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("")])
+def test_what_is_no_run_directory_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "run")
+    with pytest.raises(InputError, match="run directory"):
+        read_run(tmp_path / "run")
+
+
+def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        write_report(ReportInput("run"), tmp_path / "absent" / "report.html")
+
+
+def test_the_page_is_written_and_small(tmp_path: Path) -> None:
+    path = write_report(read_run(write_run(tmp_path / "run")), tmp_path / "report.html")
+    assert path.read_text("utf-8").startswith("<!doctype html>")
+    assert path.stat().st_size < 100_000
+    json.dumps(result(), allow_nan=False)
+
+
+# The scatter
+
+
+def test_the_front_keeps_only_what_nothing_else_beats() -> None:
+    points = [Point(1, 90, "trial"), Point(2, 89, "trial"), Point(2, 92, "trial"), Point(2, 91, "trial")]
+    assert [(p.ms, p.y) for p in front(points, higher_is_better=True)] == [(1, 90), (2, 92)]
+    assert [(p.ms, p.y) for p in front(points, higher_is_better=False)] == [(1, 90), (2, 89)]
+
+
+def test_better_is_drawn_higher_and_slower_further_right() -> None:
+    points = [Point(1, 1.0, "trial"), Point(10, 2.0, "shipped", "s"), Point(100, 3.0, "unpruned", "u")]
+    for higher_is_better in (True, False):
+        drawing = draw(points, (0.5, 3.5), (400, 300), higher_is_better=higher_is_better)
+        xs, ys = [mark.x for mark in drawing.marks], [mark.y for mark in drawing.marks]
+        by_ms = [mark.x for mark in sorted(drawing.marks, key=lambda mark: mark.point.ms)]
+        assert by_ms == sorted(xs)
+        assert by_ms[1] - by_ms[0] == pytest.approx(by_ms[2] - by_ms[1], abs=0.2)  # tenfold is tenfold
+        best = min(drawing.marks, key=lambda mark: mark.y).point.y
+        assert best == (3.0 if higher_is_better else 1.0)
+        assert all(drawing.left <= x <= drawing.right for x in xs)
+        assert all(drawing.top <= y <= drawing.bottom for y in ys)
+
+
+def test_names_never_cover_one_another() -> None:
+    points = [Point(1 + 0.01 * i, 90 + 0.01 * i, "unpruned", f"file number {i}") for i in range(4)]
+    labels = draw(points, (89, 91), (360, 340), higher_is_better=True).labels
+    for i, one in enumerate(labels):
+        for other in labels[:i]:
+            apart = abs(one.y - other.y) >= 14 or one.span[1] <= other.span[0] or other.span[1] <= one.span[0]
+            assert apart
+
+
+def test_the_frame_holds_what_could_ship_and_not_every_trial() -> None:
+    points = [Point(1, 94, "unpruned"), Point(1, 93, "shipped"), Point(1, 91, "trial"), Point(1, 10, "trial")]
+    low, high = frame(points, least=4.0)
+    assert low < 91
+    assert low > 10
+    assert high > 94
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (89.4, 94.9), (0.001, 0.0013), (-3, 7)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    values = ticks(low, high, count=5)
+    assert 2 <= len(values) <= 7
+    assert all(low <= value <= high for value in values)
+    assert len({round(b - a, 9) for a, b in itertools.pairwise(values)}) == 1
+
+
+def test_logarithmic_ticks_are_one_two_five() -> None:
+    assert log_ticks(0.08, 11) == [0.1, 0.2, 0.5, 1, 2, 5, 10]
+    assert len(log_ticks(3.0, 3.4)) >= 3
