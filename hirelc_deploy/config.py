@@ -118,7 +118,7 @@ class JobConfig:
 
     Attributes:
         plan: The plan that `apply` was given; None for a search.
-        threads: Of one inference on the target.
+        threads: Of one inference on the target; None for what the target says.
         recovery_epochs: Passes over the training split for a finalist; 0 for no training.
         exclude: Patterns of layers that stay whole.
     """
@@ -128,7 +128,7 @@ class JobConfig:
     target: str = "cpu"
     plan: str | None = None
     seed: int = 0
-    threads: int = 1
+    threads: int | None = None
     recovery_epochs: float = 1.0
     exclude: tuple[str, ...] = ()
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)

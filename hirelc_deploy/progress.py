@@ -1,4 +1,4 @@
-"""In: work that counts its steps. Out: a bar with time left on a terminal, plain lines elsewhere, nothing when quiet."""
+"""In: work that counts its steps. Out: a bar with the time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -117,22 +117,22 @@ class Recovery:
 class Teacher:
     """The uncut model's answers to augmented pictures, computed once per picture: it costs more than its student."""
 
-    def __init__(self, model: nn.Module, images: Images, views: int, device: torch.device, *, labelled: bool) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    def __init__(self, model: nn.Module, images: Images, views: int, device: torch.device) -> None:
+        self.model = laid_out(copy.deepcopy(model).eval().requires_grad_(False), device)
         self.images = images
         self.views = views
         self.device = device
-        self.labels = torch.from_numpy(images.labels) if labelled else None
+        self.labels = None if images.labels is None else torch.from_numpy(images.labels)
         self._answers: dict[int, Tensor] = {}
 
     def answers(self, indices: Tensor, view: int, pictures: Tensor) -> Tensor:
         """Return (batch, classes) logits for `pictures`, which are view `view` of the images at `indices`."""
         table = self._answers.get(view)
-        known = table[indices] if table is not None else None
+        known = None if table is None else table[indices]
         if known is not None and not bool(known.isnan().any()):
             return known.to(self.device)
         with torch.no_grad(), half_precision(self.device):
-            fresh = self.model(pictures).float()
+            fresh: Tensor = self.model(pictures).float()
         if table is None:
             table = self._answers[view] = torch.full((len(self.images), fresh.shape[1]), float("nan"))
         table[indices] = fresh.cpu()
@@ -160,7 +160,7 @@ def fine_tune(
     batch_size = min(recovery.batch_size, len(images))
     per_epoch = len(images) // batch_size
     steps = max(1, round(recovery.epochs * per_epoch))
-    student.to(device, memory_format=torch.channels_last).train()
+    student = laid_out(student, device).train()
     optimizer = _optimizer(student, recovery)
     peaks = [group["lr"] for group in optimizer.param_groups]
     averaged = copy.deepcopy(student) if recovery.weights_ema else None
@@ -189,7 +189,7 @@ def fine_tune(
         if step % 20 == 0:
             progress.note(f"loss {loss.item():.3f}")
     result = averaged or student
-    return result.to("cpu", memory_format=torch.contiguous_format).eval()
+    return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
 
 
 def distillation_loss(logits: Tensor, answers: Tensor, labels: Tensor | None, recovery: Recovery) -> Tensor:
@@ -224,6 +224,14 @@ def _average(averaged: nn.Module, student: nn.Module, decay: float) -> None:
             mean.copy_(value)
 
 
+def laid_out(
+    model: nn.Module, device: torch.device, memory_format: torch.memory_format = torch.channels_last
+) -> nn.Module:
+    """Move a model to a device; convolutions run fastest with the channels last."""
+    moved: nn.Module = model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
+    return moved
+
+
 def half_precision(device: torch.device) -> torch.autocast:
     """Return a bfloat16 region where the device multiplies bfloat16 in hardware, else one that changes nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
@@ -232,5 +240,5 @@ def half_precision(device: torch.device) -> torch.autocast:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether bfloat16 products are faster than float32 ones here."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

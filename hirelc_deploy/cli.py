@@ -1,0 +1,446 @@
+"""In: a command line. Out: an exit code, and on standard output what a person or a program asked for.
+
+Everything heavy is imported inside the commands, so that --help and a typing error answer at once.
+Exit codes: 0 done, 2 bad input, 3 target not available, 4 constraint cannot be met, 130 interrupted with results kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from hirelc_deploy import __version__
+from hirelc_deploy.errors import HirelcError, InputError
+from hirelc_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from hirelc_deploy.config import JobConfig, PreprocessConfig
+
+app = typer.Typer(
+    name="hirelc-deploy",
+    help="A trained vision model in, the fastest file its device can run within an allowed accuracy drop out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Option("--model", help="A timm name, file.py:factory or package.module:factory.", show_default=False)
+]
+ModelArg = Annotated[
+    list[str] | None, typer.Option("--model-arg", help="Argument of the factory, as key=value; may be repeated.")
+]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Trained weights: .safetensors, or .pth read safely.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm fetch its own trained weights.")]
+DataSpec = Annotated[
+    str,
+    typer.Option("--data", help="npz:FILE, imagefolder:DIR, torch/cifar10, or synthetic:N.", show_default=False),
+]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of a torchvision data set (torch/...).")]
+Target = Annotated[str, typer.Option("--target", help="A target profile; `hirelc-deploy targets` lists them.")]
+RecoveryEpochs = Annotated[float, typer.Option(help="Passes over the training split per finalist; 0 for no training.")]
+CalibrationImages = Annotated[int | None, typer.Option(help="Training images set aside for activation ranges.")]
+SelectionImages = Annotated[int | None, typer.Option(help="Training images set aside for choosing.")]
+InputSize = Annotated[str | None, typer.Option(help="channels,height,width of the model's input.")]
+Mean = Annotated[str | None, typer.Option(help="Per-channel mean of the normalisation, as 0.49,0.48,0.45.")]
+Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation of the normalisation.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of layers that stay whole; may be repeated.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of one inference; the target's own if not given.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder that is made for the results.", show_default=False)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while working.")]
+
+
+def main() -> None:
+    """Run the command line; the one place where errors become exit codes."""
+    try:
+        code = app(standalone_mode=False)
+    except HirelcError as error:
+        fail(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        fail("interrupted; what was finished is kept, and the same command resumes.", 130)
+    except KeyboardInterrupt:
+        fail("interrupted; what was finished is kept, and the same command resumes.", 130)
+    except click.ClickException as error:
+        fail(error.format_message(), 2)
+    except BrokenPipeError:
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(sentence: str, code: int) -> None:
+    """Print one sentence on standard error and leave with `code`."""
+    print(f"hirelc-deploy: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _show(value: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(value, indent=2, default=float) if as_json else text)
+
+
+def _model_source(model: str, weights: Path | None, arguments: list[str] | None, pretrained: bool) -> dict[str, Any]:
+    from hirelc_deploy.models import parse_arguments
+
+    return {
+        "spec": model,
+        "weights": str(weights.resolve()) if weights else None,
+        "arguments": parse_arguments(arguments or []),
+        "pretrained": pretrained,
+    }
+
+
+def _path_weights(source: dict[str, Any]) -> dict[str, Any]:
+    return {**source, "weights": Path(source["weights"]) if source["weights"] else None}
+
+
+def _preprocess(input_size: str | None, mean: str | None, std: str | None) -> PreprocessConfig:
+    from hirelc_deploy.config import PreprocessConfig
+
+    def numbers(name: str, text: str | None, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
+        try:
+            return None if text is None else tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise InputError(f"{name} {text!r}: give numbers with commas between them.") from None
+
+    return PreprocessConfig(
+        numbers("--input-size", input_size, int), numbers("--mean", mean, float), numbers("--std", std, float)
+    )
+
+
+def _run(config: JobConfig, out: Path, plan: str | None, as_json: bool, quiet: bool) -> None:
+    """Open the workplace, do the job and print what it gave."""
+    from hirelc_deploy import job
+
+    progress = Progress(quiet=quiet)
+    workplace = job.open_workplace(config, out, " ".join(["hirelc-deploy", *sys.argv[1:]]), progress)
+    with workplace.run:
+        result = job.run_apply(workplace, plan) if plan is not None else job.run_search(workplace)
+    _show(result, as_json, summary(result, out))
+
+
+def summary(result: dict[str, Any], out: Path) -> str:
+    """Return what a person wants to know first about a finished job."""
+    latency, unpruned, accuracy = result["latency"], result["best_unpruned"], result["accuracy"]
+    faster = 1 / latency["ratio"]
+    lines = [
+        f"{faster:.2f} times faster than the uncut float file "
+        f"({1 / latency['ratio_high']:.2f} to {1 / latency['ratio_low']:.2f}), verdict: {latency['verdict']}",
+        f"{unpruned['ratio'] / latency['ratio']:.2f} times faster than the best unpruned file ({unpruned['name']})",
+        f"{result['size_ratio']:.1f} times smaller: {result['size_bytes']:,} bytes, {result['params']:,} parameters, "
+        f"{result['macs']:,} multiply-accumulates",
+    ]
+    if accuracy["test"] is None:
+        lines.append("no accuracy is claimed: the data has no labels")
+    else:
+        lines.append(
+            f"accuracy on the test split {100 * accuracy['test']:.2f} % (uncut {100 * accuracy['baseline_test']:.2f}), "
+            f"drop {accuracy['drop_points']:+.2f} points ({accuracy['drop_low']:+.2f} to {accuracy['drop_high']:+.2f})"
+        )
+    lines += [f"bundle: {result['bundle']}", f"report: {out / 'report.html'}"]
+    return "\n".join(lines)
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def search(
+    model: Model,
+    data: DataSpec,
+    out: Out,
+    target: Target = "cpu",
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    data_dir: DataDir = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Accuracy points that may be lost; 1.0 if nothing is limited.")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Times faster than the uncut float file.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of one inference on the target.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Size of the shipped file.")] = None,
+    strategy: Annotated[str, typer.Option(help="hirelc, knapsack, random, uniform or untrained.")] = "hirelc",
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time, for example 30m; the last training may end after it.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Cut models judged per latency budget (F1).")] = 24,
+    finalists: Annotated[int, typer.Option(help="Plans that are recovered by training, at most (F3).")] = 3,
+    options: Annotated[int, typer.Option(help="Widths offered per unit, at most.")] = 6,
+    recovery_epochs: RecoveryEpochs = 1.0,
+    calibration_images: CalibrationImages = None,
+    selection_images: SelectionImages = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    exclude: Exclude = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the fastest file this target can run within the limits.
+
+    Example: hirelc-deploy search --model resnet18 --weights w.safetensors --data imagefolder:photos --out runs/a
+    """
+    from hirelc_deploy.config import DataConfig, JobConfig, Limits, ModelConfig, SearchConfig, parse_duration
+
+    if max_drop is None and speedup is None and max_latency_ms is None:
+        max_drop = 1.0
+    config = JobConfig(
+        model=ModelConfig(**_model_source(model, weights, model_arg, pretrained)),
+        data=DataConfig(data, str(data_dir.resolve()) if data_dir else None, calibration_images, selection_images),
+        target=target,
+        seed=seed,
+        threads=threads,
+        recovery_epochs=recovery_epochs,
+        exclude=tuple(exclude or ()),
+        preprocess=_preprocess(input_size, mean, std),
+        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
+        search=SearchConfig(strategy, parse_duration(budget) if budget else None, trials, finalists, options),
+    )
+    _run(config, out, None, as_json, quiet)
+
+
+@app.command()
+def apply(
+    model: Model,
+    data: DataSpec,
+    out: Out,
+    plan: Annotated[
+        str,
+        typer.Option(help="A plan file, or uniform:keep=0.5,precision=int8 (or float, or auto).", show_default=False),
+    ],
+    target: Target = "cpu",
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    data_dir: DataDir = None,
+    recovery_epochs: RecoveryEpochs = 1.0,
+    calibration_images: CalibrationImages = None,
+    selection_images: SelectionImages = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    exclude: Exclude = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build one plan, without a search: cut, recover, quantize, time, bundle.
+
+    Example: hirelc-deploy apply --model resnet18 --data npz:d.npz --plan uniform:keep=0.5,precision=int8 --out half
+    """
+    from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
+
+    config = JobConfig(
+        model=ModelConfig(**_model_source(model, weights, model_arg, pretrained)),
+        data=DataConfig(data, str(data_dir.resolve()) if data_dir else None, calibration_images, selection_images),
+        target=target,
+        plan=plan,
+        seed=seed,
+        threads=threads,
+        recovery_epochs=recovery_epochs,
+        exclude=tuple(exclude or ()),
+        preprocess=_preprocess(input_size, mean, std),
+    )
+    _run(config, out, plan, as_json, quiet)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder that is made for the results.")] = Path("runs/demo"),
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress the embedded CIFAR-10 network on this CPU: the real search with a small budget, without a network.
+
+    Example: hirelc-deploy demo --out runs/demo
+    """
+    from hirelc_deploy.demo import demo_config
+
+    _run(demo_config(seed), out, None, as_json, quiet)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    exclude: Exclude = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model consists of, what can be cut, and what is kept whole and why.
+
+    Example: hirelc-deploy inspect --model resnet18 --json
+    """
+    import torch
+
+    from hirelc_deploy.graph.units import build_graph
+    from hirelc_deploy.models import ModelSource, preprocess_of
+
+    source = ModelSource(**_path_weights(_model_source(model, weights, model_arg, pretrained)))
+    network = source.load().eval()
+    size = preprocess_of(network, None, _preprocess(input_size, None, None).overrides()).input_size
+    generator = torch.Generator().manual_seed(0)
+    graph = build_graph(network, torch.rand((2, *size), generator=generator), exclude=tuple(exclude or ()))
+    record = {
+        "model": model,
+        "params": graph.params,
+        "macs": graph.macs,
+        "blocks": list(graph.blocks),
+        "units": [{"name": u.name, "kind": u.kind, "size": u.size, "block": u.block} for u in graph.units],
+        "kept_whole": [{"layer": k.layer, "reason": k.reason} for k in graph.kept_whole],
+    }
+    lines = [
+        f"{model}: {graph.params:,} parameters, {graph.macs:,} multiply-accumulates at {'x'.join(map(str, size))}",
+        f"{len(graph.blocks)} blocks, {len(graph.units)} units that can be cut:",
+        *(f"  {u.name:<40} {u.kind:<18} {u.size:>5}  in {u.block}" for u in graph.units),
+        f"{len(graph.kept_whole)} layers kept whole:" if graph.kept_whole else "nothing is kept whole",
+        *(f"  {k.layer:<40} {k.reason}" for k in graph.kept_whole),
+    ]
+    _show(record, as_json, "\n".join(lines))
+
+
+@app.command()
+def benchmark(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is the reference.")],
+    target: Target = "cpu",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(help="Wall-clock limit.")] = 300.0,
+    as_json: Json = False,
+) -> None:
+    """Time files against the first of them: interleaved, with intervals and verdicts.
+
+    Example: hirelc-deploy benchmark reference.onnx candidate.onnx
+    """
+    from hirelc_deploy.measure.machine import describe
+    from hirelc_deploy.measure.protocol import FULL, compare
+    from hirelc_deploy.measure.targets import find_target, open_target
+
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; give ONNX files, the reference first.")
+    profile = find_target(target)
+    backend = open_target(profile)
+    timings = compare(
+        files, backend, threads=threads or profile.threads, limits=dataclasses.replace(FULL, seconds=seconds)
+    )
+    keys = ("file", "median_ms", "p90_ms", "ratio", "ratio_low", "ratio_high", "verdict", "rounds", "contended", "note")
+    results = [{key: timing.to_dict()[key] for key in keys} for timing in timings]
+    lines = [f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'ratio':>7}  {'95 % interval':<16} verdict"]
+    for r in results:
+        lines.append(
+            f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['ratio']:>7.3f}  "
+            f"{r['ratio_low']:.3f} to {r['ratio_high']:.3f}   {r['verdict']}"
+        )
+        if r["note"]:
+            lines.append(f"  {r['note']}")
+    _show({"machine": describe(backend), "results": results}, as_json, "\n".join(lines))
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    data: Annotated[
+        str | None, typer.Option(help="The data set, to read the accuracy again on its test split.")
+    ] = None,
+    data_dir: DataDir = None,
+    target: Target = "cpu",
+    reference: Annotated[Path | None, typer.Option(help="The uncut float file, to time the bundle against.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle: hashes, integer operators, sample outputs, and with --data the accuracy again.
+
+    Example: hirelc-deploy verify runs/a/bundle --data npz:data.npz
+    """
+    from hirelc_deploy.bundle import verify as verify_bundle
+    from hirelc_deploy.data import load_data
+    from hirelc_deploy.measure.targets import find_target, open_target
+
+    given = load_data(data, data_dir=data_dir) if data else None
+    result = verify_bundle(bundle, data=given, backend=open_target(find_target(target)), reference=reference)
+    lines = [*result.problems, *result.remarks]
+    lines.append(f"operators: {result.integer_ops} integer, {result.float_ops} float")
+    if result.accuracy is not None:
+        lines.append(f"accuracy {100 * result.accuracy:.2f} %, claimed {100 * (result.claimed_accuracy or 0):.2f} %")
+    lines.append("the bundle is what it says" if result.ok else "the bundle is NOT what it says")
+    _show(result.to_dict(), as_json, "\n".join(lines))
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder a search or apply wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html if not given.")] = None,
+) -> None:
+    """Write the report of a run as one self-contained HTML file.
+
+    Example: hirelc-deploy report runs/a
+    """
+    from hirelc_deploy.report import read_run, write_report
+
+    print(write_report(read_run(run), out or run / "report.html"))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder a search or apply wrote.")],
+    out: Out,
+    form: Annotated[str, typer.Option("--format", help="onnx, torch (safetensors) or tensorrt.")] = "onnx",
+) -> None:
+    """Copy the shipped model out of a run.
+
+    Example: hirelc-deploy export runs/a --format onnx --out deploy
+    """
+    from hirelc_deploy.job import export_files
+
+    for path in export_files(run, form, out):
+        print(path)
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """List target profiles, built in and from your targets.toml.
+
+    Example: hirelc-deploy targets
+    """
+    from hirelc_deploy.measure.targets import known_targets
+
+    known = known_targets().values()
+    lines = [f"{t.name:<14} {t.backend:<18} {t.source:<10} {t.description}" for t in known]
+    _show({"targets": [dataclasses.asdict(target) for target in known]}, as_json, "\n".join(lines))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what can run here, what is missing, and how to get it.
+
+    Example: hirelc-deploy doctor
+    """
+    from hirelc_deploy.doctor import examine
+
+    findings = examine()
+    _show(
+        {"findings": findings},
+        as_json,
+        "\n".join(f"{'ok ' if f['ok'] else 'NO '} {f['what']}: {f['says']}" for f in findings),
+    )

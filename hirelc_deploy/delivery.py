@@ -1,0 +1,151 @@
+"""In: a chosen plan, recovered and exported. Out: the file that is shipped, and its final measurements.
+
+Whatever the search chose is timed once more, with the full protocol, beside every unpruned file; the fastest ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.images import Images
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.protocol import FULL, Timing, TimingLimits, compare
+from hirelc_deploy.pipeline import BATCH, BLANKET, Pipeline, batches, integer_or_float, kept_features, kept_share
+from hirelc_deploy.plan import CompressionPlan
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A file that could be shipped. `plan` says how it was made; `name` is what the report calls it."""
+
+    name: str
+    path: Path
+    plan: CompressionPlan
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What is shipped and how it measured against the files it had to beat.
+
+    Attributes:
+        timings: Contender name to its final timing; the reference is the uncut float file.
+        best_unpruned: Name of the fastest unpruned contender.
+    """
+
+    shipped: Contender
+    reference: Contender
+    timings: Mapping[str, Timing]
+    best_unpruned: str
+
+
+def unpruned(pipeline: Pipeline) -> list[Contender]:
+    """Return the files anybody could have without cutting: float, blanket INT8, and our placement of INT8."""
+    files = [
+        Contender("fp32", pipeline.reference, CompressionPlan(default_precision="float")),
+        Contender("int8 blanket", pipeline.blanket, CompressionPlan(default_precision="int8")),
+    ]
+    if pipeline.placement.pattern != BLANKET:
+        files.append(Contender("int8 placed", pipeline.placed, CompressionPlan(default_precision="auto")))
+    return files
+
+
+def race(
+    pipeline: Pipeline, candidate: Contender | None, *, always: bool = False, limits: TimingLimits = FULL
+) -> Delivery:
+    """Time the candidate and all unpruned files together and say which is shipped.
+
+    Args:
+        candidate: None when the search found nothing that keeps the limits.
+        always: Ship the candidate even if an unpruned file is faster (`apply` builds what it is told to).
+    """
+    contenders = unpruned(pipeline) + ([candidate] if candidate else [])
+    with pipeline.progress.stage("final timing"):
+        found = compare([c.path for c in contenders], pipeline.backend, threads=pipeline.threads, limits=limits)
+    timings = {c.name: timing for c, timing in zip(contenders, found, strict=True)}
+    best = min((c for c in contenders if c is not candidate), key=lambda c: timings[c.name].ratio)
+    faster = candidate is not None and timings[candidate.name].ratio < timings[best.name].ratio
+    shipped = candidate if candidate is not None and (always or faster) else best
+    return Delivery(shipped, contenders[0], timings, best.name)
+
+
+def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> dict[str, float | None]:
+    """Read the test split, once; return the accuracies of the shipped and the reference file, and the drop."""
+    if not pipeline.data.labelled:
+        return dict.fromkeys(("test", "baseline_test", "drop_points", "drop_low", "drop_high"))
+    images = pipeline.data.take_test()
+    labels = images.labels
+    assert labels is not None
+    with pipeline.progress.stage("test split"):
+        right = {}
+        for contender in (delivery.reference, delivery.shipped):
+            runner = pipeline.backend.build(contender.path, pipeline.threads)
+            right[contender.name] = accuracy.correct(accuracy.predict(runner, inputs(images)), labels)
+    before, after = right[delivery.reference.name], right[delivery.shipped.name]
+    drop = accuracy.paired_drop(before, after)
+    return {
+        "test": float(after.mean()),
+        "baseline_test": float(before.mean()),
+        "drop_points": drop.points,
+        "drop_low": drop.low,
+        "drop_high": drop.high,
+    }
+
+
+def inputs(images: Images) -> Iterator[NDArray[np.float32]]:
+    """Yield the preprocessed images in batches."""
+    for pictures in batches(images, BATCH):
+        yield pictures.numpy()
+
+
+def layer_records(graph: ModelGraph, plan: CompressionPlan) -> list[dict[str, Any]]:
+    """Return name, block, kind, widths before and after, size and precision of every layer, in execution order."""
+    precision_of = integer_or_float(plan)
+    records = []
+    for layer in graph.layers:
+        narrow, wide = kept_features(layer, graph, plan.keep)
+        share = kept_share(layer, graph, plan.keep)
+        records.append(
+            {
+                "name": layer.name,
+                "block": layer.block,
+                "kind": layer.shape.kind,
+                "in_full": layer.in_features,
+                "out_full": layer.out_features,
+                "in_kept": narrow,
+                "out_kept": wide,
+                "params": round(layer.params * share),
+                "macs": round(layer.macs * share),
+                "precision": precision_of(layer.name),
+            }
+        )
+    return records
+
+
+def result_record(pipeline: Pipeline, delivery: Delivery, found_accuracy: Mapping[str, float | None]) -> dict[str, Any]:
+    """Return the keys that `apply`, `search` and `demo` print with --json, but for `bundle`."""
+    shipped, timing = delivery.shipped, delivery.timings[delivery.shipped.name]
+    cost = pipeline.cost(shipped.plan)
+    size, full = shipped.path.stat().st_size, delivery.reference.path.stat().st_size
+    return {
+        "params": cost.params,
+        "macs": cost.macs,
+        "size_bytes": size,
+        "size_ratio": full / size,
+        "accuracy": dict(found_accuracy),
+        "latency": {
+            "median_ms": timing.median_ms,
+            "reference": delivery.reference.path.name,
+            "ratio": timing.ratio,
+            "ratio_low": timing.ratio_low,
+            "ratio_high": timing.ratio_high,
+            "verdict": timing.verdict,
+        },
+        "best_unpruned": {"name": delivery.best_unpruned, "ratio": delivery.timings[delivery.best_unpruned].ratio},
+    }

@@ -1,0 +1,157 @@
+"""In: a pipeline, a layer table and the limits the user set. Out: the plans worth shipping, recovered and timed."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from hirelc_deploy.config import Limits, SearchConfig
+from hirelc_deploy.errors import ConstraintError
+from hirelc_deploy.measure.table import LatencyTable
+from hirelc_deploy.outcome import Measured
+from hirelc_deploy.pipeline import Pipeline
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.runs import Run
+from hirelc_deploy.search.baselines import make_strategy
+from hirelc_deploy.search.knapsack import smallest
+from hirelc_deploy.search.loop import SearchResult, run_search
+from hirelc_deploy.tables import build_problem, fit_network_time, measure_table, smallest_ms
+
+SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 4.0, 5.0, 6.0)
+"""Ladder of speed-ups over the best unpruned file that a search without a latency limit climbs, about 1.22 apart."""
+
+FIRST_RUNG = 3
+"""Where it starts: 2.2 times faster costs a network with room to spare little after recovery."""
+
+CORRECTIONS = 2
+"""How often a budget is corrected by the measured file when prediction and measurement disagree."""
+
+TOLERANCE = 0.02
+"""A file within this share of its latency budget meets it: below what a brief timing can tell."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A plan that was recovered, exported and timed, and whether it keeps the limits on the selection split.
+
+    `drop_points` and `drop_error` are the paired loss of accuracy against the uncut model and its standard error.
+    """
+
+    plan: CompressionPlan
+    outcome: Measured
+    drop_points: float
+    drop_error: float
+    keeps_limits: bool
+
+
+class Search:
+    """Looks for the fastest plan that keeps the limits.
+
+    With a latency limit it works at that budget. Without one it climbs a ladder of budgets: a finalist that keeps the
+    accuracy limit is followed by a faster one, one that does not by a slower one.
+    """
+
+    def __init__(self, pipeline: Pipeline, run: Run, table: LatencyTable, limits: Limits, config: SearchConfig) -> None:
+        self.pipeline, self.run, self.limits, self.config = pipeline, run, limits, config
+        seconds = config.budget_seconds
+        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
+        self.searches: list[SearchResult] = []
+        network, self.fit = fit_network_time(pipeline, table)
+        self.fit["table_entries"] = measure_table(pipeline, network, config.options)
+        budgets = self._budgets_ms()
+        floor_ms = smallest_ms(network)
+        if min(budgets) < floor_ms and latency_budget_ms(limits, pipeline.reference_ms) is not None:
+            raise ConstraintError(
+                f"search: {budgets[0]:.3f} ms cannot be met: with every unit at its narrowest the network still takes "
+                f"about {floor_ms:.3f} ms on this target, {pipeline.reference_ms / floor_ms:.1f} times faster than the "
+                "float file. Allow more time."
+            )
+        self.problem = build_problem(pipeline, network, options=config.options)
+        self.floor_ms = smallest(self.problem)[1]
+
+    def finalists(self) -> list[Finalist]:
+        """Return recovered and timed plans, in the order they were tried."""
+        budgets = self._budgets_ms()
+        found: list[Finalist] = []
+        rung, tried = (0 if len(budgets) == 1 else FIRST_RUNG), set[int]()
+        while len(found) < self.config.finalists and 0 <= rung < len(budgets) and rung not in tried:
+            if found and time.monotonic() > self.deadline:
+                self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
+                break
+            tried.add(rung)
+            finalist = self._finalist(budgets[rung]) if budgets[rung] >= self.floor_ms else None
+            if finalist is not None:
+                found.append(finalist)
+            rung += 1 if finalist is not None and finalist.keeps_limits else -1
+        return found
+
+    def _budgets_ms(self) -> list[float]:
+        wanted = latency_budget_ms(self.limits, self.pipeline.reference_ms)
+        if wanted is not None:
+            return [wanted]
+        best_ms = self.pipeline.reference_ms * min(1.0, self.pipeline.placement.ratio)
+        return [best_ms / speedup for speedup in SPEEDUPS]
+
+    def _finalist(self, budget_ms: float) -> Finalist | None:
+        plan = self._best_plan(budget_ms)
+        if plan is None:
+            return None
+        outcome = self.run.evaluate_once(plan, "F3", self.pipeline.evaluate)
+        if not isinstance(outcome, Measured):
+            self.pipeline.progress.say(f"{plan.digest} failed: {outcome.reason}")
+            return None
+        drop = self.pipeline.selection_drop(plan, "F3")
+        error = (drop.high - drop.low) / (2 * 1.96)
+        kept = keeps_limits(self.limits, outcome, drop.points, error, self.pipeline.reference_ms)
+        self.pipeline.progress.say(
+            f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "
+            f"drop {drop.points:+.2f} points (standard error {error:.2f}) on the selection split"
+        )
+        return Finalist(plan, outcome, drop.points, error, kept)
+
+    def _best_plan(self, budget_ms: float) -> CompressionPlan | None:
+        """Search at one budget; where the measured file misses it, search again at a corrected budget."""
+        aim_ms, best = budget_ms, None
+        for _ in range(CORRECTIONS + 1):
+            if aim_ms < self.floor_ms:
+                return best
+            result = run_search(
+                self.problem,
+                make_strategy(self.config.strategy, self.problem, aim_ms, self.pipeline.seed),
+                lambda plan, fidelity: self.run.evaluate_once(plan, fidelity, self.pipeline.evaluate),
+                f1_evaluations=self.config.f1_evaluations,
+                f2_evaluations=1,
+                deadline=self.deadline,
+            )
+            self.searches.append(result)
+            if result.best is None:
+                return best
+            best, outcome = result.best
+            measured_ms = (outcome.ratio or 0.0) * self.pipeline.reference_ms
+            if measured_ms <= budget_ms * (1 + TOLERANCE):
+                return best
+            aim_ms *= budget_ms / measured_ms
+        return best
+
+
+def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:
+    """Return the milliseconds that the limits allow, or None when they say nothing about time."""
+    allowed = [limits.max_latency_ms] if limits.max_latency_ms is not None else []
+    if limits.speedup is not None:
+        allowed.append(reference_ms / limits.speedup)
+    return min(allowed, default=None)
+
+
+def keeps_limits(limits: Limits, outcome: Measured, drop: float, error: float, reference_ms: float) -> bool:
+    """Return whether a file keeps every limit.
+
+    The drop on the selection split is an estimate, so it must stay below the limit by one standard error: about 84 of
+    100 files judged so keep the limit on images nobody has seen.
+    """
+    if limits.max_drop is not None and not math.isnan(drop) and drop + error > limits.max_drop:
+        return False
+    if limits.max_bytes is not None and (outcome.size_bytes or 0) > limits.max_bytes:
+        return False
+    budget = latency_budget_ms(limits, reference_ms)
+    return budget is None or outcome.ratio is None or outcome.ratio * reference_ms <= budget * (1 + TOLERANCE)

@@ -1,0 +1,283 @@
+"""In: a JobConfig and a folder. Out: a bundle, a report and the result record of that job, resumed where it stood."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from hirelc_deploy.bundle import BundleContents, write_bundle
+from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.recovery import Recovery
+from hirelc_deploy.config import JobConfig
+from hirelc_deploy.data import load_data
+from hirelc_deploy.delivery import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
+from hirelc_deploy.errors import ConstraintError, InputError, TargetUnavailable
+from hirelc_deploy.finalists import Finalist, Search
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.machine import describe
+from hirelc_deploy.measure.table import LatencyTable
+from hirelc_deploy.measure.targets import find_target, open_target
+from hirelc_deploy.models import ModelSource, load_for
+from hirelc_deploy.outcome import Failed
+from hirelc_deploy.pipeline import Effort, Pipeline
+from hirelc_deploy.plan import CompressionPlan, parse_uniform
+from hirelc_deploy.progress import Progress
+from hirelc_deploy.report import read_run, write_report
+from hirelc_deploy.runs import Run, write_atomic
+
+RESULT = "result.json"
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What every job needs, opened from its configuration."""
+
+    config: JobConfig
+    pipeline: Pipeline
+    run: Run
+    source: ModelSource
+    command: str
+
+
+def open_workplace(config: JobConfig, directory: Path, command: str, progress: Progress) -> Workplace:
+    """Load model and data, open the target and the run directory; every problem with them is one sentence."""
+    target = find_target(config.target)
+    backend = open_target(target)
+    data = load_data(
+        config.data.spec,
+        data_dir=Path(config.data.directory) if config.data.directory else None,
+        calibration_images=config.data.calibration_images,
+        selection_images=config.data.selection_images,
+        seed=config.seed,
+    )
+    weights = Path(config.model.weights) if config.model.weights else None
+    source = ModelSource(config.model.spec, weights, dict(config.model.arguments), config.model.pretrained)
+    model, data, source = load_for(source, data, config.preprocess.overrides())
+    run = Run.open(directory, config.to_toml(), describe(backend))
+    effort = Effort(recovery=Recovery(config.recovery_epochs) if config.recovery_epochs else None)
+    pipeline = Pipeline(
+        model,
+        data,
+        backend,
+        run,
+        effort=effort,
+        seed=config.seed,
+        threads=config.threads or target.threads,
+        progress=progress,
+        exclude=config.exclude,
+    )
+    return Workplace(config, pipeline, run, source, command)
+
+
+def table_path() -> Path:
+    """Return where layer times are kept: they belong to a machine and a runtime, not to a run."""
+    base = os.environ.get("HIRELC_DEPLOY_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "hirelc-deploy" / "layer-times.jsonl"
+
+
+def run_search(workplace: Workplace) -> dict[str, Any]:
+    """Search, deliver and return the result record; a finished run only returns what it found."""
+    pipeline, run, config = workplace.pipeline, workplace.run, workplace.config
+    if (run.directory / RESULT).exists():
+        return finished(run.directory)
+    started = time.monotonic()
+    path = table_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = LatencyTable(pipeline.backend, path, pipeline.threads)
+    search = Search(pipeline, run, table, config.limits, config.search)
+    finalists = search.finalists()
+    fit = [f for f in finalists if f.keeps_limits]
+    chosen = min(fit, key=lambda f: f.outcome.ratio or 1.0) if fit else None
+    limited = config.limits.max_latency_ms is not None or config.limits.speedup is not None
+    if chosen is None and limited and finalists:
+        closest = min(finalists, key=lambda f: f.drop_points)
+        raise ConstraintError(
+            f"search: no plan keeps every limit. The closest is {1 / (closest.outcome.ratio or 1.0):.2f} times faster "
+            f"than the float file at a drop of {closest.drop_points:.2f} points on the selection split; its file is "
+            f"{pipeline.file_of(closest.plan, 'F3')}. Allow a larger drop, more time or more recovery epochs."
+        )
+    facts = {
+        "search": {
+            "strategy": config.search.strategy,
+            **{name: sum(t.fidelity == name.upper() for t in run.trials) for name in ("f1", "f2", "f3")},
+            "overhead_seconds": sum(s.seconds - s.seconds_evaluating for s in search.searches),
+            "seconds": sum(s.seconds for s in search.searches),
+        },
+        "latency_model": search.fit,
+        "finalists": [finalist_record(f) for f in finalists],
+    }
+    return deliver(workplace, chosen.plan if chosen else None, facts, started, always=False)
+
+
+def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:
+    """Build the one plan that was asked for, deliver it and return the result record."""
+    pipeline, run = workplace.pipeline, workplace.run
+    if (run.directory / RESULT).exists():
+        return finished(run.directory)
+    started = time.monotonic()
+    if plan_text.startswith("uniform:"):
+        plan = slicing.uniform_plan(pipeline.graph, *parse_uniform(plan_text))
+    else:
+        plan = CompressionPlan.read(Path(plan_text))
+    slicing.check_plan(pipeline.graph, plan)
+    outcome = run.evaluate_once(plan, "F3", pipeline.evaluate)
+    if isinstance(outcome, Failed):
+        raise ConstraintError(f"apply: the plan could not be built; {outcome.stage} says: {outcome.reason}")
+    return deliver(workplace, plan, {}, started, always=True)
+
+
+def finished(directory: Path) -> dict[str, Any]:
+    """Return the printed part of a finished run's result."""
+    result: dict[str, Any] = json.loads((directory / RESULT).read_text("utf-8"))
+    return {key: result[key] for key in PRINTED}
+
+
+PRINTED = ("bundle", "params", "macs", "size_bytes", "size_ratio", "accuracy", "latency", "best_unpruned")
+"""Keys of the result that `apply`, `search` and `demo` print with --json; other programs rely on them."""
+
+
+def deliver(
+    workplace: Workplace, plan: CompressionPlan | None, facts: Mapping[str, Any], started: float, *, always: bool
+) -> dict[str, Any]:
+    """Race the chosen plan against the unpruned files, write bundle, result and report, and return the result."""
+    pipeline, run = workplace.pipeline, workplace.run
+    candidate = Contender("ours", pipeline.file_of(plan, "F3"), plan) if plan is not None else None
+    delivery = race(pipeline, candidate, always=always)
+    shipped = delivery.shipped
+    warnings = [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
+    if candidate is not None and shipped is not candidate:
+        warnings.append(
+            f"compression did not help: {shipped.name} is at least as fast as the best plan, so it is shipped."
+        )
+    if candidate is None:
+        warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file, is shipped.")
+    found_accuracy = final_accuracy(pipeline, delivery)
+    record = result_record(pipeline, delivery, found_accuracy)
+    runner = pipeline.backend.build(shipped.path, pipeline.threads)
+    images, labels = pipeline.selection
+    samples = images[:SAMPLES].numpy()
+    operators = runner.profile(samples[:1], runs=50)
+    bundle = write_bundle(
+        run.directory / "bundle",
+        BundleContents(
+            model_onnx=shipped.path,
+            model=shipped_model(pipeline, shipped),
+            source=workplace.source.describe(),
+            plan=shipped.plan,
+            preprocess=pipeline.data.preprocess,
+            classes=pipeline.data.classes,
+            sample_inputs=samples,
+            sample_logits=runner.infer(samples),
+            sample_labels=None if labels is None else labels[:SAMPLES],
+            measurements=record,
+            operators=accuracy.operators(runner, samples[:1]),
+            machine=run.machine,
+            versions=pipeline.backend.versions(),
+            command=workplace.command,
+        ),
+        overwrite=True,
+    )
+    result = {
+        "bundle": str(bundle),
+        **record,
+        "layers": layer_records(pipeline.graph, shipped.plan),
+        "candidates": candidates(pipeline, delivery, run),
+        "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
+        "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
+        "operators": [vars(operator) for operator in operators],
+        "placement": pipeline.placement.candidates,
+        "warnings": warnings,
+        **facts,
+    }
+    write_atomic(run.directory / RESULT, json.dumps(result, indent=1, default=float) + "\n")
+    write_report(read_run(run.directory), run.directory / "report.html")
+    return {key: result[key] for key in PRINTED}
+
+
+def shipped_model(pipeline: Pipeline, shipped: Contender) -> nn.Module:
+    """Return the float model of which the shipped file is the export."""
+    weights = pipeline.weights_of(shipped.plan)
+    if not weights.exists():
+        return pipeline.cut(shipped.plan)
+    state = load_file(str(weights))
+    manifest = {name: list(tensor.shape) for name, tensor in state.items()}
+    return slicing.rebuild(pipeline.model, manifest, state).eval()
+
+
+def finalist_record(finalist: Finalist) -> dict[str, Any]:
+    """Return a finalist as JSON values."""
+    return {
+        "plan": finalist.plan.digest,
+        "ratio": finalist.outcome.ratio,
+        "drop_points": finalist.drop_points,
+        "drop_error": finalist.drop_error,
+        "keeps_limits": finalist.keeps_limits,
+    }
+
+
+def candidates(pipeline: Pipeline, delivery: Delivery, run: Run) -> list[dict[str, Any]]:
+    """Return every file of the last race, with its accuracy on the selection split."""
+    images, labels = pipeline.selection
+    found = []
+    for contender in {c.path: c for c in (*unpruned(pipeline), delivery.shipped)}.values():
+        timing = delivery.timings[contender.name]
+        logits = pipeline.backend.build(contender.path, pipeline.threads).infer(images.numpy())
+        found.append(
+            {
+                "name": contender.name,
+                "ratio": timing.ratio,
+                "ratio_low": timing.ratio_low,
+                "ratio_high": timing.ratio_high,
+                "median_ms": timing.median_ms,
+                "size_bytes": contender.path.stat().st_size,
+                "accuracy_selection": None if labels is None else accuracy.top1(logits, labels),
+            }
+        )
+    return found
+
+
+def stage_seconds(run: Run) -> dict[str, float]:
+    """Return the seconds that each kind of step took, over all trials of the run and all times it was resumed."""
+    total: dict[str, float] = {}
+    for trial in run.trials:
+        for stage, seconds in trial.outcome.seconds.items():
+            total[f"{trial.fidelity} {stage}"] = total.get(f"{trial.fidelity} {stage}", 0.0) + seconds
+    return total
+
+
+EXPORTED = {
+    "onnx": ("model.onnx", "preprocess.json", "labels.json", "samples.npz", "run.py"),
+    "torch": ("weights.safetensors", "shapes.json", "preprocess.json", "labels.json", "manifest.json"),
+}
+"""Files of a bundle that each export format takes along."""
+
+
+def export_files(run: Path, form: str, out: Path) -> list[Path]:
+    """Copy the shipped model of a finished run into a new folder and return the files written."""
+    if form == "tensorrt":
+        raise TargetUnavailable(
+            "export --format tensorrt: an engine is built on the GPU that runs it, and no TensorRT backend is here. "
+            "Export --format onnx instead; TensorRT reads that file."
+        )
+    if form not in EXPORTED:
+        raise InputError(f"--format {form!r} is unknown; use {', '.join(EXPORTED)} or tensorrt.")
+    bundle = run / "bundle"
+    if not bundle.is_dir():
+        raise InputError(f"{run}: holds no bundle; give the folder of a finished search or apply.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not empty; give another --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return [Path(shutil.copy2(bundle / name, out / name)) for name in EXPORTED[form] if (bundle / name).exists()]
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}).") from None

@@ -1,0 +1,436 @@
+"""In: a plan and a fidelity. Out: what came of it. The one path from a plan to a measured model.
+
+plan -> slice -> recover -> integer file -> built -> measured outcome: the search, `apply` and the final build walk it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hirelc_deploy.compress import export, quantize, recovery, slicing
+from hirelc_deploy.data import Data
+from hirelc_deploy.errors import ExportError, SliceError, TargetUnavailable
+from hirelc_deploy.graph.model_graph import Layer, ModelGraph
+from hirelc_deploy.graph.sensitivity import Gram, importance, input_grams
+from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.images import Images
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.backend import Backend, Precision
+from hirelc_deploy.measure.protocol import QUICK, Timing, TimingLimits, compare
+from hirelc_deploy.outcome import Failed, Fidelity, Measured, Outcome
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.progress import Progress
+from hirelc_deploy.runs import Run, atomic_path, write_atomic
+
+BATCH = 128
+FLOAT = "float"
+BLANKET = "all"
+"""The pattern of a blanket INT8 file: everything the runtime's own quantizer would make integer."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work the steps of an evaluation may do.
+
+    Attributes:
+        sensitivity_images: For importance and for the moments that compensation needs.
+        norm_images: For re-estimating batch-norm statistics.
+        search_images: Selection images that judge an F1 evaluation; F2 and F3 use the whole split.
+        recovery: Fine-tuning of F3; None for no fine-tuning.
+        timing: Of F2 and F3 outcomes.
+    """
+
+    sensitivity_images: int = 512
+    norm_images: int = 512
+    search_images: int = 512
+    recovery: recovery.Recovery | None = field(default_factory=recovery.Recovery)
+    timing: TimingLimits = QUICK
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and multiply-accumulates of one inference."""
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which operators around the integer layers become integer too, chosen by timing whole uncut files."""
+
+    pattern: str
+    ratio: float
+    candidates: Mapping[str, Mapping[str, float]]
+
+
+class Pipeline:
+    """One uncut model with its data and target, and everything about them that is computed once.
+
+    Attributes:
+        run: Remembers what was measured; its `files/` receives exported files and recovered weights, whole or absent.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        backend: Backend,
+        run: Run,
+        *,
+        effort: Effort,
+        seed: int = 0,
+        threads: int = 1,
+        progress: Progress | None = None,
+        exclude: tuple[str, ...] = (),
+    ) -> None:
+        self.model = model.eval()
+        self.data = data
+        self.backend = backend
+        self.run = run
+        self.files = run.directory / "files"
+        self.files.mkdir(parents=True, exist_ok=True)
+        self.effort = effort
+        self.seed = seed
+        self.threads = threads
+        self.progress = progress or Progress(quiet=True)
+        self.exclude = exclude
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # What is known about the uncut model, each computed at first use.
+
+    @cached_property
+    def example(self) -> Tensor:
+        """(2, channels, height, width): two calibration images."""
+        return self.data.calibration.batch(np.arange(2) % len(self.data.calibration))
+
+    @cached_property
+    def graph(self) -> ModelGraph:
+        """Blocks, units and layers of the uncut model."""
+        return build_graph(self.model, self.example, exclude=self.exclude)
+
+    @cached_property
+    def integer(self) -> Precision:
+        """The integer precision of the target."""
+        for precision in self.backend.precisions():
+            if precision.name == "int8":
+                return precision
+        raise TargetUnavailable(f"{self.backend.name}: this device executes no integer precision; use precision=float.")
+
+    @cached_property
+    def scores(self) -> dict[str, NDArray[np.float64]]:
+        """Unit name to the importance of each of its elements."""
+        with self.progress.stage("importance"):
+            return importance(self.model, self.graph, self._labelled_batches())
+
+    @cached_property
+    def grams(self) -> dict[str, Gram]:
+        """Reader layer name to the moments of its input features."""
+        with self.progress.stage("input moments"):
+            images = batches(self.sensitivity_split, BATCH, self.effort.sensitivity_images)
+            return input_grams(self.model, self.graph, images)
+
+    @cached_property
+    def sensitivity_split(self) -> Images:
+        """Training images where there are any, else the calibration images."""
+        return self.data.train if self.data.train is not None and len(self.data.train) else self.data.calibration
+
+    @cached_property
+    def norm_batches(self) -> list[Tensor]:
+        """Training images for batch-norm statistics, preprocessed once."""
+        return list(batches(self.sensitivity_split, BATCH, self.effort.norm_images))
+
+    @cached_property
+    def calibration_batches(self) -> list[Tensor]:
+        """All calibration images, preprocessed once."""
+        return list(batches(self.data.calibration, BATCH))
+
+    @cached_property
+    def selection(self) -> tuple[Tensor, NDArray[np.int64] | None]:
+        """All selection images, preprocessed once, and their labels."""
+        images = self.data.selection
+        return torch.cat(list(batches(images, BATCH))), images.labels
+
+    @cached_property
+    def answers(self) -> Tensor:
+        """(n, classes) logits of the uncut model on the selection images."""
+        with self.progress.stage("uncut model on the selection split"):
+            return forward(self.model, self.selection[0])
+
+    @cached_property
+    def teacher(self) -> recovery.Teacher:
+        """The uncut model as a teacher on the training split."""
+        views = self.effort.recovery.views if self.effort.recovery else 1
+        return recovery.Teacher(self.model, self.sensitivity_split, views, self.device)
+
+    @cached_property
+    def reference(self) -> Path:
+        """The uncut model as a float file: what every ratio is relative to."""
+        return self._once("reference-float.onnx", self._writer(FLOAT))
+
+    @cached_property
+    def blanket(self) -> Path:
+        """The uncut model with everything integer that the runtime's own quantizer would make integer."""
+        return self._once(f"uncut-{BLANKET}.onnx", self._writer(BLANKET))
+
+    @cached_property
+    def placed(self) -> Path:
+        """The uncut model in the precision placement that was fastest on the target."""
+        return self.files / f"uncut-{self.placement.pattern}.onnx"
+
+    @cached_property
+    def placement(self) -> Placement:
+        """The fastest integer pattern for the uncut model, timed as whole files on the target."""
+        files = {}
+        for pattern in quantize.PATTERNS:
+            files[pattern] = self._once(f"uncut-{pattern}.onnx", self._writer(pattern))
+
+        def time_them() -> dict[str, Any]:
+            distinct: dict[bytes, str] = {}
+            for name, path in files.items():
+                distinct.setdefault(path.read_bytes(), name)
+            names = list(distinct.values())
+            with self.progress.stage("precision placement"):
+                timings = self.time([self.reference, *(files[name] for name in names)])
+            return {
+                name: {"ratio": timing.ratio, "ratio_low": timing.ratio_low, "ratio_high": timing.ratio_high}
+                for name, timing in zip(names, timings[1:], strict=True)
+            }
+
+        candidates = self.run.remember("placement", time_them)
+        pattern = min(candidates, key=lambda name: float(candidates[name]["ratio"]))
+        return Placement(pattern, candidates[pattern]["ratio"], candidates)
+
+    @cached_property
+    def reference_ms(self) -> float:
+        """Milliseconds of the uncut float file, measured once: turns ratios into the milliseconds of one run."""
+        return float(self.run.remember("reference ms", lambda: self.time([self.reference])[0].median_ms))
+
+    # The path of a plan.
+
+    def evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
+        """Walk the path as far as `fidelity` says. What cannot be built or run comes back as Failed."""
+        seconds: dict[str, float] = {}
+        stage = "slice"
+        try:
+            with clocked(seconds, stage):
+                model = self.cut(plan)
+                cost = self.cost(plan)
+            found: dict[str, Any] = {"params": cost.params, "macs": cost.macs}
+            if fidelity == "F1":
+                stage = "judge"
+                with clocked(seconds, stage):
+                    loss, correct = self._judge_model(model)
+                return Measured(plan.digest, fidelity, loss, correct, **found, seconds=seconds)
+            if fidelity == "F3" and self.effort.recovery:
+                stage = "recover"
+                with clocked(seconds, stage):
+                    model = self.recover(model, f"recovery of {plan.digest}")
+                self._keep_weights(model, plan)
+            stage = "export"
+            with clocked(seconds, stage):
+                path = self.build(model, plan, fidelity)
+            stage = "judge"
+            with clocked(seconds, stage):
+                loss, correct = self._judge_file(path)
+            stage = "time"
+            with clocked(seconds, stage):
+                timing = self.time([self.reference, path])[1]
+        except (SliceError, ExportError) as error:
+            return Failed(plan.digest, fidelity, stage, str(error), seconds)
+        return Measured(
+            plan.digest,
+            fidelity,
+            loss,
+            correct,
+            **found,
+            median_ms=timing.median_ms,
+            ratio=timing.ratio,
+            ratio_low=timing.ratio_low,
+            ratio_high=timing.ratio_high,
+            size_bytes=path.stat().st_size,
+            seconds=seconds,
+        )
+
+    def cut(self, plan: CompressionPlan) -> nn.Module:
+        """Return the sliced model, compensated, with batch-norm statistics of its own; not trained."""
+        slicing.check_plan(self.graph, plan)
+        if all(plan.keep.get(unit.name, unit.size) == unit.size for unit in self.graph.units):
+            return slicing.slice_model(self.model, self.graph, {})
+        kept = slicing.keep_indices(self.graph, plan, self.scores)
+        model = slicing.slice_model(recovery.compensate(self.model, self.graph, kept, self.grams), self.graph, kept)
+        recovery.reestimate_norms(model, self.norm_batches)
+        return model
+
+    def cost(self, plan: CompressionPlan) -> Cost:
+        """Return the parameters and multiply-accumulates that a plan leaves, counted without building it."""
+        left = {name: list(tensor.shape) for name, tensor in self.model.named_parameters()}
+        for unit in self.graph.units:
+            gone = unit.size - plan.keep.get(unit.name, unit.size)
+            for part in unit.slices:
+                if part.tensor in left:
+                    left[part.tensor][part.dim] -= gone * part.index.shape[1]
+        macs = sum(round(layer.macs * kept_share(layer, self.graph, plan.keep)) for layer in self.graph.layers)
+        return Cost(sum(math.prod(shape) for shape in left.values()), macs)
+
+    def recover(self, model: nn.Module, name: str) -> nn.Module:
+        """Return the model after fine-tuning with distillation from the uncut one."""
+        assert self.effort.recovery is not None
+        self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
+        return recovery.fine_tune(
+            model, self.teacher, self.effort.recovery, seed=self.seed, progress=self.progress, name=name
+        )
+
+    def build(self, model: nn.Module, plan: CompressionPlan, fidelity: Fidelity) -> Path:
+        """Write the file that a plan means for this model and return its path."""
+        path = self.file_of(plan, fidelity)
+        with atomic_path(path) as partial:
+            self._write(model, partial, self.pattern_of(plan), integer_or_float(plan))
+        return path
+
+    def pattern_of(self, plan: CompressionPlan) -> str:
+        """Return the pattern of operators around the integer layers that a plan asks for."""
+        if plan.default_precision == "int8":
+            return BLANKET
+        if plan.default_precision == "auto" or "int8" in plan.precision.values():
+            return self.placement.pattern
+        return FLOAT
+
+    def file_of(self, plan: CompressionPlan, fidelity: Fidelity) -> Path:
+        """Return where the exported file of a plan is, or would be."""
+        return self.files / f"{plan.digest}-{fidelity}.onnx"
+
+    def weights_of(self, plan: CompressionPlan) -> Path:
+        """Return where the recovered weights of a plan are, or would be."""
+        return self.files / f"{plan.digest}-F3.safetensors"
+
+    def selection_drop(self, plan: CompressionPlan, fidelity: Fidelity) -> accuracy.PairedDrop:
+        """Return how much accuracy an evaluated plan's file lost on the selection split, paired, in points."""
+        images, labels = self.selection
+        if labels is None:
+            return accuracy.PairedDrop(math.nan, math.nan, math.nan)
+        logits = self.backend.build(self.file_of(plan, fidelity), self.threads).infer(images.numpy())
+        return accuracy.paired_drop(accuracy.correct(self.answers.numpy(), labels), accuracy.correct(logits, labels))
+
+    def time(self, files: list[Path]) -> list[Timing]:
+        """Time files against the first of them, briefly, on the target."""
+        return compare(files, self.backend, threads=self.threads, limits=self.effort.timing)
+
+    # Steps of the path.
+
+    def _write(self, model: nn.Module, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
+        """Write the file that is shipped and timed: static batch of one, integer where `precision_of` says so."""
+        with tempfile.TemporaryDirectory() as folder:
+            exported, static = Path(folder) / "exported.onnx", Path(folder) / "static.onnx"
+            export.export_onnx(model, self.example, exported)
+            export.set_static_batch(exported, path if pattern == FLOAT else static)
+            if pattern != FLOAT:
+                ranges = quantize.calibrate(exported, (batch.numpy() for batch in self.calibration_batches))
+                quantize.quantize(static, path, ranges, precision_of, target=self.integer, pattern=pattern)
+        layers = quantize.strip_for_shipping(path)
+        write_atomic(self.files / f"{path.name.lstrip('.').partition('.')[0]}.layers.json", json.dumps(layers))
+
+    def _once(self, name: str, write: Callable[[Path], None]) -> Path:
+        path = self.files / name
+        if not path.exists():
+            with self.progress.stage(f"write {name}"), atomic_path(path) as partial:
+                write(partial)
+        return path
+
+    def _writer(self, pattern: str) -> Callable[[Path], None]:
+        return lambda path: self._write(self.model, path, pattern, lambda _layer: "int8")
+
+    def _judge_model(self, model: nn.Module) -> tuple[float, float | None]:
+        images, labels = self.selection
+        count = min(self.effort.search_images, len(images))
+        with recovery.half_precision(torch.device("cpu")):
+            logits = forward(model, images[:count])
+        return self._judge(logits.numpy(), labels)
+
+    def _judge_file(self, path: Path) -> tuple[float, float | None]:
+        images, labels = self.selection
+        return self._judge(self.backend.build(path, self.threads).infer(images.numpy()), labels)
+
+    def _judge(self, logits: NDArray[np.float32], labels: NDArray[np.int64] | None) -> tuple[float, float | None]:
+        loss = accuracy.kl_divergence(self.answers[: len(logits)].numpy(), logits)
+        right = None if labels is None else float(np.mean(logits.argmax(1) == labels[: len(logits)]))
+        return loss, right
+
+    def _labelled_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images with their labels, or with the uncut model's own answers where the data has none."""
+        labels, start = self.sensitivity_split.labels, 0
+        for pictures in batches(self.sensitivity_split, BATCH, self.effort.sensitivity_images):
+            known = None if labels is None else torch.from_numpy(labels[start : start + len(pictures)])
+            yield pictures, forward(self.model, pictures).argmax(1) if known is None else known
+            start += len(pictures)
+
+    def _keep_weights(self, model: nn.Module, plan: CompressionPlan) -> None:
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        with atomic_path(self.weights_of(plan)) as partial:
+            save_file(state, str(partial))
+
+
+def batches(images: Images, size: int, limit: int | None = None) -> Iterator[Tensor]:
+    """Yield preprocessed images, in order, at most `size` at a time and `limit` in all."""
+    count = len(images) if limit is None else min(limit, len(images))
+    for start in range(0, count, size):
+        yield images.batch(np.arange(start, min(start + size, count)))
+
+
+def forward(model: nn.Module, pictures: Tensor) -> Tensor:
+    """Return (n, classes) float32 logits of (n, channels, height, width) pictures, in batches."""
+    with torch.no_grad():
+        return torch.cat([model(batch).float() for batch in pictures.split(BATCH)])
+
+
+def integer_or_float(plan: CompressionPlan) -> Callable[[str], str]:
+    """Return layer name to `int8` or `float`, with `auto` read as int8 (its pattern says what else is integer)."""
+    default = "float" if plan.default_precision == "float" else "int8"
+    return lambda layer: plan.precision.get(layer, default)
+
+
+def kept_features(layer: Layer, graph: ModelGraph, keep: Mapping[str, int]) -> tuple[int, int]:
+    """Return (input, output) features of a layer when units keep `keep` elements; units not named stay whole."""
+
+    def features(count: int, unit: str | None, per_element: int) -> int:
+        if unit is None or unit not in keep:
+            return count
+        return count - (graph.unit(unit).size - keep[unit]) * per_element
+
+    return (
+        features(layer.in_features, layer.in_unit, layer.in_per_element),
+        features(layer.out_features, layer.out_unit, layer.out_per_element),
+    )
+
+
+def kept_share(layer: Layer, graph: ModelGraph, keep: Mapping[str, int]) -> float:
+    """Return the share of a layer's multiply-accumulates that stays; both ends of a depthwise layer move together."""
+    narrow, wide = kept_features(layer, graph, keep)
+    if layer.shape.depthwise or layer.shape.kind == "attention":
+        return wide / layer.out_features
+    return narrow * wide / (layer.in_features * layer.out_features)
+
+
+@contextmanager
+def clocked(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time spent inside to `seconds[stage]`."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start

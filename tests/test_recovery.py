@@ -1,0 +1,173 @@
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress.recovery import (
+    Recovery,
+    Teacher,
+    compensate,
+    distillation_loss,
+    fine_tune,
+    reestimate_norms,
+)
+from hirelc_deploy.compress.slicing import slice_model
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.sensitivity import input_grams
+from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.progress import Progress
+
+QUIET = Progress(quiet=True)
+CPU = torch.device("cpu")
+
+
+class Pictures:
+    """Random 8x8 pictures; view v is picture i shifted by v columns."""
+
+    def __init__(self, count: int = 64) -> None:
+        self.pixels = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.labels = (self.pixels.mean((1, 2, 3)) > 0.5).long().numpy()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        return self.pixels[torch.as_tensor(indices)]
+
+    def views(self, indices: np.ndarray, view: int) -> Tensor:
+        return self.batch(indices).roll(view, 3)
+
+
+def small_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2),
+    ).eval()  # fmt: skip
+
+
+def test_compensation_is_exact_when_the_lost_features_are_combinations_of_the_kept_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 16, 1), nn.Conv2d(16, 4, 1), nn.Flatten()).eval()
+    with torch.no_grad():  # outputs 8..15 of the first layer repeat 0..7, scaled and shifted
+        model[0].weight[8:] = 2 * model[0].weight[:8]
+        model[0].bias[8:] = 2 * model[0].bias[:8] + 1.5
+    x = torch.randn(256, 6, 1, 1)
+    graph = build_graph(model, x[:2])
+    unit = graph.units[0]
+    kept = {unit.name: np.arange(8)}
+    grams = input_grams(model, graph, [x])
+    plain = slice_model(model, graph, kept)(x)
+    made_up = slice_model(compensate(model, graph, kept, grams), graph, kept)(x)
+    scale = float(model(x).abs().max())
+    assert float((made_up - model(x)).abs().max()) < 0.01 * scale
+    assert float((plain - model(x)).abs().max()) > 0.2 * scale
+
+
+def test_compensation_leaves_the_given_model_alone():
+    model = small_net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = build_graph(model, torch.rand(2, 3, 8, 8))
+    kept = {graph.units[0].name: np.arange(8)}
+    compensate(model, graph, kept, input_grams(model, graph, [torch.rand(8, 3, 8, 8)]))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_reestimated_norm_statistics_are_the_plain_averages_over_batches():
+    norm = nn.BatchNorm1d(3)
+    batches = [torch.randn(10, 3) + 5, torch.randn(10, 3) - 1]
+    reestimate_norms(norm.eval(), batches)
+    assert torch.allclose(norm.running_mean, torch.stack([b.mean(0) for b in batches]).mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_var, torch.stack([b.var(0) for b in batches]).mean(0), atol=1e-5)
+    assert norm.momentum == 0.1
+    assert not norm.training
+
+
+def test_distillation_loss_is_zero_soft_term_for_the_teachers_own_answers():
+    answers = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 1])
+    found = distillation_loss(answers, answers, labels, Recovery(soft_weight=0.7))
+    by_hand = 0.3 * (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2
+    assert found.item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_distillation_loss_scales_the_soft_term_by_the_squared_temperature():
+    logits, answers = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+    p = torch.softmax(answers / 2, 1)
+    by_hand = 4 * float((p * (p.log() - math.log(0.5))).sum())
+    assert distillation_loss(logits, answers, None, Recovery()).item() == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_the_teacher_answers_each_picture_once():
+    pictures = Pictures()
+    teacher = Teacher(small_net(), pictures, 2, CPU)
+    calls = []
+    teacher.model.register_forward_hook(lambda *_: calls.append(1))
+    indices = torch.arange(8)
+    first = teacher.answers(indices, 1, pictures.views(indices.numpy(), 1))
+    again = teacher.answers(indices, 1, pictures.views(indices.numpy(), 1))
+    other = teacher.answers(indices, 0, pictures.views(indices.numpy(), 0))
+    assert len(calls) == 2
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_fine_tuning_brings_the_student_nearer_to_its_teacher_and_repeats_exactly():
+    pictures, uncut = Pictures(), small_net()
+    x = pictures.batch(np.arange(64))
+
+    def student() -> nn.Module:
+        torch.manual_seed(3)
+        net = small_net()
+        with torch.no_grad():
+            net[3].weight.normal_(0, 0.1)
+        return net
+
+    def distance(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float(F.kl_div(net(x).log_softmax(1), uncut(x).softmax(1), reduction="batchmean"))
+
+    def trained() -> nn.Module:
+        recipe = Recovery(epochs=6, batch_size=16, learning_rate=0.1, soft_weight=1.0)
+        return fine_tune(student(), Teacher(uncut, pictures, 2, CPU), recipe, seed=1, progress=QUIET)
+
+    first, second = trained(), trained()
+    assert distance(first) < 0.5 * distance(student())
+    assert not first.training
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_fine_tuning_on_one_image_is_refused_with_a_sentence():
+    with pytest.raises(InputError, match="1 images"):
+        fine_tune(small_net(), Teacher(small_net(), Pictures(1), 1, CPU), Recovery(), seed=0, progress=QUIET)
+
+
+def test_a_transformer_without_batch_norm_gets_adamw():
+    net = nn.Sequential(nn.Flatten(), nn.LayerNorm(192), nn.Linear(192, 2))
+    assert isinstance(recovery._optimizer(net, Recovery()), torch.optim.AdamW)
+    assert isinstance(recovery._optimizer(small_net(), Recovery()), torch.optim.SGD)
+
+
+def test_progress_prints_lines_with_the_time_left_where_there_is_no_terminal():
+    moments = iter(range(0, 1000, 10))
+    stream = io.StringIO()
+    progress = Progress(stream, line_seconds=15, clock=lambda: next(moments))
+    list(progress.track(range(6), "work"))
+    lines = stream.getvalue().splitlines()
+    assert lines
+    assert all(line.startswith("work: ") and "s left" in line for line in lines)
+
+
+def test_progress_adds_up_the_seconds_of_a_stage_that_fails():
+    moments = iter([0.0, 5.0, 5.0, 5.0])
+    progress = Progress(quiet=True, clock=lambda: next(moments))
+    with pytest.raises(ValueError, match="no"), progress.stage("step"):
+        raise ValueError("no")
+    assert progress.seconds == {"step": 5.0}
