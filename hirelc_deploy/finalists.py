@@ -14,15 +14,15 @@ from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
 from hirelc_deploy.search.baselines import make_strategy
-from hirelc_deploy.search.knapsack import smallest
+from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.search.loop import SearchResult, run_search
 from hirelc_deploy.tables import build_problem, fit_network_time, measure_table, smallest_ms
 
 SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 4.0, 5.0, 6.0)
 """Ladder of speed-ups over the best unpruned file that a search without a latency limit climbs, about 1.22 apart."""
 
-FIRST_RUNG = 3
-"""Where it starts: 2.2 times faster costs a network with room to spare little after recovery."""
+ENTRY_LOSS = 0.25
+"""Nats. The ladder is entered at the fastest rung whose solver plan loses less than this before any training."""
 
 CORRECTIONS = 2
 """How often a budget is corrected by the measured file when prediction and measurement disagree."""
@@ -74,7 +74,7 @@ class Search:
         """Return recovered and timed plans, in the order they were tried."""
         budgets = self._budgets_ms()
         found: list[Finalist] = []
-        rung, tried = (0 if len(budgets) == 1 else FIRST_RUNG), set[int]()
+        rung, tried = (0 if len(budgets) == 1 else self._entry(budgets)), set[int]()
         while len(found) < self.config.finalists and 0 <= rung < len(budgets) and rung not in tried:
             if found and time.monotonic() > self.deadline:
                 self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
@@ -85,6 +85,18 @@ class Search:
                 found.append(finalist)
             rung += 1 if finalist is not None and finalist.keeps_limits else -1
         return found
+
+    def _entry(self, budgets: list[float]) -> int:
+        entry = 0
+        for rung, budget_ms in enumerate(budgets):
+            if budget_ms < self.floor_ms:
+                break
+            plan = self.problem.plan_of(solve(self.problem, budget_ms))
+            outcome = self.run.evaluate_once(plan, "F1", self.pipeline.evaluate)
+            if not isinstance(outcome, Measured) or outcome.loss > ENTRY_LOSS:
+                break
+            entry = rung
+        return entry
 
     def _budgets_ms(self) -> list[float]:
         wanted = latency_budget_ms(self.limits, self.pipeline.reference_ms)
@@ -111,8 +123,9 @@ class Search:
         return Finalist(plan, outcome, drop.points, error, kept)
 
     def _best_plan(self, budget_ms: float) -> CompressionPlan | None:
-        """Search at one budget; where the measured file misses it, search again at a corrected budget."""
+        """Search at one budget. If the user set it and the measured file misses it, search at a corrected one."""
         aim_ms, best = budget_ms, None
+        limited = latency_budget_ms(self.limits, self.pipeline.reference_ms) is not None
         for _ in range(CORRECTIONS + 1):
             if aim_ms < self.floor_ms:
                 return best
@@ -129,7 +142,7 @@ class Search:
                 return best
             best, outcome = result.best
             measured_ms = (outcome.ratio or 0.0) * self.pipeline.reference_ms
-            if measured_ms <= budget_ms * (1 + TOLERANCE):
+            if not limited or measured_ms <= budget_ms * (1 + TOLERANCE):
                 return best
             aim_ms *= budget_ms / measured_ms
         return best

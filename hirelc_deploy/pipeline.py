@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hirelc_deploy.compress import export, quantize, recovery, slicing
@@ -56,7 +57,7 @@ class Effort:
     """
 
     sensitivity_images: int = 512
-    norm_images: int = 512
+    norm_images: int = 256
     search_images: int = 512
     recovery: recovery.Recovery | None = field(default_factory=recovery.Recovery)
     timing: TimingLimits = QUICK
@@ -77,6 +78,14 @@ class Placement:
     pattern: str
     ratio: float
     candidates: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A float file of batch one, and what calibration saw in it."""
+
+    static: Path
+    ranges: quantize.Ranges
 
 
 class Pipeline:
@@ -110,6 +119,7 @@ class Pipeline:
         self.threads = threads
         self.progress = progress or Progress(quiet=True)
         self.exclude = exclude
+        self._scratch = tempfile.TemporaryDirectory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     # What is known about the uncut model, each computed at first use.
@@ -121,8 +131,9 @@ class Pipeline:
 
     @cached_property
     def graph(self) -> ModelGraph:
-        """Blocks, units and layers of the uncut model."""
-        return build_graph(self.model, self.example, exclude=self.exclude)
+        """Blocks, units and layers of the uncut model; every unit was shown to cut exactly."""
+        graph = build_graph(self.model, self.example, exclude=self.exclude)
+        return slicing.provable(self.model, graph, self.example)[0]
 
     @cached_property
     def integer(self) -> Precision:
@@ -181,24 +192,22 @@ class Pipeline:
     @cached_property
     def reference(self) -> Path:
         """The uncut model as a float file: what every ratio is relative to."""
-        return self._once("reference-float.onnx", self._writer(FLOAT))
+        return self._uncut_file(FLOAT)
 
     @cached_property
     def blanket(self) -> Path:
         """The uncut model with everything integer that the runtime's own quantizer would make integer."""
-        return self._once(f"uncut-{BLANKET}.onnx", self._writer(BLANKET))
+        return self._uncut_file(BLANKET)
 
     @cached_property
     def placed(self) -> Path:
         """The uncut model in the precision placement that was fastest on the target."""
-        return self.files / f"uncut-{self.placement.pattern}.onnx"
+        return self._uncut_file(self.placement.pattern)
 
     @cached_property
     def placement(self) -> Placement:
         """The fastest integer pattern for the uncut model, timed as whole files on the target."""
-        files = {}
-        for pattern in quantize.PATTERNS:
-            files[pattern] = self._once(f"uncut-{pattern}.onnx", self._writer(pattern))
+        files = {pattern: self._uncut_file(pattern) for pattern in quantize.PATTERNS}
 
         def time_them() -> dict[str, Any]:
             distinct: dict[bytes, str] = {}
@@ -240,8 +249,7 @@ class Pipeline:
             if fidelity == "F3" and self.effort.recovery:
                 stage = "recover"
                 with clocked(seconds, stage):
-                    model = self.recover(model, f"recovery of {plan.digest}")
-                self._keep_weights(model, plan)
+                    model = self._recovered(model, plan)
             stage = "export"
             with clocked(seconds, stage):
                 path = self.build(model, plan, fidelity)
@@ -274,7 +282,8 @@ class Pipeline:
             return slicing.slice_model(self.model, self.graph, {})
         kept = slicing.keep_indices(self.graph, plan, self.scores)
         model = slicing.slice_model(recovery.compensate(self.model, self.graph, kept, self.grams), self.graph, kept)
-        recovery.reestimate_norms(model, self.norm_batches)
+        with recovery.half_precision(torch.device("cpu")):
+            recovery.reestimate_norms(model, self.norm_batches)
         return model
 
     def cost(self, plan: CompressionPlan) -> Cost:
@@ -287,14 +296,6 @@ class Pipeline:
                     left[part.tensor][part.dim] -= gone * part.index.shape[1]
         macs = sum(round(layer.macs * kept_share(layer, self.graph, plan.keep)) for layer in self.graph.layers)
         return Cost(sum(math.prod(shape) for shape in left.values()), macs)
-
-    def recover(self, model: nn.Module, name: str) -> nn.Module:
-        """Return the model after fine-tuning with distillation from the uncut one."""
-        assert self.effort.recovery is not None
-        self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
-        return recovery.fine_tune(
-            model, self.teacher, self.effort.recovery, seed=self.seed, progress=self.progress, name=name
-        )
 
     def build(self, model: nn.Module, plan: CompressionPlan, fidelity: Fidelity) -> Path:
         """Write the file that a plan means for this model and return its path."""
@@ -336,24 +337,36 @@ class Pipeline:
     def _write(self, model: nn.Module, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
         """Write the file that is shipped and timed: static batch of one, integer where `precision_of` says so."""
         with tempfile.TemporaryDirectory() as folder:
-            exported, static = Path(folder) / "exported.onnx", Path(folder) / "static.onnx"
-            export.export_onnx(model, self.example, exported)
-            export.set_static_batch(exported, path if pattern == FLOAT else static)
-            if pattern != FLOAT:
-                ranges = quantize.calibrate(exported, (batch.numpy() for batch in self.calibration_batches))
-                quantize.quantize(static, path, ranges, precision_of, target=self.integer, pattern=pattern)
+            self._quantize(self._exported(model, Path(folder)), path, pattern, precision_of)
+
+    def _exported(self, model: nn.Module, folder: Path) -> Exported:
+        """Export a model, checked against torch, and take its ranges on the calibration images."""
+        batched, static = folder / "batched.onnx", folder / "static.onnx"
+        export.export_onnx(model, self.example, batched)
+        export.set_static_batch(batched, static)
+        return Exported(static, quantize.calibrate(batched, (batch.numpy() for batch in self.calibration_batches)))
+
+    def _quantize(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
+        if pattern == FLOAT:
+            shutil.copyfile(exported.static, path)
+        else:
+            quantize.quantize(
+                exported.static, path, exported.ranges, precision_of, target=self.integer, pattern=pattern
+            )
         layers = quantize.strip_for_shipping(path)
         write_atomic(self.files / f"{path.name.lstrip('.').partition('.')[0]}.layers.json", json.dumps(layers))
 
-    def _once(self, name: str, write: Callable[[Path], None]) -> Path:
-        path = self.files / name
-        if not path.exists():
-            with self.progress.stage(f"write {name}"), atomic_path(path) as partial:
-                write(partial)
-        return path
+    @cached_property
+    def _uncut(self) -> Exported:
+        with self.progress.stage("export and calibrate the uncut model"):
+            return self._exported(self.model, Path(self._scratch.name))
 
-    def _writer(self, pattern: str) -> Callable[[Path], None]:
-        return lambda path: self._write(self.model, path, pattern, lambda _layer: "int8")
+    def _uncut_file(self, pattern: str) -> Path:
+        path = self.files / f"uncut-{pattern}.onnx"
+        if not path.exists():
+            with atomic_path(path) as partial:
+                self._quantize(self._uncut, partial, pattern, lambda _layer: "int8")
+        return path
 
     def _judge_model(self, model: nn.Module) -> tuple[float, float | None]:
         images, labels = self.selection
@@ -379,10 +392,22 @@ class Pipeline:
             yield pictures, forward(self.model, pictures).argmax(1) if known is None else known
             start += len(pictures)
 
-    def _keep_weights(self, model: nn.Module, plan: CompressionPlan) -> None:
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        with atomic_path(self.weights_of(plan)) as partial:
+    def _recovered(self, model: nn.Module, plan: CompressionPlan) -> nn.Module:
+        """Return the model after fine-tuning; weights that a killed run left whole are taken as they are."""
+        path = self.weights_of(plan)
+        if path.exists():
+            model.load_state_dict(load_file(str(path)))
+            return model.eval()
+        assert self.effort.recovery is not None
+        name = f"recovery of {plan.digest}"
+        self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
+        model = recovery.fine_tune(
+            model, self.teacher, self.effort.recovery, seed=self.seed, progress=self.progress, name=name
+        )
+        state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        with atomic_path(path) as partial:
             save_file(state, str(partial))
+        return model
 
 
 def batches(images: Images, size: int, limit: int | None = None) -> Iterator[Tensor]:
