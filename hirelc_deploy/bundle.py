@@ -19,7 +19,7 @@ import onnx
 import safetensors
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from hirelc_deploy import __version__
@@ -178,10 +178,10 @@ def write_bundle(directory: Path, contents: BundleContents, *, overwrite: bool =
 
 def _write_files(folder: Path, contents: BundleContents) -> None:
     shutil.copyfile(contents.model_onnx, folder / MODEL)
-    # Clones, because safetensors refuses tensors that share memory, as tied weights do.
-    save_file(
-        {name: tensor.clone().contiguous() for name, tensor in contents.model.state_dict().items()}, folder / WEIGHTS
-    )
+    # Clones, because safetensors refuses tensors that share memory, as tied weights do. `save_file` would write a file
+    # that only its owner can read.
+    state = {name: tensor.clone().contiguous() for name, tensor in contents.model.state_dict().items()}
+    (folder / WEIGHTS).write_bytes(save(state))
     _write_json(folder / SHAPES, shapes(contents.model))
     _write_json(folder / PREPROCESS, contents.preprocess.to_dict())
     _write_json(folder / LABELS, list(contents.classes))

@@ -141,6 +141,7 @@ def render(run: ReportInput) -> str:
     }
     return _template().render(
         **sections,
+        layers_timed=any(layer["share"] is not None for group in sections["layers"] for layer in group["layers"]),
         title=_title(run),
         facts=_facts(run),
         machine=_flat(run.machine),
@@ -181,7 +182,7 @@ def _facts(run: ReportInput) -> list[str]:
     """Return the short facts under the title."""
     date = _text(run.result.get("date")) or _text(run.manifest.get("created"))
     cpu = _text(run.machine.get("cpu_model"))
-    return [fact for fact in (_setting(run, "target"), cpu, date.replace("T", " ")) if fact]
+    return [fact for fact in (_setting(run, "target"), cpu, date.replace("T", " ").replace("+00:00", " UTC")) if fact]
 
 
 def _setting(run: ReportInput, name: str) -> str:
@@ -210,7 +211,9 @@ def _headline(result: Record) -> list[dict[str, str]]:
         tiles.append(
             {
                 **_faster(ratio / rival, "the best unpruned file"),
-                "note": f"{_text(unpruned.get('name')) or 'unnamed'}, {_times(1 / rival)} as fast as FP32",
+                "note": f"{_text(unpruned.get('name')) or 'unnamed'}, {_times(1 / rival)} as fast as FP32"
+                if ratio != rival
+                else "it is that file: nothing better was found",
             }
         )
     size_ratio, size = _positive(result.get("size_ratio")), _positive(result.get("size_bytes"))
@@ -242,10 +245,9 @@ def _headline(result: Record) -> list[dict[str, str]]:
 
 
 def _faster(ratio: float, than: str) -> dict[str, str]:
-    return {
-        "value": _times(max(ratio, 1 / ratio)),
-        "label": f"{'faster' if ratio <= 1 else 'slower'} than {than}",
-    }
+    if abs(ratio - 1) < 0.005:  # 1.00 times in the figure's two digits
+        return {"value": _times(1.0), "label": f"as fast as {than}"}
+    return {"value": _times(max(ratio, 1 / ratio)), "label": f"{'faster' if ratio < 1 else 'slower'} than {than}"}
 
 
 def _bars(result: Record) -> list[dict[str, Any]]:
@@ -385,7 +387,7 @@ def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
     return {
         "stages": [
             {"name": name, "seconds": seconds, "width": f"{100 * seconds / longest if longest else 0:.2f}"}
-            for name, seconds in stages.items()
+            for name, seconds in sorted(stages.items(), key=lambda item: -item[1])
         ],
         "total": total or sum(stages.values()),
         "strategy": _text(search.get("strategy")),

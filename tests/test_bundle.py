@@ -153,6 +153,7 @@ def test_a_bundle_holds_its_files_and_their_hashes(made: Made) -> None:
     for name, entry in manifest["files"].items():
         content = (made.directory / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        assert (made.directory / name).stat().st_mode & 0o444 == 0o444, "others must be able to read it"
     assert manifest["measurements"]["accuracy"]["test"] == 0.9
     assert manifest["measurements"]["operators"]["integer_ops"] > 0
 

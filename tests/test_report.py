@@ -70,10 +70,22 @@ def test_a_slower_file_is_called_slower() -> None:
     assert "faster than" not in text
 
 
+def test_an_unpruned_file_that_was_shipped_is_called_what_it_is() -> None:
+    value = result()
+    text = only({**value, "best_unpruned": {"name": "int8 placed", "ratio": value["latency"]["ratio"]}})
+    assert "1.00 × as fast as the best unpruned file it is that file: nothing better was found" in text
+
+
+def test_without_layer_names_in_the_profile_no_share_of_time_is_shown() -> None:
+    value = result()
+    assert re.search(r"MACs Time", only(value))
+    assert not re.search(r"MACs Time", only({**value, "operators": [{**value["operators"][0], "name": "44_token_2"}]}))
+
+
 def test_the_page_names_run_machine_command_and_date(page: str) -> None:
     text = words(page)
     assert "resnet18 on torch/cifar10" in text
-    assert "onnxruntime_cpu A processor 2026-11-20 17:00:00" in text
+    assert "onnxruntime_cpu A processor 2026-11-20 17:00:00 UTC" in text
     assert "hirelc-deploy search" in text
     assert "versions.onnxruntime 1.31" in text
     assert "Absent" not in text
