@@ -16,6 +16,7 @@ import jinja2
 
 from hirelc_deploy import __version__
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.measure.accuracy import WITHOUT_ARITHMETIC
 from hirelc_deploy.runs import CONFIG, MACHINE, TRIALS, write_atomic
 from hirelc_deploy.scatter import Point, draw, frame
 
@@ -331,22 +332,25 @@ def _time_shares(layers: Sequence[str], operators: Sequence[Record]) -> dict[str
 
 
 def _operators(result: Record) -> dict[str, Any]:
-    """Return integer share of the profiled time, and each kind of operator with its count and share."""
-    count: Counter[tuple[str, bool]] = Counter()
-    time: dict[tuple[str, bool], float] = defaultdict(float)
+    """Return each kind of operator with its count and share of the profiled time, and the share by arithmetic."""
+    count: Counter[tuple[str, str]] = Counter()
+    time: dict[tuple[str, str], float] = defaultdict(float)
     for operator in _records(result.get("operators")):
-        key = _text(operator.get("operator")) or "unnamed", operator.get("is_integer") is True
+        kind = _text(operator.get("operator")) or "unnamed"
+        arithmetic = "integer" if operator.get("is_integer") is True else "float"
+        key = kind, "none" if kind in WITHOUT_ARITHMETIC else arithmetic
         count[key] += 1
         time[key] += _positive(operator.get("microseconds")) or 0.0
     total = sum(time.values())
     if not total:
         return {}
+    by_arithmetic = {name: sum(s for (_, a), s in time.items() if a == name) for name in ("integer", "float", "none")}
     return {
         "kinds": [
-            {"operator": name, "is_integer": is_integer, "count": count[name, is_integer], "share": spent / total}
-            for (name, is_integer), spent in sorted(time.items(), key=lambda item: -item[1])
+            {"operator": kind, "arithmetic": arithmetic, "count": count[kind, arithmetic], "share": spent / total}
+            for (kind, arithmetic), spent in sorted(time.items(), key=lambda item: -item[1])
         ],
-        "integer": sum(spent for (_, is_integer), spent in time.items() if is_integer) / total,
+        "shares": {name: spent / total for name, spent in by_arithmetic.items()},
         "total_ms": total / 1000,
     }
 

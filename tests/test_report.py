@@ -109,7 +109,7 @@ def test_layers_show_widths_precision_and_their_share_of_the_measured_time(page:
     # The conv1 inside the block takes its own time, not the block's: the longest name that fits wins.
     assert re.search(r"conv1 conv 64 → 24 64 → 24 int8 5.18 k 332 k 60.0 %", text)
     assert re.search(r"conv2 conv 64 64 float 36.9 k 2.36 M 30.0 %", text)
-    assert "60.0 % of the time in integer operators" in text
+    assert "60.0 % of the time in integer arithmetic, 30.0 % in floating point, 10.0 % moving and converting" in text
 
 
 def test_the_total_is_the_whole_command_and_not_the_sum_of_nested_stages(page: str) -> None:
