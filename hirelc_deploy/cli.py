@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from hirelc_deploy import __version__
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="hirelc-deploy",
     help="A trained vision model in, the fastest file its device can run within an allowed accuracy drop out.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,27 +60,41 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while working.")]
 
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
+
+
 def main() -> None:
-    """Run the command line; the one place where errors become exit codes."""
+    """Run the command line of this process."""
     try:
-        code = app(standalone_mode=False)
-    except HirelcError as error:
-        fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        fail("interrupted; what was finished is kept, and the same command resumes.", 130)
-    except KeyboardInterrupt:
-        fail("interrupted; what was finished is kept, and the same command resumes.", 130)
-    except click.ClickException as error:
-        fail(error.format_message(), 2)
+        sys.exit(run(sys.argv[1:]))
     except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not complain while it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    sys.exit(code if isinstance(code, int) else 0)
 
 
-def fail(sentence: str, code: int) -> None:
-    """Print one sentence on standard error and leave with `code`."""
-    print(f"hirelc-deploy: {sentence}", file=sys.stderr)
-    sys.exit(code)
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; the one place where errors become a sentence on standard error."""
+    try:
+        code = app(list(arguments), prog_name=app.info.name, standalone_mode=False)
+    except HirelcError as error:
+        return fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except typer.TyperException as error:  # an option or command that does not exist, or a value it cannot take
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else app.info.name
+        return fail(f"{error.format_message().rstrip('.')}; `{command} --help` says what it takes.", 2)
+    if code == INTERRUPTED:
+        return fail("interrupted; what was finished is kept, and the same command resumes.", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def fail(sentence: str, code: int) -> int:
+    """Print one sentence on standard error and return `code`."""
+    print(f"hirelc-deploy: {' '.join(sentence.split())}", file=sys.stderr)
+    return code
 
 
 def _show(value: dict[str, Any], as_json: bool, text: str) -> None:
@@ -120,7 +135,7 @@ def _run(config: JobConfig, out: Path, plan: str | None, as_json: bool, quiet: b
     from hirelc_deploy import job
 
     progress = Progress(quiet=quiet)
-    workplace = job.open_workplace(config, out, " ".join(["hirelc-deploy", *sys.argv[1:]]), progress)
+    workplace = job.open_workplace(config, out, shlex.join(["hirelc-deploy", *sys.argv[1:]]), progress)
     with workplace.run:
         result = job.run_apply(workplace, plan) if plan is not None else job.run_search(workplace)
     _show(result, as_json, summary(result, out))
@@ -148,13 +163,15 @@ def summary(result: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _top(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
         print(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
