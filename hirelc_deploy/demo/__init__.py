@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hirelc_deploy.config import DataConfig, JobConfig, Limits, ModelConfig, PreprocessConfig, SearchConfig
-
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-"""Of the CIFAR-10 training images; what the embedded network was trained with."""
-
+from hirelc_deploy.config import DataConfig, JobConfig, Limits, ModelConfig, SearchConfig
 
 def demo_config(seed: int = 0) -> JobConfig:
     """Return the demo's options: a drop of one point allowed, and a budget of minutes on two cores."""
@@ -19,7 +15,6 @@ def demo_config(seed: int = 0) -> JobConfig:
         data=DataConfig("demo"),
         seed=seed,
         recovery_epochs=8,
-        preprocess=PreprocessConfig(mean=MEAN, std=STD),
         limits=Limits(max_drop=1.0),
         search=SearchConfig(f1_evaluations=12, finalists=2, options=4),
     )

@@ -30,15 +30,15 @@ class ResidualBlock(nn.Module):
 
 
 class DemoNet(nn.Module):
-    """ResNet-18 for 32x32 images with half its channels: 2.8 M parameters, 140 M multiply-accumulates."""
+    """ResNet-18 for 32x32 images with five eighths of its channels: 4.4 M parameters, 217 M multiply-accumulates."""
 
     pretrained_cfg: ClassVar[dict[str, Any]] = {
         "input_size": (3, 32, 32),
-        "mean": (0.4914, 0.4822, 0.4465),
-        "std": (0.2470, 0.2435, 0.2616),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
     }
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), blocks_per_stage: int = 2, num_classes: int = 10):
+    def __init__(self, widths: Sequence[int] = (40, 80, 160, 320), blocks_per_stage: int = 2, num_classes: int = 10):
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
