@@ -200,6 +200,8 @@ class _Graph:
         self.integer = integer
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
+        # The first operator of a run pays for more than itself, so it is one that does not count.
+        self.first = self.add("Neg", "input", prefix=BORDER)
 
     def add(self, operator: str, *inputs: str, prefix: str = LAYER, outputs: int = 1, **attributes: Any) -> str:
         """Append a node and return its first output; further ones end in `.1`, `.2`."""
@@ -276,7 +278,7 @@ def _conv(graph: _Graph, key: LayerKey) -> _Built:
         raise InputError(f"convolution: {inputs} -> {outputs} channels do not divide into {groups} groups.")
     image_shape = (1, inputs, *shape.input_size)
     weight_shape = (outputs, inputs // groups, *shape.kernel)
-    tensor = "input" if graph.integer is None else graph.quantized("input", BORDER)
+    tensor = graph.first if graph.integer is None else graph.quantized(graph.first, BORDER)
     tensor = graph.add(
         "Conv",
         tensor,
@@ -307,7 +309,7 @@ def _uncounted_end(graph: _Graph, tensor: str) -> str:
 
 def _linear(graph: _Graph, key: LayerKey) -> _Built:
     positions, inputs, outputs = key.shape.positions, key.in_features, key.out_features
-    tensor = "input" if graph.integer is None else graph.quantized("input", LAYER)
+    tensor = graph.first if graph.integer is None else graph.quantized(graph.first, LAYER)
     tensor = graph.add("Gemm", tensor, *graph.weight((inputs, outputs), 1))
     tensor = graph.activation(key.shape.activation, tensor)
     return (positions, inputs), (positions, outputs), tensor, positions * inputs * outputs
@@ -321,7 +323,7 @@ def _attention(graph: _Graph, key: LayerKey) -> _Built:
     def integers(*values: int) -> str:
         return graph.constant(np.array(values, np.int64))
 
-    split = graph.add("Reshape", "input", integers(1, tokens, 3, heads, size))
+    split = graph.add("Reshape", graph.first, integers(1, tokens, 3, heads, size))
     turned = graph.add("Transpose", split, perm=(2, 0, 3, 1, 4))
     parts = graph.add("Split", turned, outputs=3, axis=0, num_outputs=3)
     query, keys, value = (graph.add("Squeeze", f"{parts}{end}", integers(0)) for end in ("", ".1", ".2"))
