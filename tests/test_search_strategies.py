@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -171,6 +173,22 @@ def test_an_unknown_strategy_is_refused_with_the_names_there_are() -> None:
     toy = Toy(0, blocks=1)
     with pytest.raises(InputError, match="'magic' is unknown; use one of hirelc, knapsack, random, uniform, untrained"):
         make_strategy("magic", toy.problem, 1.0, 0)
+
+
+def test_a_model_with_nothing_to_decide_is_refused() -> None:
+    problem = replace(Toy(0, blocks=1).problem, decisions=())
+    with pytest.raises(InputError, match="nothing in this model can be cut"):
+        make_strategy("hirelc", problem, 1.0, 0)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_budget_above_the_uncut_time_is_searched_like_any_other(name: str) -> None:
+    toy = Toy(0, blocks=2)
+    strategy = make_strategy(name, toy.problem, 1.5 * toy.problem.uncut_ms, 0)
+    result = run_search(toy.problem, strategy, toy.evaluate, f1_evaluations=12, f2_evaluations=1)
+    assert result.best is not None
+    if name in ("hirelc", "knapsack", "uniform"):
+        assert result.best[1].loss == 0.0
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -161,7 +161,14 @@ STRATEGIES: dict[str, Callable[[Problem, float, int], Strategy]] = {
 
 
 def make_strategy(name: str, problem: Problem, budget_ms: float, seed: int) -> Strategy:
-    """Return the strategy called `name`; raises InputError for an unknown name, ConstraintError for a vain budget."""
+    """Return the strategy called `name`.
+
+    Raises:
+        InputError: No such strategy, or a problem with nothing to decide.
+        ConstraintError: Even the smallest options miss the budget.
+    """
     if name not in STRATEGIES:
         raise InputError(f"strategy {name!r} is unknown; use one of {', '.join(STRATEGIES)}.")
+    if not problem.decisions:
+        raise InputError("search: nothing in this model can be cut on this target; `inspect` lists the reasons.")
     return STRATEGIES[name](problem, budget_ms, seed)
