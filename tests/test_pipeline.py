@@ -1,0 +1,191 @@
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hirelc_deploy import delivery, finalists, tables
+from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.recovery import Recovery
+from hirelc_deploy.config import Limits, SearchConfig
+from hirelc_deploy.data import load_data
+from hirelc_deploy.demo.model import DemoNet
+from hirelc_deploy.errors import ConstraintError
+from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.measure.table import LatencyTable
+from hirelc_deploy.outcome import Failed, Measured
+from hirelc_deploy.pipeline import BLANKET, Effort, Pipeline
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.runs import Run
+from hirelc_deploy.testing.fake_backend import FakeBackend, Faults
+
+EFFORT = Effort(64, 32, 32, Recovery(epochs=3, batch_size=16, soft_weight=1.0), Effort().timing)
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 16x16 images that differ in brightness."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in {"train": 128, "calibration": 16, "selection": 48, "test": 64}.items():
+        labels = np.arange(count) % 2
+        pixels = rng.integers(0, 128, (count, 16, 16, 3)) + labels[:, None, None, None] * 100
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = pixels.astype(np.uint8), labels
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def tiny_net() -> nn.Module:
+    torch.manual_seed(0)
+    return DemoNet((16, 32), blocks_per_stage=1, num_classes=2).eval()
+
+
+def make_pipeline(data_file: Path, folder: Path, backend: FakeBackend | None = None) -> Pipeline:
+    run = Run.open(folder, "seed = 0\n", {"cpu": "fake"})
+    return Pipeline(tiny_net(), load_data(f"npz:{data_file}"), backend or FakeBackend(), run, effort=EFFORT)
+
+
+@pytest.fixture(scope="module")
+def pipeline(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return make_pipeline(data_file, tmp_path_factory.mktemp("run") / "run")
+
+
+def test_the_uncut_float_plan_loses_nothing(pipeline: Pipeline):
+    outcome = pipeline.evaluate(CompressionPlan(default_precision="float"), "F2")
+    assert isinstance(outcome, Measured)
+    assert outcome.loss < 1e-6
+    assert outcome.ratio == pytest.approx(1.0)
+    assert outcome.params == sum(p.numel() for p in tiny_net().parameters())
+
+
+def test_cost_counted_from_the_plan_is_that_of_the_sliced_model(pipeline: Pipeline):
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        plan = CompressionPlan({u.name: int(rng.choice(u.widths)) for u in pipeline.graph.units})
+        kept = slicing.keep_indices(pipeline.graph, plan, pipeline.scores)
+        sliced = slicing.slice_model(pipeline.model, pipeline.graph, kept)
+        counted = build_graph(sliced, pipeline.example)
+        cost = pipeline.cost(plan)
+        assert cost.params == sum(p.numel() for p in sliced.parameters())
+        assert cost.macs == counted.macs
+
+
+def test_an_integer_plan_gives_a_smaller_and_on_this_device_faster_file(pipeline: Pipeline):
+    whole = pipeline.evaluate(CompressionPlan(default_precision="int8"), "F2")
+    half = pipeline.evaluate(slicing.uniform_plan(pipeline.graph, 0.5, "int8"), "F2")
+    assert isinstance(whole, Measured)
+    assert isinstance(half, Measured)
+    assert (half.size_bytes or 0) < (whole.size_bytes or 0) < pipeline.reference.stat().st_size
+    assert (half.ratio or 9) < (whole.ratio or 9) < 1
+
+
+def test_recovery_lowers_the_loss_and_its_weights_are_reused_after_a_kill(pipeline: Pipeline):
+    plan = slicing.uniform_plan(pipeline.graph, 0.5, "float")
+    before = pipeline.evaluate(plan, "F2")
+    after = pipeline.evaluate(plan, "F3")
+    assert isinstance(before, Measured)
+    assert isinstance(after, Measured)
+    assert after.loss < before.loss
+    again = pipeline.evaluate(plan, "F3")
+    assert isinstance(again, Measured)
+    assert again.loss == after.loss
+    assert again.seconds["recover"] < after.seconds["recover"]
+
+
+def test_a_file_the_runtime_refuses_is_a_failed_outcome(data_file: Path, tmp_path: Path):
+    broken = make_pipeline(data_file, tmp_path / "run", FakeBackend(faults=Faults(refuse="-F2")))
+    outcome = broken.evaluate(slicing.uniform_plan(broken.graph, 0.5, "int8"), "F2")
+    assert isinstance(outcome, Failed)
+    assert outcome.stage == "judge"
+    assert "refuse" in outcome.reason
+
+
+def test_predicted_network_time_follows_the_table_and_the_fit(pipeline: Pipeline):
+    network, fit = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    plan = slicing.uniform_plan(pipeline.graph, 0.5, "auto")
+    measured = pipeline.evaluate(plan, "F2")
+    assert isinstance(measured, Measured)
+    predicted = network.predict(dict(plan.keep), lambda _: "int8")
+    assert predicted == pytest.approx((measured.ratio or 0) * pipeline.reference_ms, rel=0.35)
+    assert network.predict({}, lambda _: "int8") > predicted
+    assert fit["samples"] == 4
+
+
+def test_widths_that_buy_no_time_are_not_offered(pipeline: Pipeline):
+    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    for unit in pipeline.graph.units:
+        offered = tables.offered_widths(unit, network)
+        assert offered[-1] == unit.size
+        times = [
+            sum(
+                network.layer_ms(layer, {unit.name: width}, "int8")
+                for layer in pipeline.graph.layers
+                if unit.name in (layer.in_unit, layer.out_unit)
+            )
+            for width in offered
+        ]
+        assert all(narrow < wide for narrow, wide in itertools.pairwise(times))
+
+
+def test_a_search_ships_a_plan_within_its_speed_limit(data_file: Path, tmp_path: Path):
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    limits = Limits(speedup=3.0)
+    config = SearchConfig("hirelc", f1_evaluations=4, finalists=1, options=3)
+    search = finalists.Search(pipeline, pipeline.run, LatencyTable(pipeline.backend, None), limits, config)
+    found = search.finalists()
+    assert len(found) == 1
+    assert (found[0].outcome.ratio or 9) <= 1 / 3.0 * (1 + finalists.TOLERANCE)
+    ours = delivery.Contender("ours", pipeline.file_of(found[0].plan, "F3"), found[0].plan)
+    shipped = delivery.race(pipeline, ours)
+    assert shipped.shipped is ours
+    counted = [t for t in pipeline.run.trials if t.fidelity == "F1"]
+    assert len(counted) <= 4 * len(search.searches) + sum(len(d.options) - 1 for d in search.problem.decisions)
+
+
+def test_an_impossible_speed_is_refused_before_anything_is_trained(data_file: Path, tmp_path: Path):
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    table = LatencyTable(pipeline.backend, None)
+    with pytest.raises(ConstraintError, match="cannot be met"):
+        finalists.Search(pipeline, pipeline.run, table, Limits(speedup=1000.0), SearchConfig())
+    assert not any(trial.fidelity == "F3" for trial in pipeline.run.trials)
+
+
+def test_a_slower_candidate_is_never_shipped(pipeline: Pipeline):
+    slow = delivery.Contender("ours", pipeline.reference, CompressionPlan(default_precision="float"))
+    outcome = delivery.race(pipeline, slow)
+    assert outcome.shipped.name == outcome.best_unpruned
+    assert outcome.timings[outcome.best_unpruned].ratio < 1
+    assert delivery.race(pipeline, slow, always=True).shipped is slow
+
+
+def test_without_a_candidate_the_best_unpruned_file_is_shipped(pipeline: Pipeline):
+    outcome = delivery.race(pipeline, None)
+    assert outcome.shipped.name == outcome.best_unpruned
+    assert pipeline.blanket.name == f"uncut-{BLANKET}.onnx"
+
+
+@pytest.mark.parametrize(
+    ("drop", "error", "ratio", "size", "kept"),
+    [
+        (0.4, 0.5, 0.2, 1000, True),
+        (0.6, 0.5, 0.2, 1000, False),  # the drop could be above 1.0 by its standard error
+        (0.0, 0.1, 0.26, 1000, False),  # slower than 4 times
+        (0.0, 0.1, 0.2, 3000, False),
+    ],
+)
+def test_limits_hold_only_when_every_one_is_kept(drop: float, error: float, ratio: float, size: int, kept: bool):
+    limits = Limits(max_drop=1.0, speedup=4.0, max_bytes=2000)
+    outcome = Measured("x", "F3", 0.1, 0.9, 1, 1, ratio=ratio, size_bytes=size)
+    assert finalists.keeps_limits(limits, outcome, drop, error, reference_ms=10.0) is kept
+
+
+def test_layer_records_tell_widths_before_and_after(pipeline: Pipeline):
+    plan = slicing.uniform_plan(pipeline.graph, 0.5, "int8")
+    records = {r["name"]: r for r in delivery.layer_records(pipeline.graph, plan)}
+    first = records["conv1"]
+    assert (first["in_full"], first["in_kept"], first["out_full"]) == (3, 3, 16)
+    assert first["out_kept"] == plan.keep[next(u.name for u in pipeline.graph.units if "residual" in u.name)]
+    assert sum(r["macs"] for r in records.values()) == pytest.approx(pipeline.cost(plan).macs, rel=1e-6)
