@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from hirelc_deploy.data import load_data
 from hirelc_deploy.delivery import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
 from hirelc_deploy.errors import ConstraintError, InputError, TargetUnavailable
 from hirelc_deploy.finalists import Finalist, Search
+from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.measure.targets import find_target, open_target
 from hirelc_deploy.models import ModelSource, load_for
 from hirelc_deploy.outcome import Failed
-from hirelc_deploy.pipeline import Effort, Pipeline
+from hirelc_deploy.pipeline import Effort, Pipeline, proven_graph
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.report import read_run, write_report
@@ -63,7 +64,14 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
     weights = Path(config.model.weights) if config.model.weights else None
     source = ModelSource(config.model.spec, weights, dict(config.model.arguments), config.model.pretrained)
     model, data, source = load_for(source, data, config.preprocess.overrides())
-    run = Run.open(directory, config.to_toml(), describe(backend))
+    # Whatever can be wrong with the options is found before the run directory is made.
+    graph = proven_graph(model, data, config.exclude)
+    options = config
+    if config.plan is not None:
+        plan = read_plan(config.plan, graph)
+        if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
+            options = replace(config, plan=f"{config.plan} ({plan.digest})")
+    run = Run.open(directory, options.to_toml(), describe(backend))
     effort = Effort(recovery=Recovery(config.recovery_epochs) if config.recovery_epochs else None)
     pipeline = Pipeline(
         model,
@@ -75,6 +83,7 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         threads=config.threads or target.threads,
         progress=progress,
         exclude=config.exclude,
+        graph=graph,
     )
     return Workplace(config, pipeline, run, source, command)
 
@@ -92,7 +101,13 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
         return finished(run.directory)
     started = time.monotonic()
     path = table_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: this folder for layer times cannot be made ({error.strerror}); "
+            "set HIRELC_DEPLOY_CACHE to a folder that can be written."
+        ) from None
     table = LatencyTable(pipeline.backend, path, pipeline.threads)
     search = Search(pipeline, run, table, config.limits, config.search)
     finalists = search.finalists()
@@ -125,21 +140,33 @@ def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:
     if (run.directory / RESULT).exists():
         return finished(run.directory)
     started = time.monotonic()
-    if plan_text.startswith("uniform:"):
-        plan = slicing.uniform_plan(pipeline.graph, *parse_uniform(plan_text))
-    else:
-        plan = CompressionPlan.read(Path(plan_text))
-    slicing.check_plan(pipeline.graph, plan)
+    plan = read_plan(plan_text, pipeline.graph)
     outcome = run.evaluate_once(plan, "F3", pipeline.evaluate)
     if isinstance(outcome, Failed):
         raise ConstraintError(f"apply: the plan could not be built; {outcome.stage} says: {outcome.reason}")
     return deliver(workplace, plan, {}, started, always=True)
 
 
+def read_plan(text: str, graph: ModelGraph) -> CompressionPlan:
+    """Return the plan of `uniform:...` or of a file; raises InputError where this model cannot take it."""
+    if text.startswith("uniform:"):
+        plan = slicing.uniform_plan(graph, *parse_uniform(text))
+    else:
+        plan = CompressionPlan.read(Path(text))
+    slicing.check_plan(graph, plan)
+    return plan
+
+
 def finished(directory: Path) -> dict[str, Any]:
     """Return the printed part of a finished run's result."""
-    result: dict[str, Any] = json.loads((directory / RESULT).read_text("utf-8"))
-    return {key: result[key] for key in PRINTED}
+    path = directory / RESULT
+    try:
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return {key: result[key] for key in PRINTED}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: damaged ({error!r}); delete it, and the same command delivers again from what is journaled."
+        ) from None
 
 
 PRINTED = ("bundle", "params", "macs", "size_bytes", "size_ratio", "accuracy", "latency", "best_unpruned")

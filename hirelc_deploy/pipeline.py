@@ -107,6 +107,7 @@ class Pipeline:
         threads: int = 1,
         progress: Progress | None = None,
         exclude: tuple[str, ...] = (),
+        graph: ModelGraph | None = None,
     ) -> None:
         self.model = model.eval()
         self.data = data
@@ -119,6 +120,8 @@ class Pipeline:
         self.threads = threads
         self.progress = progress or Progress(quiet=True)
         self.exclude = exclude
+        if graph is not None:
+            self.graph = graph  # known from before the run was opened, so that a bad option leaves no run behind
         self._scratch = tempfile.TemporaryDirectory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -127,13 +130,12 @@ class Pipeline:
     @cached_property
     def example(self) -> Tensor:
         """(2, channels, height, width): two calibration images."""
-        return self.data.calibration.batch(np.arange(2) % len(self.data.calibration))
+        return two_images(self.data)
 
     @cached_property
     def graph(self) -> ModelGraph:
-        """Blocks, units and layers of the uncut model; every unit was shown to cut exactly."""
-        graph = build_graph(self.model, self.example, exclude=self.exclude)
-        return slicing.provable(self.model, graph, self.example)[0]
+        """Blocks, units and layers of the uncut model; see `proven_graph`."""
+        return proven_graph(self.model, self.data, self.exclude)
 
     @cached_property
     def integer(self) -> Precision:
@@ -408,6 +410,17 @@ class Pipeline:
         with atomic_path(path) as partial:
             save_file(state, str(partial))
         return model
+
+
+def two_images(data: Data) -> Tensor:
+    """Return (2, channels, height, width): two calibration images."""
+    return data.calibration.batch(np.arange(2) % len(data.calibration))
+
+
+def proven_graph(model: nn.Module, data: Data, exclude: tuple[str, ...] = ()) -> ModelGraph:
+    """Return blocks, units and layers of a model; every unit was shown to cut exactly."""
+    example = two_images(data)
+    return slicing.provable(model, build_graph(model, example, exclude=exclude), example)[0]
 
 
 def batches(images: Images, size: int, limit: int | None = None) -> Iterator[Tensor]:

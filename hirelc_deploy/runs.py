@@ -64,7 +64,7 @@ class Run:
         self.directory = directory
         self._lock, self._clock = lock, clock
         self.config_text = _read_text(directory / CONFIG)
-        self.machine: dict[str, Any] = json.loads(_read_text(directory / MACHINE))
+        self.machine = _read_machine(directory / MACHINE)
         self.trials = [_trial_from(line, where) for line, where in _lines(directory / TRIALS)]
         self._outcomes = {(t.plan.digest, t.fidelity, t.context): t.outcome for t in self.trials}
         self._facts = {str(line["key"]): line["value"] for line, _ in _lines(directory / FACTS)}
@@ -311,6 +311,16 @@ def _trial_from(value: Mapping[str, Any], where: str) -> TrialRecord:
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{where}: not a trial of a run ({error}).") from None
+
+
+def _read_machine(path: Path) -> dict[str, Any]:
+    try:
+        machine = json.loads(_read_text(path))
+    except ValueError:
+        machine = None
+    if not isinstance(machine, dict):
+        raise InputError(f"{path}: damaged (not a JSON object); delete it, and it is written anew.")
+    return machine
 
 
 def _read_text(path: Path) -> str:
