@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -38,12 +38,17 @@ class NetworkTime:
     table: LatencyTable
     fixed: float
     scale: float
+    _known: dict[tuple[str, int, int, str], float] = field(default_factory=dict)
 
-    def layer_ms(self, layer: Layer, keep: dict[str, int], precision: str) -> float:
+    def layer_ms(self, layer: Layer, keep: Mapping[str, int], precision: str) -> float:
         """Return the table's time of one layer at the widths that `keep` leaves it."""
-        return self.table.layer_ms(layer.shape, *kept_features(layer, self.graph, keep), precision)
+        narrow, wide = kept_features(layer, self.graph, keep)
+        key = (layer.name, narrow, wide, precision)
+        if key not in self._known:
+            self._known[key] = self.table.layer_ms(layer.shape, narrow, wide, precision)
+        return self._known[key]
 
-    def predict(self, keep: dict[str, int], precision_of: Callable[[str], str]) -> float:
+    def predict(self, keep: Mapping[str, int], precision_of: Callable[[str], str]) -> float:
         """Return predicted milliseconds of the network at these widths and precisions."""
         total = sum(self.layer_ms(layer, keep, precision_of(layer.name)) for layer in self.graph.layers)
         return self.fixed + self.scale * total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +123,8 @@ class ModelGraph:
 
     def unit(self, name: str) -> Unit:
         """Return the unit called `name`; raises KeyError."""
-        return self._units_by_name()[name]
+        return self._units_by_name[name]
 
+    @cached_property
     def _units_by_name(self) -> Mapping[str, Unit]:
         return {unit.name: unit for unit in self.units}
