@@ -75,10 +75,13 @@ def race(
     return Delivery(shipped, contenders[0], timings, best.name)
 
 
-def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> dict[str, float | None]:
-    """Read the test split, once; return the accuracies of the shipped and the reference file, and the drop."""
+def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> tuple[dict[str, float | None], NDArray[np.int64] | None]:
+    """Read the test split, once; return the accuracies of the shipped and the reference file, and the labels.
+
+    Without labels every accuracy is None.
+    """
     if not pipeline.data.labelled:
-        return dict.fromkeys(("test", "baseline_test", "drop_points", "drop_low", "drop_high"))
+        return dict.fromkeys(("test", "baseline_test", "drop_points", "drop_low", "drop_high")), None
     images = pipeline.data.take_test()
     labels = images.labels
     assert labels is not None
@@ -89,13 +92,14 @@ def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> dict[str, float | 
             right[contender.name] = accuracy.correct(accuracy.predict(runner, inputs(images)), labels)
     before, after = right[delivery.reference.name], right[delivery.shipped.name]
     drop = accuracy.paired_drop(before, after)
-    return {
+    found: dict[str, float | None] = {
         "test": float(after.mean()),
         "baseline_test": float(before.mean()),
         "drop_points": drop.points,
         "drop_low": drop.low,
         "drop_high": drop.high,
     }
+    return found, labels
 
 
 def inputs(images: Images) -> Iterator[NDArray[np.float32]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
@@ -24,6 +26,7 @@ from hirelc_deploy.errors import ConstraintError, InputError, TargetUnavailable
 from hirelc_deploy.finalists import Finalist, Search
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.backend import Runner
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.measure.targets import find_target, open_target
@@ -188,12 +191,12 @@ def deliver(
         )
     if candidate is None:
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file, is shipped.")
-    found_accuracy = final_accuracy(pipeline, delivery)
+    found_accuracy, test_labels = final_accuracy(pipeline, delivery)
     record = result_record(pipeline, delivery, found_accuracy)
     runner = pipeline.backend.build(shipped.path, pipeline.threads)
     images, labels = pipeline.selection
     samples = images[:SAMPLES].numpy()
-    operators = runner.profile(samples[:1], runs=50)
+    operators = operator_records(runner, shipped.path, samples[:1])
     bundle = write_bundle(
         run.directory / "bundle",
         BundleContents(
@@ -206,6 +209,7 @@ def deliver(
             sample_inputs=samples,
             sample_logits=runner.infer(samples),
             sample_labels=None if labels is None else labels[:SAMPLES],
+            test_labels=test_labels,
             measurements=record,
             operators=accuracy.operators(runner, samples[:1]),
             machine=run.machine,
@@ -221,7 +225,7 @@ def deliver(
         "candidates": candidates(pipeline, delivery, run),
         "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
         "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
-        "operators": [vars(operator) for operator in operators],
+        "operators": operators,
         "placement": pipeline.placement.candidates,
         "warnings": warnings,
         **facts,
@@ -239,6 +243,19 @@ def shipped_model(pipeline: Pipeline, shipped: Contender) -> nn.Module:
     state = load_file(str(weights))
     manifest = {name: list(tensor.shape) for name, tensor in state.items()}
     return slicing.rebuild(pipeline.model, manifest, state).eval()
+
+
+def operator_records(runner: Runner, path: Path, image: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """Return every operator that ran with its time; those that compute a layer carry the layer's name.
+
+    The shipped file names its nodes by numbers, and the runtime appends to them what it fused.
+    """
+    layers = json.loads(path.with_suffix(".layers.json").read_text("utf-8"))
+    records = []
+    for operator in runner.profile(image, runs=50):
+        layer = layers.get(operator.name.partition("_token_")[0])
+        records.append({**vars(operator), "name": f"{layer}/{operator.operator}" if layer else operator.name})
+    return records
 
 
 def finalist_record(finalist: Finalist) -> dict[str, Any]:
