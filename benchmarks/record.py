@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COPIED = ("params", "macs", "size_bytes", "size_ratio", "accuracy", "latency", "best_unpruned", "candidates", "finalists",
-          "search", "latency_model", "placement", "stages", "warnings")  # fmt: skip
+COPIED = (
+    *("params", "macs", "size_bytes", "size_ratio", "accuracy", "latency", "best_unpruned", "candidates", "finalists"),
+    *("search", "latency_model", "placement", "stages", "warnings"),
+)
+"""Keys of a run's result that a record keeps."""
 
 
 def operator_shares(operators: list[dict[str, Any]]) -> dict[str, Any]:
