@@ -50,12 +50,12 @@ def test_solving_with_thinned_states_still_fits_and_loses_almost_nothing(monkeyp
     toy = Toy(3)
     tables, budget_ms = tables_of(toy.problem), 0.6 * toy.problem.uncut_ms
     exact = solve_additive(tables, budget_ms)  # 868 states at most
-    monkeypatch.setattr("hirelc_deploy.search.knapsack.MAX_STATES", 50)
+    monkeypatch.setattr("hirelc_deploy.search.knapsack.MAX_STATES", 200)
     thinned = solve_additive(tables, budget_ms)
     assert exact is not None
     assert thinned is not None
     assert tables.around_ms + tables.ms[np.arange(len(thinned)), thinned].sum() <= budget_ms
-    assert tables.additive_loss(thinned) <= 1.02 * tables.additive_loss(exact)
+    assert tables.additive_loss(thinned) <= 1.01 * tables.additive_loss(exact)
 
 
 def test_thinning_keeps_for_each_state_one_as_good_within_a_slice_of_time() -> None:
