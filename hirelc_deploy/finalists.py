@@ -6,16 +6,19 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.errors import ConstraintError
 from hirelc_deploy.measure.table import LatencyTable
-from hirelc_deploy.outcome import Measured
+from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
 from hirelc_deploy.search.baselines import make_strategy
 from hirelc_deploy.search.knapsack import smallest, solve
-from hirelc_deploy.search.loop import SearchResult, run_search
+from hirelc_deploy.search.loop import SearchResult, Trial, extended_front, run_search
+from hirelc_deploy.search.problem import Choices
 from hirelc_deploy.tables import build_problem, fit_network_time, measure_table, smallest_ms
 
 SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 4.0, 5.0, 6.0)
@@ -29,6 +32,10 @@ CORRECTIONS = 2
 
 TOLERANCE = 0.02
 """A file within this share of its latency budget meets it: below what a brief timing can tell."""
+
+
+NO_CHOICES: Choices = np.empty(0, np.int64)
+"""Stands in for the choices of a trial that is known by its plan alone."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Search:
             if budget_ms < self.floor_ms:
                 break
             plan = self.problem.plan_of(solve(self.problem, budget_ms))
-            outcome = self.run.evaluate_once(plan, "F1", self.pipeline.evaluate)
+            outcome = self._evaluate(plan, "F1")
             if not isinstance(outcome, Measured) or outcome.loss > ENTRY_LOSS:
                 break
             entry = rung
@@ -105,11 +112,22 @@ class Search:
         best_ms = self.pipeline.reference_ms * min(1.0, self.pipeline.placement.ratio)
         return [best_ms / speedup for speedup in SPEEDUPS]
 
+    def _evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
+        """Evaluate once, and keep the Pareto front of each fidelity up to date with what files measured."""
+        outcome = self.run.evaluate_once(plan, fidelity, self.pipeline.evaluate)
+        if fidelity != "F1":
+            fronts: dict[str, list[Trial]] = {}
+            for record in self.run.trials:
+                trial = Trial(NO_CHOICES, record.plan, record.fidelity, record.outcome)
+                fronts[record.fidelity] = extended_front(fronts.get(record.fidelity, []), trial)
+            self.run.write_pareto({name: [(t.plan, t.outcome) for t in front] for name, front in fronts.items()})
+        return outcome
+
     def _finalist(self, budget_ms: float) -> Finalist | None:
         plan = self._best_plan(budget_ms)
         if plan is None:
             return None
-        outcome = self.run.evaluate_once(plan, "F3", self.pipeline.evaluate)
+        outcome = self._evaluate(plan, "F3")
         if not isinstance(outcome, Measured):
             self.pipeline.progress.say(f"{plan.digest} failed: {outcome.reason}")
             return None
@@ -132,7 +150,7 @@ class Search:
             result = run_search(
                 self.problem,
                 make_strategy(self.config.strategy, self.problem, aim_ms, self.pipeline.seed),
-                lambda plan, fidelity: self.run.evaluate_once(plan, fidelity, self.pipeline.evaluate),
+                self._evaluate,
                 f1_evaluations=self.config.f1_evaluations,
                 f2_evaluations=1,
                 deadline=self.deadline,
