@@ -114,7 +114,7 @@ class Search:
 
     def _evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
         """Evaluate once, and keep the Pareto front of each fidelity up to date with what files measured."""
-        outcome = self.run.evaluate_once(plan, fidelity, self.pipeline.evaluate)
+        outcome = self.pipeline.outcome(plan, fidelity)
         if fidelity != "F1":
             fronts: dict[str, list[Trial]] = {}
             for record in self.run.trials:

@@ -144,7 +144,7 @@ def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:
         return finished(run.directory)
     started = time.monotonic()
     plan = read_plan(plan_text, pipeline.graph)
-    outcome = run.evaluate_once(plan, "F3", pipeline.evaluate)
+    outcome = pipeline.outcome(plan, "F3")
     if isinstance(outcome, Failed):
         raise ConstraintError(f"apply: the plan could not be built; {outcome.stage} says: {outcome.reason}")
     return deliver(workplace, plan, {}, started, always=True)

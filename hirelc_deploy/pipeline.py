@@ -32,6 +32,7 @@ from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.images import Images
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend, Precision
+from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.protocol import QUICK, Timing, TimingLimits, compare
 from hirelc_deploy.outcome import Failed, Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
@@ -122,6 +123,7 @@ class Pipeline:
         self.exclude = exclude
         if graph is not None:
             self.graph = graph  # known from before the run was opened, so that a bad option leaves no run behind
+        self.machine = fingerprint(describe(backend))
         self._scratch = tempfile.TemporaryDirectory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -223,16 +225,24 @@ class Pipeline:
                 for name, timing in zip(names, timings[1:], strict=True)
             }
 
-        candidates = self.run.remember("placement", time_them)
+        candidates = self.run.remember(f"placement on {self.machine}", time_them)
         pattern = min(candidates, key=lambda name: float(candidates[name]["ratio"]))
         return Placement(pattern, candidates[pattern]["ratio"], candidates)
 
     @cached_property
     def reference_ms(self) -> float:
         """Milliseconds of the uncut float file, measured once: turns ratios into the milliseconds of one run."""
-        return float(self.run.remember("reference ms", lambda: self.time([self.reference])[0].median_ms))
+        key = f"reference ms on {self.machine}"
+        return float(self.run.remember(key, lambda: self.time([self.reference])[0].median_ms))
 
     # The path of a plan.
+
+    def outcome(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
+        """Return what the run remembers of this plan, evaluating it first where it remembers nothing.
+
+        What was timed counts only on the machine that timed it.
+        """
+        return self.run.evaluate_once(plan, fidelity, self.evaluate, "" if fidelity == "F1" else self.machine)
 
     def evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
         """Walk the path as far as `fidelity` says. What cannot be built or run comes back as Failed."""

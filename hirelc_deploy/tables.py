@@ -63,20 +63,11 @@ def fit_network_time(pipeline: Pipeline, table: LatencyTable, samples: int = 3) 
     raw = NetworkTime(graph, table, 0.0, 1.0)
     keeps = [uniform_keep(graph, ratio) for ratio in np.linspace(0.25, 1.0, samples + 1)]
 
-    def measure() -> list[float]:
-        found = []
-        for keep in pipeline.progress.track(keeps, "whole-network times", len(keeps)):
-            outcome = pipeline.run.evaluate_once(
-                CompressionPlan(keep, default_precision="auto"), "F2", pipeline.evaluate
-            )
-            found.append(
-                outcome.ratio * pipeline.reference_ms
-                if isinstance(outcome, Measured) and outcome.ratio
-                else float("nan")
-            )
-        return found
-
-    measured = np.array(pipeline.run.remember("whole-network times", measure), dtype=np.float64)
+    measured = np.full(len(keeps), np.nan)
+    for index, keep in enumerate(pipeline.progress.track(keeps, "whole-network times", len(keeps))):
+        outcome = pipeline.outcome(CompressionPlan(keep, default_precision="auto"), "F2")
+        if isinstance(outcome, Measured) and outcome.ratio is not None:
+            measured[index] = outcome.ratio * pipeline.reference_ms
     predicted = np.array([raw.predict(keep, lambda _: "int8") for keep in keeps])
     good = np.isfinite(measured)
     fixed, scale = calibrate(predicted[good].tolist(), measured[good].tolist())
@@ -120,15 +111,10 @@ def build_problem(pipeline: Pipeline, network: NetworkTime, *, options: int = 6)
     units = [unit for unit in graph.units if len(offered[unit.name]) > 1]
     singles = [(unit, width) for unit in units for width in offered[unit.name][:-1]]
 
-    def measure() -> list[float]:
-        found = []
-        for unit, width in pipeline.progress.track(singles, "loss of each option alone", len(singles)):
-            plan = CompressionPlan({unit.name: width}, default_precision="auto")
-            outcome = pipeline.run.evaluate_once(plan, "F1", pipeline.evaluate)
-            found.append(outcome.loss if isinstance(outcome, Measured) else FAILED_LOSS)
-        return found
-
-    losses = dict(zip(((u.name, w) for u, w in singles), pipeline.run.remember("option losses", measure), strict=True))
+    losses = {}
+    for unit, width in pipeline.progress.track(singles, "loss of each option alone", len(singles)):
+        outcome = pipeline.outcome(CompressionPlan({unit.name: width}, default_precision="auto"), "F1")
+        losses[unit.name, width] = outcome.loss if isinstance(outcome, Measured) else FAILED_LOSS
     uncut_ms = network.predict({}, lambda _: "int8")
     fisher = {name: float(score.sum()) for name, score in pipeline.scores.items()}
     largest_fisher = max(fisher.values(), default=1.0) or 1.0
