@@ -1,4 +1,4 @@
-"""In: what went wrong. Out: exceptions whose text is one sentence for the user and whose exit code the command returns."""
+"""In: what went wrong. Out: exceptions whose text is a sentence for the user and whose exit code the command returns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExportError(HirelcError):
     """A model could not be written as a file that computes what the model computes."""
 
 
-class TargetUnavailable(HirelcError):
+class TargetUnavailable(HirelcError):  # noqa: N818  # said as one says it: the target is unavailable
     """The device, or the runtime on it, cannot be reached."""
 
     exit_code = 3

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Fidelity = Literal["F1", "F2", "F3"]
-"""F1: sliced and compensated, judged in torch. F2: exported integer file, run and timed. F3: F2 after recovery training."""
+"""F1: sliced and compensated, judged in torch. F2: its integer file, run and timed. F3: F2 after recovery training."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hirelc_deploy.images import Images
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
+from hirelc_deploy.images import Images
 from hirelc_deploy.progress import Progress
 
 RIDGE = 1e-3

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hirelc_deploy.config import DataConfig, JobConfig, Limits, ModelConfig, SearchConfig
 
+
 def demo_config(seed: int = 0) -> JobConfig:
     """Return the demo's options: a drop of one point allowed, and a budget of minutes on two cores."""
     return JobConfig(

@@ -58,7 +58,7 @@ class LayerShape:
 
     Attributes:
         kind: `conv`, `linear` or `attention` (the core between the projections: scores, softmax, mix).
-        positions: Output positions per image: height * width of a convolution, tokens of a linear layer or of attention.
+        positions: Output positions per image: height * width of a convolution, tokens of a linear layer or attention.
         input_size: (height, width) of a convolution's input; (1, tokens) otherwise.
         kernel, stride, padding, dilation: Of a convolution; (1, 1), (1, 1), (0, 0), (1, 1) otherwise.
         depthwise: The convolution has one filter per input channel; its two widths move together.
