@@ -1,4 +1,4 @@
-"""In: what went wrong. Out: exceptions whose text is a sentence for the user and whose exit code the command returns."""
+"""In: what went wrong. Out: exceptions whose text is a sentence for the user, with the exit code of the command."""
 
 from __future__ import annotations
 
