@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -53,7 +54,7 @@ InputSize = Annotated[str | None, typer.Option(help="channels,height,width of th
 Mean = Annotated[str | None, typer.Option(help="Per-channel mean of the normalisation, as 0.49,0.48,0.45.")]
 Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation of the normalisation.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of layers that stay whole; may be repeated.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of one inference; the target's own if not given.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one inference; the target's own if not given.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder that is made for the results.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -352,6 +353,8 @@ def benchmark(
     from hirelc_deploy.measure.protocol import FULL, compare
     from hirelc_deploy.measure.targets import find_target, open_target
 
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--seconds {seconds:g}: give a finite number above 0.")
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: no such file; give ONNX files, the reference first.")

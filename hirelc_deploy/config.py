@@ -19,6 +19,10 @@ from hirelc_deploy.errors import InputError
 
 SCHEMA_VERSION = 1
 STRATEGIES = ("hirelc", "knapsack", "random", "uniform", "untrained")
+LARGEST_INPUT = 2**26
+"""Values of one image (256 MiB in float32): what is larger is a slip of the pen, and would exhaust the memory."""
+LARGEST_SEED = 2**32 - 1
+"""What every random generator in use takes."""
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -55,6 +59,15 @@ class PreprocessConfig:
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
+
+    def __post_init__(self) -> None:
+        size = self.input_size
+        if size is None:
+            return
+        if len(size) != 3 or min(size) < 1:
+            raise InputError(f"input_size {size}: give channels, height and width, each at least 1.")
+        if math.prod(size) > LARGEST_INPUT:
+            raise InputError(f"input_size {size}: {math.prod(size):,} values in one image; at most {LARGEST_INPUT:,}.")
 
     def overrides(self) -> dict[str, Any]:
         """Return the entries that were given, as `models.load_for` takes them."""
@@ -137,6 +150,8 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
+        if self.seed > LARGEST_SEED:
+            raise InputError(f"seed = {self.seed}: give a whole number of at most {LARGEST_SEED}.")
         _at_least("threads", self.threads, 1)
         _at_least("recovery_epochs", self.recovery_epochs, 0)
 

@@ -26,6 +26,7 @@ MINIMUM_CALIBRATION = 8  # fewer images give ranges of single pictures, not of t
 HELD_OUT = 0.1  # of the training images, from their end; CIFAR-10: the last 5,000, which the usual recipes leave out
 FOLDER_TEST = 0.2  # of each class, from its end, where a folder has no test split of its own
 CHECKED_FILES = 5000  # image files whose headers are read before the work starts
+MOST_SYNTHETIC = 4096  # a split is kept in memory: 2.5 GB of 3 x 224 x 224
 NATIVE_SPLITS = ("train", "calibration", "selection", "test")
 
 
@@ -355,12 +356,16 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Labels]:
     found = set(_class_folders(folder))
     if unknown := sorted(found - set(classes)):
         raise InputError(f"{folder / unknown[0]}: this class has no training images.")
+    if missing := sorted(set(classes) - found):
+        raise InputError(
+            f"{folder}: no class {missing[0]}, which has training images; add it here, or remove it there."
+        )
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        images = sorted((folder / name).rglob("*")) if name in found else []
+        images = sorted((folder / name).rglob("*"))
         images = [file for file in images if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-        if name in found and not images:
+        if not images:
             raise InputError(f"{folder / name}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read).")
         files += images
         labels += [label] * len(images)
@@ -438,8 +443,10 @@ def _python_batch(file: Path) -> tuple[NDArray[np.uint8], Labels]:
 
 def _synthetic(count_text: str, seed: int) -> Data:
     """Make random inputs; the model's input size is not known yet, so that they are made again by `preprocessed`."""
-    if not count_text.isdecimal() or not 1 <= int(count_text) <= 1_000_000:
-        raise InputError(f"--data synthetic:{count_text}: give the number of random inputs in each split, 1 or more.")
+    if not count_text.isdecimal() or not 1 <= int(count_text) <= MOST_SYNTHETIC:
+        raise InputError(
+            f"--data synthetic:{count_text}: give the number of random inputs in each split, 1 to {MOST_SYNTHETIC}."
+        )
     count, native = int(count_text), identity((3, 224, 224))
     parts = {split: RandomImages(count, native, seed * 4 + index) for index, split in enumerate(NATIVE_SPLITS)}
     return Data(
@@ -474,7 +481,7 @@ class RandomImages:
         """Return other inputs for another view: noise has no crops."""
         generator, inputs = torch.Generator(), []
         for row in torch.as_tensor(indices, dtype=torch.int64).tolist():
-            generator.manual_seed((self._seed * 1_000_003 + view) * 1_000_003 + row)
+            generator.manual_seed(((self._seed * 1_000_003 + view) * 1_000_003 + row) % 2**63)
             inputs.append(torch.randn(self._preprocess.input_size, generator=generator))
         return torch.stack(inputs)
 

@@ -298,7 +298,7 @@ BAD = {
     "no data set": (lambda folder: "hfds/cifar10", "not supported; use one of"),
     "cifar10 without folder": (lambda folder: "torch/cifar10", "--data-dir"),
     "no number": (lambda folder: "synthetic:many", "number of random inputs"),
-    "none at all": (lambda folder: "synthetic:0", "1 or more"),
+    "none at all": (lambda folder: "synthetic:0", "1 to 4096"),
 }
 
 
