@@ -212,6 +212,7 @@ def search(
 ) -> None:
     """Find the fastest file this target can run within the limits.
 
+    \b
     Example: hirelc-deploy search --model resnet18 --weights w.safetensors --data imagefolder:photos --out runs/a
     """
     from hirelc_deploy.config import DataConfig, JobConfig, Limits, ModelConfig, SearchConfig, parse_duration
@@ -261,7 +262,8 @@ def apply(
 ) -> None:
     """Build one plan, without a search: cut, recover, quantize, time, bundle.
 
-    Example: hirelc-deploy apply --model resnet18 --data npz:d.npz --plan uniform:keep=0.5,precision=int8 --out half
+    \b
+    Example: hirelc-deploy apply --model resnet18 --weights w.pth --data npz:d.npz --plan uniform:keep=0.5 --out half
     """
     from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
 
@@ -288,6 +290,7 @@ def demo(
 ) -> None:
     """Compress the embedded CIFAR-10 network on this CPU: the real search with a small budget, without a network.
 
+    \b
     Example: hirelc-deploy demo --out runs/demo
     """
     from hirelc_deploy.demo import demo_config
@@ -307,6 +310,7 @@ def inspect(
 ) -> None:
     """Say what a model consists of, what can be cut, and what is kept whole and why.
 
+    \b
     Example: hirelc-deploy inspect --model resnet18 --json
     """
     import torch
@@ -347,6 +351,7 @@ def benchmark(
 ) -> None:
     """Time files against the first of them: interleaved, with intervals and verdicts.
 
+    \b
     Example: hirelc-deploy benchmark reference.onnx candidate.onnx
     """
     from hirelc_deploy.measure.machine import describe
@@ -389,6 +394,7 @@ def verify(
 ) -> None:
     """Check a bundle: hashes, integer operators, sample outputs, and with --data the accuracy again.
 
+    \b
     Example: hirelc-deploy verify runs/a/bundle --data npz:data.npz
     """
     from hirelc_deploy.bundle import verify as verify_bundle
@@ -414,6 +420,7 @@ def report(
 ) -> None:
     """Write the report of a run as one self-contained HTML file.
 
+    \b
     Example: hirelc-deploy report runs/a
     """
     from hirelc_deploy.report import read_run, write_report
@@ -429,6 +436,7 @@ def export(
 ) -> None:
     """Copy the shipped model out of a run.
 
+    \b
     Example: hirelc-deploy export runs/a --format onnx --out deploy
     """
     from hirelc_deploy.job import export_files
@@ -441,6 +449,7 @@ def export(
 def targets(as_json: Json = False) -> None:
     """List target profiles, built in and from your targets.toml.
 
+    \b
     Example: hirelc-deploy targets
     """
     from hirelc_deploy.measure.targets import known_targets
@@ -454,6 +463,7 @@ def targets(as_json: Json = False) -> None:
 def doctor(as_json: Json = False) -> None:
     """Say what can run here, what is missing, and how to get it.
 
+    \b
     Example: hirelc-deploy doctor
     """
     from hirelc_deploy.doctor import examine

@@ -66,6 +66,11 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
     )
     weights = Path(config.model.weights) if config.model.weights else None
     source = ModelSource(config.model.spec, weights, dict(config.model.arguments), config.model.pretrained)
+    if source.is_untrained and data.labelled:
+        raise InputError(
+            f"--model {source.spec}: its weights are random; give trained ones with --weights FILE, or --pretrained "
+            "for timm's own (for structural work without accuracy: --data synthetic:64)."
+        )
     model, data, source = load_for(source, data, config.preprocess.overrides())
     # Whatever can be wrong with the options is found before the run directory is made.
     graph = proven_graph(model, data, config.exclude)

@@ -115,6 +115,12 @@ class ModelSource:
                 f"did you mean {' or '.join(near)}?" if near else "give a timm name, file.py:factory or module:factory."
             )
             raise InputError(f"--model {name!r}: timm has no model of this name; {hint}")
+        trained, wanted = timm.get_pretrained_cfg(name), self.arguments.get("num_classes")
+        if self.pretrained and trained is not None and wanted not in (None, trained.num_classes):
+            raise InputError(
+                f"--model {name} --pretrained: its weights know {trained.num_classes} classes, not {wanted}, and the "
+                "last layer would be random; train it for your classes first and give the result with --weights."
+            )
         try:
             model = timm.create_model(name, pretrained=self.pretrained, **self.arguments)
         except Exception as error:  # whatever the constructor of any of a thousand models, or the network, may raise
