@@ -433,6 +433,12 @@ BLOTTED[5, 0, 0, 0] = NOT_A_NUMBER
 
 MODELS = [
     Case("unknown model name", apply(model="resnet81"), ("resnet81", "did you mean", "resnet18")),
+    Case("timm name without weights", apply(model="resnet10t"), ("weights are random", "--weights FILE")),
+    Case(
+        "timm's weights for other classes",
+        apply("--pretrained", model="resnet10t"),
+        ("1000 classes, not 2", "--weights"),
+    ),
     Case("no model name", apply(model=""), ("--model",)),
     Case("model file is missing", apply(model="gone.py:net"), ("gone.py", "no such file")),
     Case("model file without a factory", apply(model="net.py"), ("net.py:FACTORY",)),
