@@ -5,7 +5,7 @@ Whatever the search chose is timed once more, with the full protocol, beside eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hirelc_deploy.errors import ConstraintError
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.images import Images
 from hirelc_deploy.measure import accuracy
@@ -57,21 +58,33 @@ def unpruned(pipeline: Pipeline) -> list[Contender]:
 
 
 def race(
-    pipeline: Pipeline, candidate: Contender | None, *, always: bool = False, limits: TimingLimits = FULL
+    pipeline: Pipeline,
+    candidate: Contender | None,
+    *,
+    always: bool = False,
+    keeps: Callable[[Contender, Timing], bool] = lambda contender, timing: True,
+    limits: TimingLimits = FULL,
 ) -> Delivery:
     """Time the candidate and all unpruned files together and say which is shipped.
 
     Args:
         candidate: None when the search found nothing that keeps the limits.
         always: Ship the candidate even if an unpruned file is faster (`apply` builds what it is told to).
+        keeps: Whether an unpruned file may be shipped; the candidate was judged before.
+
+    Raises:
+        ConstraintError: There is no candidate, and no unpruned file may be shipped.
     """
     contenders = unpruned(pipeline) + ([candidate] if candidate else [])
     with pipeline.progress.stage("final timing"):
         found = compare([c.path for c in contenders], pipeline.backend, threads=pipeline.threads, limits=limits)
     timings = {c.name: timing for c, timing in zip(contenders, found, strict=True)}
     best = min((c for c in contenders if c is not candidate), key=lambda c: timings[c.name].ratio)
-    faster = candidate is not None and timings[candidate.name].ratio < timings[best.name].ratio
-    shipped = candidate if candidate is not None and (always or faster) else best
+    able = [c for c in contenders if c is candidate or keeps(c, timings[c.name])]
+    if not able:
+        raise ConstraintError("no plan keeps every limit, and no unpruned file does.")
+    fastest = min(able, key=lambda c: timings[c.name].ratio)
+    shipped = candidate if candidate is not None and always else fastest
     return Delivery(shipped, contenders[0], timings, best.name)
 
 

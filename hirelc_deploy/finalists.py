@@ -10,6 +10,7 @@ import numpy as np
 
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.errors import ConstraintError
+from hirelc_deploy.measure.accuracy import PairedDrop
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.pipeline import Pipeline
@@ -19,7 +20,7 @@ from hirelc_deploy.search.baselines import make_strategy
 from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.search.loop import SearchResult, Trial, extended_front, run_search
 from hirelc_deploy.search.problem import Choices
-from hirelc_deploy.tables import build_problem, fit_network_time, measure_table, smallest_ms
+from hirelc_deploy.tables import build_problem, fit_network_time, measure_table, smallest_bytes, smallest_ms
 
 SPEEDUPS = (1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 4.0, 5.0, 6.0)
 """Ladder of speed-ups over the best unpruned file that a search without a latency limit climbs, about 1.22 apart."""
@@ -64,6 +65,12 @@ class Search:
         seconds = config.budget_seconds
         self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self.searches: list[SearchResult] = []
+        least = smallest_bytes(pipeline.graph)
+        if limits.max_bytes is not None and least > limits.max_bytes:
+            raise ConstraintError(
+                f"search: {limits.max_bytes:,} bytes cannot be met: with every unit at its narrowest {least:,} weights "
+                "of at least one byte are left. Allow more bytes."
+            )
         network, self.fit = fit_network_time(pipeline, table)
         self.fit["table_entries"] = measure_table(pipeline, network, config.options)
         budgets = self._budgets_ms()
@@ -75,7 +82,8 @@ class Search:
                 "float file. Allow more time."
             )
         self.problem = build_problem(pipeline, network, options=config.options)
-        self.floor_ms = smallest(self.problem)[1]
+        # Where no width of any unit buys time there is nothing to search, and no budget is within reach.
+        self.floor_ms = smallest(self.problem)[1] if self.problem.decisions else math.inf
 
     def finalists(self) -> list[Finalist]:
         """Return recovered and timed plans, in the order they were tried."""
@@ -132,7 +140,7 @@ class Search:
             self.pipeline.progress.say(f"{plan.digest} failed: {outcome.reason}")
             return None
         drop = self.pipeline.selection_drop(plan, "F3")
-        error = (drop.high - drop.low) / (2 * 1.96)
+        error = drop_error(drop)
         kept = keeps_limits(self.limits, outcome, drop.points, error, self.pipeline.reference_ms)
         self.pipeline.progress.say(
             f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "
@@ -172,6 +180,11 @@ def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:
     if limits.speedup is not None:
         allowed.append(reference_ms / limits.speedup)
     return min(allowed, default=None)
+
+
+def drop_error(drop: PairedDrop) -> float:
+    """Return the standard error of a drop, from its 95 % interval."""
+    return (drop.high - drop.low) / (2 * 1.96)
 
 
 def keeps_limits(limits: Limits, outcome: Measured, drop: float, error: float, reference_ms: float) -> bool:

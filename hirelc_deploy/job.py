@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,20 @@ from torch import nn
 from hirelc_deploy.bundle import BundleContents, write_bundle
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.recovery import Recovery
-from hirelc_deploy.config import JobConfig
+from hirelc_deploy.config import JobConfig, Limits
 from hirelc_deploy.data import load_data
 from hirelc_deploy.delivery import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
 from hirelc_deploy.errors import ConstraintError, InputError, TargetUnavailable
-from hirelc_deploy.finalists import Finalist, Search
+from hirelc_deploy.finalists import Finalist, Search, drop_error, keeps_limits
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Runner
 from hirelc_deploy.measure.machine import describe
+from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.measure.targets import find_target, open_target
 from hirelc_deploy.models import ModelSource, load_for
-from hirelc_deploy.outcome import Failed
+from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.pipeline import Effort, Pipeline, proven_graph
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
@@ -121,14 +122,6 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
     finalists = search.finalists()
     fit = [f for f in finalists if f.keeps_limits]
     chosen = min(fit, key=lambda f: f.outcome.ratio or 1.0) if fit else None
-    limited = config.limits.max_latency_ms is not None or config.limits.speedup is not None
-    if chosen is None and limited and finalists:
-        closest = min(finalists, key=lambda f: f.drop_points)
-        raise ConstraintError(
-            f"search: no plan keeps every limit. The closest is {1 / (closest.outcome.ratio or 1.0):.2f} times faster "
-            f"than the float file at a drop of {closest.drop_points:.2f} points on the selection split; its file is "
-            f"{pipeline.file_of(closest.plan, 'F3')}. Allow a larger drop, more time or more recovery epochs."
-        )
     facts = {
         "search": {
             "strategy": config.search.strategy,
@@ -139,7 +132,31 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
         "latency_model": search.fit,
         "finalists": [finalist_record(f) for f in finalists],
     }
-    return deliver(workplace, chosen.plan if chosen else None, facts, started, always=False)
+    keeps = unpruned_limits(pipeline, config.limits)
+    try:
+        return deliver(workplace, chosen.plan if chosen else None, facts, started, keeps=keeps)
+    except ConstraintError as error:
+        closest = min(finalists, key=lambda f: f.drop_points, default=None)
+        found = closest and (
+            f" The closest plan is {1 / (closest.outcome.ratio or 1.0):.2f} times faster than the float file at a drop "
+            f"of {closest.drop_points:.2f} points on the selection split; its file, of {closest.outcome.size_bytes:,} "
+            f"bytes, is {pipeline.file_of(closest.plan, 'F3')}."
+        )
+        raise ConstraintError(
+            f"search: {error}{found or ''} Allow a larger drop, more time, more bytes or more recovery epochs."
+        ) from None
+
+
+def unpruned_limits(pipeline: Pipeline, limits: Limits) -> Callable[[Contender, Timing], bool]:
+    """Return what tells whether an unpruned file keeps the limits of a search."""
+
+    def keeps(file: Contender, timing: Timing) -> bool:
+        size = file.path.stat().st_size
+        outcome = Measured(file.plan.digest, "F2", 0.0, None, 0, 0, ratio=timing.ratio, size_bytes=size)
+        drop = pipeline.file_drop(file.path)
+        return keeps_limits(limits, outcome, drop.points, drop_error(drop), pipeline.reference_ms)
+
+    return keeps
 
 
 def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:
@@ -182,12 +199,18 @@ PRINTED = ("bundle", "params", "macs", "size_bytes", "size_ratio", "accuracy", "
 
 
 def deliver(
-    workplace: Workplace, plan: CompressionPlan | None, facts: Mapping[str, Any], started: float, *, always: bool
+    workplace: Workplace,
+    plan: CompressionPlan | None,
+    facts: Mapping[str, Any],
+    started: float,
+    *,
+    always: bool = False,
+    keeps: Callable[[Contender, Timing], bool] = lambda contender, timing: True,
 ) -> dict[str, Any]:
     """Race the chosen plan against the unpruned files, write bundle, result and report, and return the result."""
     pipeline, run = workplace.pipeline, workplace.run
     candidate = Contender("ours", pipeline.file_of(plan, "F3"), plan) if plan is not None else None
-    delivery = race(pipeline, candidate, always=always)
+    delivery = race(pipeline, candidate, always=always, keeps=keeps)
     shipped = delivery.shipped
     warnings = [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
     if candidate is not None and shipped is not candidate:
@@ -195,7 +218,7 @@ def deliver(
             f"compression did not help: {shipped.name} is at least as fast as the best plan, so it is shipped."
         )
     if candidate is None:
-        warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file, is shipped.")
+        warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
     found_accuracy, test_labels = final_accuracy(pipeline, delivery)
     record = result_record(pipeline, delivery, found_accuracy)
     runner = pipeline.backend.build(shipped.path, pipeline.threads)

@@ -150,8 +150,14 @@ class Pipeline:
     @cached_property
     def scores(self) -> dict[str, NDArray[np.float64]]:
         """Unit name to the importance of each of its elements."""
+        split, most = self.sensitivity_split, self.effort.sensitivity_images
         with self.progress.stage("importance"):
-            return importance(self.model, self.graph, self._labelled_batches())
+            if split.labels is None:  # then the uncut model's own answers
+                labels = torch.cat([forward(self.model, part).argmax(1) for part in batches(split, BATCH, most)])
+            else:
+                labels = torch.from_numpy(split.labels[:most])
+            pairs = zip(batches(split, BATCH, most), labels.split(BATCH), strict=True)
+            return importance(self.model, self.graph, pairs)
 
     @cached_property
     def grams(self) -> dict[str, Gram]:
@@ -333,11 +339,15 @@ class Pipeline:
         return self.files / f"{plan.digest}-F3.safetensors"
 
     def selection_drop(self, plan: CompressionPlan, fidelity: Fidelity) -> accuracy.PairedDrop:
-        """Return how much accuracy an evaluated plan's file lost on the selection split, paired, in points."""
+        """Return how much accuracy an evaluated plan's file lost on the selection split; see `file_drop`."""
+        return self.file_drop(self.file_of(plan, fidelity))
+
+    def file_drop(self, path: Path) -> accuracy.PairedDrop:
+        """Return how much accuracy a file lost against the uncut model on the selection split, paired, in points."""
         images, labels = self.selection
         if labels is None:
             return accuracy.PairedDrop(math.nan, math.nan, math.nan)
-        logits = self.backend.build(self.file_of(plan, fidelity), self.threads).infer(images.numpy())
+        logits = self.backend.build(path, self.threads).infer(images.numpy())
         return accuracy.paired_drop(accuracy.correct(self.answers.numpy(), labels), accuracy.correct(logits, labels))
 
     def time(self, files: list[Path]) -> list[Timing]:
@@ -395,14 +405,6 @@ class Pipeline:
         loss = accuracy.kl_divergence(self.answers[: len(logits)].numpy(), logits)
         right = None if labels is None else float(np.mean(logits.argmax(1) == labels[: len(logits)]))
         return loss, right
-
-    def _labelled_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images with their labels, or with the uncut model's own answers where the data has none."""
-        labels, start = self.sensitivity_split.labels, 0
-        for pictures in batches(self.sensitivity_split, BATCH, self.effort.sensitivity_images):
-            known = None if labels is None else torch.from_numpy(labels[start : start + len(pictures)])
-            yield pictures, forward(self.model, pictures).argmax(1) if known is None else known
-            start += len(pictures)
 
     def _recovered(self, model: nn.Module, plan: CompressionPlan) -> nn.Module:
         """Return the model after fine-tuning; weights that a killed run left whole are taken as they are."""

@@ -163,6 +163,11 @@ def smallest_ms(network: NetworkTime) -> float:
     return network.predict({unit.name: unit.widths[0] for unit in network.graph.units}, lambda _: "int8")
 
 
+def smallest_bytes(graph: ModelGraph) -> int:
+    """Return the bytes that the weights of the layers take as 8-bit integers, with every unit at its narrowest."""
+    return _weight_bytes(graph, {unit.name: unit.widths[0] for unit in graph.units})
+
+
 def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 6) -> int:
     """Fill the layer table with every pair of widths the search can meet; returns how many entries it needed."""
     graph = pipeline.graph
