@@ -153,8 +153,11 @@ def unpruned_limits(pipeline: Pipeline, limits: Limits) -> Callable[[Contender, 
     def keeps(file: Contender, timing: Timing) -> bool:
         size = file.path.stat().st_size
         outcome = Measured(file.plan.digest, "F2", 0.0, None, 0, 0, ratio=timing.ratio, size_bytes=size)
-        drop = pipeline.file_drop(file.path)
-        return keeps_limits(limits, outcome, drop.points, drop_error(drop), pipeline.reference_ms)
+        points = error = 0.0
+        if file.path != pipeline.reference:  # which is what a drop is counted from
+            drop = pipeline.file_drop(file.path)
+            points, error = drop.points, drop_error(drop)
+        return keeps_limits(limits, outcome, points, error, pipeline.reference_ms)
 
     return keeps
 
