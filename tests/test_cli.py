@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from bad_input_cases import MODEL_FILE, contents, tiny_onnx
+from onnx import load as load_onnx
+
+from hirelc_deploy import __version__, cli
+from hirelc_deploy.job import PRINTED
+
+GROUP: Any = typer.main.get_command(cli.app)
+COMMANDS = sorted(GROUP.commands)
+JOB = ["--data", "npz:data.npz", "--recovery-epochs", "0.2", "--quiet", "--json"]
+APPLY = ["apply", "--model", "net.py:net", *JOB, "--plan", "uniform:keep=0.5,precision=int8", "--out", "half"]
+LIMITS = ["--max-drop", "100", "--trials", "3", "--finalists", "1", "--options", "3"]
+SEARCH = [
+    "search",
+    "--model",
+    "wide.py:net",
+    *JOB,
+    "--input-size",
+    "3,16,16",
+    "--strategy",
+    "hirelc",
+    *LIMITS,
+    "--out",
+    "found",
+]
+
+
+WIDE = """
+from torch import nn
+import torch
+
+def net():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+"""
+"""Wide enough for narrower layers to be faster."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The current folder of this module's commands, with a tiny network and 200 tiny pictures."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "net.py").write_text(MODEL_FILE)
+    (folder / "wide.py").write_text(WIDE)
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (200, 8, 8, 3), dtype=np.uint8), rng.integers(0, 2, 200)
+    np.savez(folder / "data.npz", x_train=pixels[:150], y_train=labels[:150], x_test=pixels[150:], y_test=labels[150:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HIRELC_DEPLOY_CACHE", str(folder / "cache"))
+        yield folder
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
+    """Run a command and return what it printed, read as JSON where it was asked to print that."""
+    assert cli.run(arguments) == code
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return json.loads(printed.out) if "--json" in arguments else printed.out
+
+
+@pytest.fixture(scope="module")
+def applied(place: Path) -> Path:
+    assert cli.run(APPLY) == 0
+    return place / "half"
+
+
+@pytest.fixture(scope="module")
+def searched(place: Path) -> Path:
+    assert cli.run(SEARCH) == 0
+    return place / "found"
+
+
+def shell(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "hirelc_deploy", *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+# Help, version, completion
+
+
+def test_the_commands_are_those_of_the_design() -> None:
+    wanted = "apply benchmark demo doctor export inspect report search targets verify"
+    assert " ".join(COMMANDS) == wanted
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_an_example_on_one_line_that_the_command_takes(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = answer(capsys, name, "--help").splitlines()
+    examples = [line.split("Example: ")[1] for line in lines if "Example: " in line]
+    assert examples
+    for example in examples:
+        program, command, *arguments = shlex.split(example)
+        assert (program, command) == ("hirelc-deploy", name)
+        GROUP.commands[name].make_context(name, arguments).close()
+
+
+def test_every_option_is_explained() -> None:
+    for name in COMMANDS:
+        for parameter in GROUP.commands[name].params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_a_bare_command_helps_and_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(name in answer(capsys) for name in COMMANDS)
+    assert answer(capsys, "--version").strip() == __version__
+
+
+def test_help_and_version_do_not_wait_for_torch() -> None:
+    program = "import sys; from hirelc_deploy import cli; cli.run(['--version']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_a_shell_can_complete_commands_and_options() -> None:
+    complete = {"_HIRELC_DEPLOY_COMPLETE": "complete_bash"}
+    assert shell(**complete, COMP_WORDS="hirelc-deploy se", COMP_CWORD="1").split() == ["search"]
+    assert "--max-drop" in shell(**complete, COMP_WORDS="hirelc-deploy search --max-", COMP_CWORD="2")
+    script = shell("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_HIRELC_DEPLOY_COMPLETE=complete_bash" in script
+
+
+def test_a_process_leaves_with_the_exit_code_and_one_line_of_error() -> None:
+    command = [sys.executable, "-m", "hirelc_deploy", "benchmark", "gone.onnx", "--target", "jetson"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == ["hirelc-deploy: gone.onnx: no such file; give ONNX files, the reference first."]
+
+
+def test_ctrl_c_says_that_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hirelc_deploy.doctor.examine", interrupted)
+    assert cli.run(["doctor"]) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+
+
+# What programs read
+
+
+def test_inspect_says_what_can_be_cut_and_why_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = answer(capsys, "inspect", "--model", "net.py:net", "--input-size", "3,8,8", "--json")
+    assert set(record) == {"model", "params", "macs", "blocks", "units", "kept_whole"}
+    assert record["params"] == 3 * 8 * 9 + 8 + 2 * 8 + 8 * 8 * 9 + 8 + 8 * 2 + 2
+    assert record["macs"] == 64 * 3 * 8 * 9 + 16 * 8 * 8 * 9 + 8 * 2
+    assert [set(unit) for unit in record["units"]] == [{"name", "kind", "size", "block"}] * 2
+    assert all(unit["block"] in record["blocks"] for unit in record["units"])
+    assert record["kept_whole"]
+    assert all(set(kept) == {"layer", "reason"} for kept in record["kept_whole"])
+    assert "2 units that can be cut" in answer(capsys, "inspect", "--model", "net.py:net", "--input-size", "3,8,8")
+
+
+def test_an_excluded_layer_is_kept_whole_with_the_pattern_as_its_reason(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", "net.py:net", "--input-size", "3,8,8", "--exclude", "3", "--json"]
+    record = answer(capsys, "inspect", *options)
+    assert any(kept["layer"] == "3" and "'3'" in kept["reason"] for kept in record["kept_whole"])
+    assert len(record["units"]) < 2
+
+
+def test_targets_and_doctor_answer_programs_and_people(capsys: pytest.CaptureFixture[str]) -> None:
+    (cpu,) = (target for target in answer(capsys, "targets", "--json")["targets"] if target["name"] == "cpu")
+    assert cpu["backend"] == "onnxruntime_cpu"
+    findings = answer(capsys, "doctor", "--json")["findings"]
+    assert all(set(finding) == {"what", "ok", "says"} for finding in findings)
+    assert next(finding for finding in findings if finding["what"] == "backend onnxruntime_cpu")["ok"]
+    assert "cpu" in answer(capsys, "targets")
+    assert "onnxruntime" in answer(capsys, "doctor")
+
+
+def test_benchmark_compares_with_the_first_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_onnx(place / "a.onnx")
+    tiny_onnx(place / "b.onnx", operator="Erf")
+    record = answer(capsys, "benchmark", "a.onnx", "b.onnx", "--seconds", "3", "--json")
+    assert set(record) == {"machine", "results"}
+    assert record["machine"]["cpu_model"]
+    keys = {"file", "median_ms", "p90_ms", "ratio", "ratio_low", "ratio_high", "verdict"}
+    assert all(keys <= set(result) for result in record["results"])
+    first, second = record["results"]
+    assert (first["file"], first["ratio"], first["verdict"]) == ("a.onnx", 1.0, "reference")
+    assert 0 < second["median_ms"] <= second["p90_ms"]
+    assert second["ratio_low"] <= second["ratio"] <= second["ratio_high"]
+    assert second["verdict"] in ("faster", "slower", "same", "not told apart")
+
+
+# A job, its bundle and its report
+
+
+def check_result(result: dict[str, Any], run: Path, reference_params: int) -> None:
+    assert set(result) == set(PRINTED)
+    assert set(result["accuracy"]) == {"test", "baseline_test", "drop_points", "drop_low", "drop_high"}
+    assert set(result["latency"]) == {"median_ms", "reference", "ratio", "ratio_low", "ratio_high", "verdict"}
+    assert set(result["best_unpruned"]) == {"name", "ratio"}
+    assert result["params"] <= reference_params
+    shipped, reference = run / "bundle/model.onnx", run / "files" / result["latency"]["reference"]
+    assert result["size_bytes"] == shipped.stat().st_size
+    assert result["size_ratio"] == pytest.approx(reference.stat().st_size / shipped.stat().st_size)
+
+
+def test_apply_builds_the_plan_it_is_given(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = answer(capsys, *APPLY)
+    check_result(result, applied, 842)
+    assert result["params"] == 3 * 4 * 9 + 4 + 2 * 4 + 4 * 4 * 9 + 4 + 4 * 2 + 2
+    assert result["macs"] == 64 * 3 * 4 * 9 + 16 * 4 * 4 * 9 + 4 * 2
+    accuracy = result["accuracy"]
+    assert accuracy["drop_points"] == pytest.approx(100 * (accuracy["baseline_test"] - accuracy["test"]))
+    assert accuracy["drop_low"] <= accuracy["drop_points"] <= accuracy["drop_high"]
+    assert round(accuracy["test"] * 50) == pytest.approx(accuracy["test"] * 50)
+
+
+def test_a_finished_job_answers_again_without_working(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(applied)
+    first = answer(capsys, *APPLY)
+    assert first == answer(capsys, *APPLY)
+    assert contents(applied) == before
+
+
+def test_a_person_is_told_the_same_in_words(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = answer(capsys, *(argument for argument in APPLY if argument != "--json"))
+    assert "times smaller" in words
+    assert "accuracy on the test split" in words
+    assert str(Path("half/report.html")) in words
+
+
+def test_verify_agrees_with_what_apply_claimed(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claimed = json.loads((applied / "result.json").read_text())["accuracy"]["test"]
+    record = answer(capsys, "verify", "half/bundle", "--data", "npz:data.npz", "--json")
+    assert {"ok", "problems", "integer_ops", "float_ops", "accuracy", "claimed_accuracy"} <= set(record)
+    assert (record["ok"], record["problems"]) == (True, [])
+    assert record["accuracy"] == record["claimed_accuracy"] == pytest.approx(claimed)
+    assert record["integer_ops"] >= 3
+    assert "the bundle is what it says" in answer(capsys, "verify", "half/bundle")
+
+
+def test_export_copies_what_runs_elsewhere(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = answer(capsys, "export", "half", "--format", "onnx", "--out", "deploy").split()
+    assert {Path(name).name for name in written} >= {"model.onnx", "run.py", "preprocess.json"}
+    assert load_onnx("deploy/model.onnx").graph.node
+    assert Path("deploy/model.onnx").read_bytes() == (applied / "bundle/model.onnx").read_bytes()
+    written = answer(capsys, "export", "half", "--format", "torch", "--out", "deploy-torch").split()
+    assert {Path(name).name for name in written} >= {"weights.safetensors", "shapes.json"}
+
+
+def test_report_writes_one_page(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "report", "half", "--out", "page.html").strip() == "page.html"
+    page = Path("page.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert "net.py:net" in page
+
+
+def test_an_edited_plan_file_is_another_job(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("plan.json").write_text('{"keep": {"0": 4}}')
+    options = ["--model", "net.py:net", "--data", "synthetic:16", "--input-size", "3,8,8", "--recovery-epochs", "0"]
+    command = ["apply", *options, "--plan", "plan.json", "--out", "edited", "--quiet", "--json"]
+    result = answer(capsys, *command)
+    assert set(result["accuracy"].values()) == {None}, "random inputs have no labels, so no accuracy is claimed"
+    assert result["latency"]["ratio"] > 0
+    words = answer(capsys, *(argument for argument in command if argument != "--json"))
+    assert "no accuracy is claimed" in words
+    Path("plan.json").write_text('{"keep": {"0": 8}}')
+    assert cli.run(command) == 2
+    assert "other options (plan = " in capsys.readouterr().err
+
+
+def test_a_search_finds_journals_and_resumes(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trials = (searched / "trials.jsonl").read_bytes()
+    fidelities = {json.loads(line)["fidelity"] for line in trials.splitlines()}
+    assert fidelities == {"F1", "F2", "F3"}
+    kept = json.loads((searched / "result.json").read_text())
+    result = answer(capsys, *SEARCH)
+    check_result(result, searched, 28 * 64 + 577 * 64 + 65 * 2)
+    assert result["params"] < 28 * 64 + 577 * 64 + 65 * 2
+    assert result == {key: kept[key] for key in PRINTED}
+    assert (searched / "trials.jsonl").read_bytes() == trials
+    assert (searched.parent / "cache/hirelc-deploy/layer-times.jsonl").stat().st_size
+
+
+def test_a_search_that_lost_its_end_ships_the_same_without_new_trials(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = (searched / "trials.jsonl").read_bytes()
+    before = json.loads((searched / "result.json").read_text())
+    (searched / "result.json").unlink()
+    result = answer(capsys, *SEARCH)
+    assert (searched / "trials.jsonl").read_bytes() == trials
+    assert json.loads((searched / "result.json").read_text())["finalists"] == before["finalists"]
+    assert result["accuracy"]["baseline_test"] == before["accuracy"]["baseline_test"]
