@@ -67,12 +67,12 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
     )
     weights = Path(config.model.weights) if config.model.weights else None
     source = ModelSource(config.model.spec, weights, dict(config.model.arguments), config.model.pretrained)
+    model, data, source = load_for(source, data, config.preprocess.overrides())
     if source.is_untrained and data.labelled:
         raise InputError(
             f"--model {source.spec}: its weights are random; give trained ones with --weights FILE, or --pretrained "
             "for timm's own (for structural work without accuracy: --data synthetic:64)."
         )
-    model, data, source = load_for(source, data, config.preprocess.overrides())
     # Whatever can be wrong with the options is found before the run directory is made.
     graph = proven_graph(model, data, config.exclude)
     options = config
@@ -81,7 +81,7 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
             options = replace(config, plan=f"{config.plan} ({plan.digest})")
     run = Run.open(directory, options.to_toml(), describe(backend))
-    effort = Effort(recovery=Recovery(config.recovery_epochs) if config.recovery_epochs else None)
+    effort = Effort(recovery=recovery_of(config))
     pipeline = Pipeline(
         model,
         data,
@@ -95,6 +95,13 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         graph=graph,
     )
     return Workplace(config, pipeline, run, source, command)
+
+
+def recovery_of(config: JobConfig) -> Recovery | None:
+    """Return the fine-tuning that a configuration asks for, or None."""
+    if not config.recovery_epochs:
+        return None
+    return Recovery(config.recovery_epochs, learning_rate=config.learning_rate)
 
 
 def table_path() -> Path:
