@@ -94,13 +94,17 @@ class Answer:
     @property
     def sentence(self) -> str:
         """The sentence without the name of the program; of a verification, its first problem."""
-        if self.code == 1:
+        if self.code == 1 and self.stdout.startswith("{"):
             return str(json.loads(self.stdout)["problems"][0])
         return self.stderr.strip().removeprefix("hirelc-deploy: ")
 
 
-def attempt(case: Case, folder: Path) -> Answer:
-    """Carry a case out in this process, in `folder`; everything a person would see is caught, also below Python."""
+def attempt(case: Case, folder: Path, *, in_process: bool = True) -> Answer:
+    """Carry a case out in `folder`; everything a person would see is caught.
+
+    Args:
+        in_process: In this process, which spares the imports; else as a person would, in one of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "net.py").write_text(MODEL_FILE)
     write_arrays(folder / "data.npz")
@@ -112,15 +116,44 @@ def attempt(case: Case, folder: Path) -> Answer:
     os.environ.update(environment)
     os.chdir(folder)
     try:
-        with held(case.busy), low_level_errors() as below, contextlib.redirect_stdout(out):
-            with contextlib.redirect_stderr(err), shown_warnings():
-                code = cli.run(case.argv)
-            err.write(below())
+        with held(case.busy):
+            if in_process:
+                with low_level_errors() as below, contextlib.redirect_stdout(out):
+                    with contextlib.redirect_stderr(err), shown_warnings():
+                        code = cli.run(case.argv)
+                    err.write(below())
+            else:
+                command = [sys.executable, "-m", "hirelc_deploy", *case.argv]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                code = done.returncode
+                out.write(done.stdout)
+                err.write(done.stderr)
     finally:
         os.chdir(here)
         os.environ.clear()
         os.environ.update(kept)
     return Answer(code, out.getvalue(), err.getvalue(), before, contents(folder))
+
+
+def complaints(case: Case, answer: Answer) -> list[str]:
+    """Return what is wrong with an answer, a sentence each."""
+    wrong = [f"{word!r} is not said" for word in case.words if word not in answer.sentence]
+    if answer.code != case.code:
+        wrong.append(f"exit code {answer.code}, not {case.code}")
+    if "Traceback" in answer.stdout + answer.stderr:
+        wrong.append("a traceback")
+    if case.code == 1:
+        told = answer.stderr == "" and json.loads(answer.stdout)["ok"] is False
+    else:
+        told = answer.stderr.startswith("hirelc-deploy: ") and answer.stderr.count("\n") == 1 and answer.stdout == ""
+    if not told:
+        wrong.append(f"not one sentence: {answer.stderr!r} {answer.stdout!r}")
+    wrong += [f"{name} was changed" for name, content in answer.before.items() if answer.after.get(name) != content]
+    made = [name for name in answer.after if name not in answer.before]
+    wrong += [f"{name} was left behind" for name in made if not (case.keeps_run and Path(name).parts[0] == "out")]
+    if b'"fidelity": "F3"' in (answer.after.get("out/trials.jsonl") or b""):
+        wrong.append("something was trained")
+    return wrong
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -743,6 +776,7 @@ OPTIONS = [
 LIMITS = [
     Case("impossible latency", search(max_latency_ms="0.000001"), ("cannot be met",), 4, keeps_run=True),
     Case("impossible speed-up", search(speedup="100000"), ("cannot be met",), 4, keeps_run=True),
+    Case("impossible size", search(max_bytes="100"), ("100 bytes cannot be met",), 4, keeps_run=True),
 ]
 
 OUTPUTS = [

@@ -293,6 +293,16 @@ def test_a_search_finds_journals_and_resumes(searched: Path, capsys: pytest.Capt
     assert (searched.parent / "cache/hirelc-deploy/layer-times.jsonl").stat().st_size
 
 
+def test_where_no_width_buys_time_the_best_file_there_is_gets_shipped(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", "net.py:net", *JOB, "--trials", "1", "--finalists", "1", "--options", "2"]
+    result = answer(capsys, "search", *options, "--out", "hopeless")
+    check_result(result, place / "hopeless", 842)
+    assert result["latency"]["ratio"] <= 1
+    assert result["latency"]["ratio"] == pytest.approx(result["best_unpruned"]["ratio"])
+
+
 def test_a_search_that_lost_its_end_ships_the_same_without_new_trials(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

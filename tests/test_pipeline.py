@@ -167,6 +167,34 @@ def test_without_a_candidate_the_best_unpruned_file_is_shipped(pipeline: Pipelin
     assert pipeline.blanket.name == f"uncut-{BLANKET}.onnx"
 
 
+def test_an_unpruned_file_that_breaks_a_limit_is_not_shipped_however_fast(pipeline: Pipeline):
+    outcome = delivery.race(pipeline, None, keeps=lambda file, timing: file.name == "fp32")
+    assert outcome.shipped.name == "fp32"
+    assert outcome.best_unpruned != "fp32"
+    with pytest.raises(ConstraintError, match="no unpruned file does"):
+        delivery.race(pipeline, None, keeps=lambda file, timing: False)
+
+
+def test_a_size_that_the_narrowest_network_exceeds_is_refused_before_anything_is_timed(data_file: Path, tmp_path: Path):
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    with pytest.raises(ConstraintError, match="100 bytes cannot be met"):
+        finalists.Search(
+            pipeline, pipeline.run, LatencyTable(pipeline.backend, None), Limits(max_bytes=100), SearchConfig()
+        )
+    assert not pipeline.run.trials
+
+
+def test_importance_without_labels_takes_the_uncut_models_own_answers(data_file: Path, tmp_path: Path):
+    labelled = make_pipeline(data_file, tmp_path / "labelled")
+    images = labelled.data.train
+    images._labels = labelled.model(images.batch(range(len(images)))).argmax(1).numpy()  # type: ignore[attr-defined]
+    answered = make_pipeline(data_file, tmp_path / "answered")
+    answered.data.train._labels = None  # type: ignore[attr-defined]
+    assert labelled.scores.keys() == answered.scores.keys()
+    for name, score in labelled.scores.items():
+        np.testing.assert_allclose(answered.scores[name], score, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("drop", "error", "ratio", "size", "kept"),
     [
