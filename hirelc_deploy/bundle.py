@@ -494,7 +494,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     value = _json_object(where)
     version = value.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise InputError(f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}.")
+        raise InputError(
+            f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}; update it."
+        )
     for key, kind in MANIFEST_KEYS.items():
         if not isinstance(value.get(key), kind):
             raise InputError(f"{where}: {key!r} is missing or no {kind.__name__}; it must be as this tool wrote it.")

@@ -77,9 +77,9 @@ class Search:
         floor_ms = smallest_ms(network)
         if min(budgets) < floor_ms and latency_budget_ms(limits, pipeline.reference_ms) is not None:
             raise ConstraintError(
-                f"search: {budgets[0]:.3f} ms cannot be met: with every unit at its narrowest the network still takes "
-                f"about {floor_ms:.3f} ms on this target, {pipeline.reference_ms / floor_ms:.1f} times faster than the "
-                "float file. Allow more time."
+                f"search: {budgets[0]:.3g} ms cannot be met: with every unit at its narrowest the network still takes "
+                f"about {floor_ms:.3g} ms on this target, and the uncut float file {pipeline.reference_ms:.3g} ms. "
+                "Allow more time."
             )
         self.problem = build_problem(pipeline, network, options=config.options)
         # Where no width of any unit buys time there is nothing to search, and no budget is within reach.

@@ -188,7 +188,10 @@ def read_plan(text: str, graph: ModelGraph) -> CompressionPlan:
         plan = slicing.uniform_plan(graph, *parse_uniform(text))
     else:
         plan = CompressionPlan.read(Path(text))
-    slicing.check_plan(graph, plan)
+    try:
+        slicing.check_plan(graph, plan)
+    except InputError as error:
+        raise InputError(str(error).replace("plan:", f"plan {text}:", 1)) from None
     return plan
 
 

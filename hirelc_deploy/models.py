@@ -314,8 +314,9 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # about pickle protocols, which tell the user nothing
             value = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch names no base class for what a broken or hostile file makes it raise
+        # Its message is not passed on: it tells how to load the file all the same, which would run what is in it.
         raise InputError(
-            f"{file}: refused, it holds more than plain tensors or is broken ({_first_line(error)}); "
+            f"{file}: refused, it holds more than plain tensors or is broken ({type(error).__name__}); "
             "save model.state_dict(), best as safetensors."
         ) from None
     for key in WRAPPING_KEYS:
@@ -424,7 +425,7 @@ def _place(error: BaseException, file: Path | None, spec: str) -> str:
 def _as_module(value: Any, spec: str) -> nn.Module:
     if isinstance(value, nn.Module):
         return value
-    raise InputError(f"--model {spec}: gives a {type(value).__name__}; it must return a torch.nn.Module.")
+    raise InputError(f"--model {spec}: returns {value!r:.80}, which is not a torch.nn.Module.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -78,11 +78,16 @@ class CompressionPlan:
             )
         version = value.get("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
-            raise InputError(f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}.")
+            raise InputError(
+                f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}; update it."
+            )
         keep, precision = value.get("keep", {}), value.get("precision", {})
         if not isinstance(keep, dict) or not isinstance(precision, dict):
             raise InputError(f"{where}: keep and precision must be objects that map a name to a value.")
-        return cls(keep, precision, value.get("default_precision", "int8"))
+        try:
+            return cls(keep, precision, value.get("default_precision", "int8"))
+        except InputError as error:
+            raise InputError(str(error).replace("plan:", f"{where}:", 1)) from None
 
     @classmethod
     def read(cls, path: Path) -> CompressionPlan:

@@ -95,7 +95,9 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             lock = _acquire(directory / LOCK)
         except OSError as error:
-            raise InputError(f"{directory}: cannot be used as a run directory ({error.strerror}).") from None
+            raise InputError(
+                f"{directory}: cannot be used as a run directory ({error.strerror}); give another --out."
+            ) from None
         try:
             for leftover in directory.rglob(f"*{PARTIAL}"):
                 leftover.unlink()
@@ -110,7 +112,9 @@ class Run:
             return cls(directory, lock, clock)
         except OSError as error:
             os.close(lock)
-            raise InputError(f"{directory}: cannot be used as a run directory ({error.strerror}).") from None
+            raise InputError(
+                f"{directory}: cannot be used as a run directory ({error.strerror}); give another --out."
+            ) from None
         except BaseException:
             os.close(lock)
             raise
@@ -295,7 +299,9 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             ) from None
         version = value.get("schema_version") if isinstance(value, dict) else None
         if version != SCHEMA_VERSION:
-            raise InputError(f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}.")
+            raise InputError(
+                f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}; update it."
+            )
         yield value, where
 
 

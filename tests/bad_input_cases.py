@@ -478,7 +478,7 @@ MODELS = [
     Case("factory is not in the file", apply(model="net.py:nett"), ("'nett'", "did you mean net")),
     Case("factory raises", apply(model="net.py:raises"), ("net.py, line", "checkpoint server is down")),
     Case("factory ends the program", apply(model="net.py:leaves"), ("net.py, line", "SystemExit")),
-    Case("factory returns no module", apply(model="net.py:number"), ("gives a int", "torch.nn.Module")),
+    Case("factory returns no module", apply(model="net.py:number"), ("returns 7", "torch.nn.Module")),
     Case("factory needs an argument", apply(model="net.py:needs"), ("'width'", "--model-arg")),
     Case(
         "syntax error in the model file",
@@ -714,7 +714,7 @@ PLANS = [
     Case(
         "unknown unit in a plan",
         apply(plan="plan.json"),
-        ("'layer9'", "does not exist"),
+        ("plan.json", "'layer9'", "does not exist"),
         prepare=plan({"keep": {"layer9": 4}}),
     ),
     Case(
@@ -729,7 +729,12 @@ PLANS = [
         ("'0'", "cannot keep 100 of 8"),
         prepare=plan({"keep": {"0": 100}}),
     ),
-    Case("width 0 in a plan", apply(plan="plan.json"), ("'0'", "at least 1"), prepare=plan({"keep": {"0": 0}})),
+    Case(
+        "width 0 in a plan",
+        apply(plan="plan.json"),
+        ("plan.json", "'0'", "at least 1"),
+        prepare=plan({"keep": {"0": 0}}),
+    ),
     Case("width 3.5 in a plan", apply(plan="plan.json"), ("3.5", "whole number"), prepare=plan({"keep": {"0": 3.5}})),
     Case(
         "unknown precision in a plan",

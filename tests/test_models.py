@@ -250,7 +250,7 @@ def test_a_factory_with_nan_in_a_norm_statistic_is_refused(monkeypatch: pytest.M
         ("{file}:net", {"depth": 3}, "net cannot be called with depth=3"),
         ("{file}:broken", {}, r"net\.py, line 17: AttributeError"),
         ("{file}:leaves", {}, r"net\.py, line 20: SystemExit: bye"),
-        ("{file}:number", {}, "gives a int; it must return a torch.nn.Module"),
+        ("{file}:number", {}, "returns 7, which is not a torch.nn.Module"),
         ("none.py:net", {}, "no such file"),
         ("no_such_package.models:net", {}, "there is no module 'no_such_package'"),
     ],
