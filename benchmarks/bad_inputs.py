@@ -26,7 +26,9 @@ def row(case: Any, folder: Path, in_process: bool) -> tuple[str, bool]:
     """Return the table's line of one case, and whether the answer was as it must be."""
     answer = cases.attempt(case, folder, in_process=in_process)
     good = not cases.complaints(case, answer)
-    sentence = answer.sentence.replace(f"{folder.resolve()}/", "").replace("|", "\\|").replace("<", "&lt;")
+    sentence = answer.sentence.replace("|", "\\|").replace("<", "&lt;")
+    for place, shown in ((f"{folder.resolve()}/", ""), (str(folder.resolve()), "."), (str(Path.home()), "~")):
+        sentence = sentence.replace(place, shown)
     command = shlex.join(argument for argument in ["hirelc-deploy", *case.argv] if argument != "--quiet")
     cells = (case.name, f"`{command}`", str(answer.code), sentence)
     return f"| {' | '.join(cells)} |", good

@@ -48,6 +48,7 @@ DataSpec = Annotated[
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of a torchvision data set (torch/...).")]
 Target = Annotated[str, typer.Option("--target", help="A target profile; `hirelc-deploy targets` lists them.")]
 RecoveryEpochs = Annotated[float, typer.Option(help="Passes over the training split per finalist; 0 for no training.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of the recovery; smaller for few images.")]
 CalibrationImages = Annotated[int | None, typer.Option(help="Training images set aside for activation ranges.")]
 SelectionImages = Annotated[int | None, typer.Option(help="Training images set aside for choosing.")]
 InputSize = Annotated[str | None, typer.Option(help="channels,height,width of the model's input.")]
@@ -199,6 +200,7 @@ def search(
     finalists: Annotated[int, typer.Option(help="Plans that are recovered by training, at most (F3).")] = 3,
     options: Annotated[int, typer.Option(help="Widths offered per unit, at most.")] = 6,
     recovery_epochs: RecoveryEpochs = 1.0,
+    learning_rate: LearningRate = 0.02,
     calibration_images: CalibrationImages = None,
     selection_images: SelectionImages = None,
     input_size: InputSize = None,
@@ -226,6 +228,7 @@ def search(
         seed=seed,
         threads=threads,
         recovery_epochs=recovery_epochs,
+        learning_rate=learning_rate,
         exclude=tuple(exclude or ()),
         preprocess=_preprocess(input_size, mean, std),
         limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
@@ -249,6 +252,7 @@ def apply(
     pretrained: Pretrained = False,
     data_dir: DataDir = None,
     recovery_epochs: RecoveryEpochs = 1.0,
+    learning_rate: LearningRate = 0.02,
     calibration_images: CalibrationImages = None,
     selection_images: SelectionImages = None,
     input_size: InputSize = None,
@@ -275,6 +279,7 @@ def apply(
         seed=seed,
         threads=threads,
         recovery_epochs=recovery_epochs,
+        learning_rate=learning_rate,
         exclude=tuple(exclude or ()),
         preprocess=_preprocess(input_size, mean, std),
     )

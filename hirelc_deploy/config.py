@@ -133,6 +133,7 @@ class JobConfig:
         plan: The plan that `apply` was given; None for a search.
         threads: Of one inference on the target; None for what the target says.
         recovery_epochs: Passes over the training split for a finalist; 0 for no training.
+        learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
         exclude: Patterns of layers that stay whole.
     """
 
@@ -143,6 +144,7 @@ class JobConfig:
     seed: int = 0
     threads: int | None = None
     recovery_epochs: float = 1.0
+    learning_rate: float = 0.02
     exclude: tuple[str, ...] = ()
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     limits: Limits = field(default_factory=Limits)
@@ -154,6 +156,7 @@ class JobConfig:
             raise InputError(f"seed = {self.seed}: give a whole number of at most {LARGEST_SEED}.")
         _at_least("threads", self.threads, 1)
         _at_least("recovery_epochs", self.recovery_epochs, 0)
+        _above_zero("learning_rate", self.learning_rate)
 
     def to_toml(self) -> str:
         """Return the canonical text: equal for equal jobs, entries in the order of the fields, unset ones left out."""

@@ -495,7 +495,7 @@ def _demo(seed: int) -> Data:
     folder = Path(__file__).parent / "demo"
     arrays: dict[str, tuple[NDArray[np.generic], Labels]] = {}
     for split, labels in json.loads((folder / "labels.json").read_text("utf-8")).items():
-        sheet = np.asarray(read_image(folder / f"{split}.webp"))
+        sheet = np.asarray(read_image(next(folder.glob(f"{split}.[wj]*"))))
         arrays[split] = _tiles(sheet)[: len(labels)], np.array(labels, np.int64)
     return _array_data("demo", arrays, CIFAR10_CLASSES, SplitSizes(), seed)
 

@@ -415,8 +415,10 @@ class Pipeline:
         assert self.effort.recovery is not None
         name = f"recovery of {plan.digest}"
         self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
+        kept = slicing.keep_indices(self.graph, plan, self.scores)
+        reads = recovery.kept_inputs(self.graph, kept)
         model = recovery.fine_tune(
-            model, self.teacher, self.effort.recovery, seed=self.seed, progress=self.progress, name=name
+            model, self.teacher, self.effort.recovery, seed=self.seed, progress=self.progress, name=name, reads=reads
         )
         state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
         with atomic_path(path) as partial:

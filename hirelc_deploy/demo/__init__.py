@@ -15,7 +15,8 @@ def demo_config(seed: int = 0) -> JobConfig:
         ),
         data=DataConfig("demo"),
         seed=seed,
-        recovery_epochs=8,
+        recovery_epochs=3,
+        learning_rate=0.02,
         limits=Limits(max_drop=1.0),
-        search=SearchConfig(f1_evaluations=12, finalists=2, options=4),
+        search=SearchConfig(f1_evaluations=12, finalists=1, options=4),
     )
