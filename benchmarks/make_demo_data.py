@@ -11,8 +11,9 @@
     train        the first 1,100 images of each class among the first 45,000 training images
 
 A sheet holds 32 x 32 tiles, row by row. Test, selection and calibration are lossless WebP (1,680 bytes an image, a
-third less than PNG). Training images are JPEG of quality 85 without chroma subsampling (480 bytes an image, 5 grey levels off
-in the mean square): the network only has to answer to them as its uncut twin does, and more pictures teach more.
+third less than PNG). Training images are JPEG of quality 85 without chroma subsampling (480 bytes an image, 5 grey
+levels off in the mean square): the network only has to answer to them as its uncut twin does, and more pictures teach
+more.
 """
 
 from __future__ import annotations

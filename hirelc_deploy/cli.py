@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -95,7 +96,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def fail(sentence: str, code: int) -> int:
     """Print one sentence on standard error and return `code`."""
-    print(f"hirelc-deploy: {' '.join(sentence.split())}", file=sys.stderr)
+    plain = re.sub("\x1b\\[[0-9;]*m", "", sentence)  # libraries colour their messages
+    print(f"hirelc-deploy: {' '.join(plain.split())}", file=sys.stderr)
     return code
 
 

@@ -22,7 +22,7 @@ from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig, Limits
 from hirelc_deploy.data import load_data
 from hirelc_deploy.delivery import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
-from hirelc_deploy.errors import ConstraintError, InputError, TargetUnavailable
+from hirelc_deploy.errors import ConstraintError, ExportError, InputError, TargetUnavailable
 from hirelc_deploy.finalists import Finalist, Search, drop_error, keeps_limits
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.measure import accuracy
@@ -178,7 +178,7 @@ def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:
     plan = read_plan(plan_text, pipeline.graph)
     outcome = pipeline.outcome(plan, "F3")
     if isinstance(outcome, Failed):
-        raise ConstraintError(f"apply: the plan could not be built; {outcome.stage} says: {outcome.reason}")
+        raise ExportError(f"apply: the plan could not be built; {outcome.stage} says: {outcome.reason}")
     return deliver(workplace, plan, {}, started, always=True)
 
 

@@ -24,6 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hirelc_deploy import _torchvision_guard
 from hirelc_deploy.data import Data
@@ -35,6 +36,7 @@ _torchvision_guard.install()  # before anyone's import of timm; timm itself take
 WRAPPING_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
 WRAPPING_PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, training frameworks
 SHOWN_KEYS = 3
+SAME_ANSWER = 1e-3  # of the largest output: batches of other sizes are summed in another order
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class ModelSource:
         if self.pretrained and not self.is_timm:
             raise InputError(f"--pretrained: {self.spec} is not a timm name; give its weights with --weights FILE.")
         model = self._from_timm() if self.is_timm else self._from_factory()
+        for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_lazy(tensor) or tensor.is_meta:
+                kind = "has no shape yet (a lazy layer)" if is_lazy(tensor) else "has no values (device meta)"
+                raise InputError(f"--model {self.spec}: {tensor_name} {kind}; build the model with its real tensors.")
         return model.cpu().float().eval()
 
     def load(self) -> nn.Module:
@@ -221,17 +227,12 @@ def _config_for(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any
 def check_output(model: nn.Module, images: Tensor, classes: int = 0) -> int:
     """Run the model on (b, channels, height, width) images and return its number of outputs.
 
-    Raises InputError unless it answers with one finite (b, outputs) tensor, of `classes` outputs where that is not 0.
+    Raises InputError unless it answers with one finite (b, outputs) tensor, of `classes` outputs where that is not 0,
+    the same for an image alone as beside others, leaves the images as they are, and lets gradients through.
     """
-    name, shape = type(model).__name__, tuple(images.shape)
-    try:
-        with torch.no_grad():
-            output = model(images)
-    except Exception as error:  # the user's forward may raise anything
-        raise InputError(
-            f"{name} fails on images of shape {shape}: {_first_line(error)}; "
-            "check --input-size (channels, height, width)."
-        ) from None
+    name, shape, given = type(model).__name__, tuple(images.shape), images.clone()
+    with torch.no_grad():
+        output = _answer(model, given)
     if not isinstance(output, Tensor):
         raise InputError(
             f"{name} returns a {type(output).__name__}; it must return one (batch, classes) tensor; "
@@ -248,7 +249,35 @@ def check_output(model: nn.Module, images: Tensor, classes: int = 0) -> int:
             f"{name} has {output.shape[1]} outputs, but the data has {classes} classes; "
             f"use a model and weights for {classes} classes (timm: --model-arg num_classes={classes})."
         )
+    if not torch.equal(given, images):
+        raise InputError(
+            f"{name} changes the images it is given; let its forward work on a copy (x - 1, not x.sub_(1))."
+        )
+    with torch.enable_grad():
+        one = images[:1].clone().requires_grad_()
+        alone = _answer(model, one)
+        slope = torch.autograd.grad(alone.sum(), one, allow_unused=True)[0] if alone.requires_grad else None
+    if alone.shape != output[:1].shape or (alone - output[:1]).abs().max() > SAME_ANSWER * output.abs().max():
+        raise InputError(
+            f"{name} answers an image alone otherwise than beside another, or otherwise each time; "
+            "its forward must treat every image by itself, without chance."
+        )
+    if slope is None:
+        raise InputError(
+            f"{name} lets no gradient through to its input, by which channels are judged and recovered; "
+            "remove no_grad, detach and numpy from its forward."
+        )
     return output.shape[1]
+
+
+def _answer(model: nn.Module, images: Tensor) -> Any:
+    try:
+        return model(images)
+    except Exception as error:  # the user's forward may raise anything
+        raise InputError(
+            f"{type(model).__name__} fails on images of shape {tuple(images.shape)}: {_first_line(error)}; "
+            "check --input-size (channels, height, width)."
+        ) from None
 
 
 def check_finite(model: nn.Module, where: str) -> None:

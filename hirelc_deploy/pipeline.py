@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress import export, quantize, recovery, slicing
 from hirelc_deploy.data import Data
-from hirelc_deploy.errors import ExportError, SliceError, TargetUnavailable
+from hirelc_deploy.errors import ExportError, InputError, SliceError, TargetUnavailable
 from hirelc_deploy.graph.model_graph import Layer, ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram, importance, input_grams
 from hirelc_deploy.graph.units import build_graph
@@ -420,7 +420,8 @@ class Pipeline:
         model = recovery.fine_tune(
             model, self.teacher, self.effort.recovery, seed=self.seed, progress=self.progress, name=name, reads=reads
         )
-        state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        # Clones, because safetensors refuses tensors that share memory, as tied layers do.
+        state = {key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}
         with atomic_path(path) as partial:
             save_file(state, str(partial))
         return model
@@ -434,7 +435,13 @@ def two_images(data: Data) -> Tensor:
 def proven_graph(model: nn.Module, data: Data, exclude: tuple[str, ...] = ()) -> ModelGraph:
     """Return blocks, units and layers of a model; every unit was shown to cut exactly."""
     example = two_images(data)
-    return slicing.provable(model, build_graph(model, example, exclude=exclude), example)[0]
+    graph = build_graph(model, example, exclude=exclude)
+    if not graph.layers:
+        raise InputError(
+            f"{type(model).__name__}: no convolution and no linear layer was seen in its forward pass; "
+            "there is nothing to cut or to make integer."
+        )
+    return slicing.provable(model, graph, example)[0]
 
 
 def batches(images: Images, size: int, limit: int | None = None) -> Iterator[Tensor]:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hirelc_deploy.errors import ExportError
 from hirelc_deploy.graph.model_graph import Layer, ModelGraph, Unit
 from hirelc_deploy.measure.table import LatencyTable, LayerKey, calibrate
-from hirelc_deploy.outcome import Measured
+from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.pipeline import Pipeline, kept_features
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.search.problem import Choices, Decision, Problem
@@ -64,12 +65,19 @@ def fit_network_time(pipeline: Pipeline, table: LatencyTable, samples: int = 3) 
     keeps = [uniform_keep(graph, ratio) for ratio in np.linspace(0.25, 1.0, samples + 1)]
 
     measured = np.full(len(keeps), np.nan)
+    failed = None
     for index, keep in enumerate(pipeline.progress.track(keeps, "whole-network times", len(keeps))):
         outcome = pipeline.outcome(CompressionPlan(keep, default_precision="auto"), "F2")
         if isinstance(outcome, Measured) and outcome.ratio is not None:
             measured[index] = outcome.ratio * pipeline.reference_ms
+        elif isinstance(outcome, Failed):
+            failed = outcome
     predicted = np.array([raw.predict(keep, lambda _: "int8") for keep in keeps])
     good = np.isfinite(measured)
+    if failed is not None and not good.any():
+        raise ExportError(
+            f"search: no file of this model could be built and timed; {failed.stage} says: {failed.reason}"
+        )
     fixed, scale = calibrate(predicted[good].tolist(), measured[good].tolist())
     error = np.abs(fixed + scale * predicted[good] - measured[good]) / measured[good]
     facts = {

@@ -54,6 +54,35 @@ def needs(width): return net()
 class Pair(nn.Module):
     def forward(self, images): return images.mean((2, 3)), images
 
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+    def forward(self, images): return self.head(self.features(self.conv(images)))
+    def features(self, x): return x.mean((2, 3))
+
+class Random(Body):
+    def features(self, x): return x.mean((2, 3)) * torch.rand(1)
+class Mixing(Body):
+    def features(self, x): return x.mean((2, 3)) - x.mean((0, 2, 3))
+class TwoAtATime(Body):
+    def features(self, x): return x.reshape(2, 8, -1).mean(2)
+class Detached(Body):
+    def features(self, x): return torch.from_numpy(x.detach().numpy().mean((2, 3)))
+class Greedy(Body):
+    def forward(self, images): return super().forward(images.mul_(2))
+class Lazy(Body):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.LazyConv2d(8, 3)
+class NoLayers(nn.Module):
+    def forward(self, images): return images.mean((2, 3))[:, :2]
+class Unexportable(Body):
+    def features(self, x): return torch.nn.functional.fractional_max_pool2d(x, 2, (1, 1)).flatten(1)
+
+def meta():
+    with torch.device("meta"): return net()
+
 class Infinite(nn.Module):
     def forward(self, images): return images.mean((2, 3))[:, :2] / 0
 """
@@ -496,6 +525,25 @@ MODELS = [
     ),
     Case("forward fails on this size", apply(model="net.py:flat"), ("fails on images", "--input-size")),
     Case("forward returns two tensors", apply(model="net.py:Pair"), ("returns a tuple", "one (batch, classes) tensor")),
+    Case("forward by chance", apply(model="net.py:Random"), ("otherwise each time",)),
+    Case("forward mixes the images of a batch", apply(model="net.py:Mixing"), ("beside another",)),
+    Case("forward takes two images only", apply(model="net.py:TwoAtATime"), ("images of shape (1, 3, 8, 8)",)),
+    Case("forward stops gradients", apply(model="net.py:Detached"), ("no gradient", "numpy")),
+    Case("forward changes its input", apply(model="net.py:Greedy"), ("changes the images", "x.sub_(1)")),
+    Case("lazy layers", apply(model="net.py:Lazy"), ("conv.weight has no shape yet",)),
+    Case("model without values", apply(model="net.py:meta"), ("0.weight has no values",)),
+    Case("model without layers", apply(model="net.py:NoLayers"), ("NoLayers", "nothing to cut")),
+    Case(
+        "model that ONNX cannot hold",
+        apply(model="net.py:Unexportable"),
+        ("export says", "fractional_max_pool2d"),
+        keeps_run=True,
+    ),
+    Case(
+        "inspect of another size",
+        ["inspect", "--model", "net.py:flat", "--input-size", "3,8,8"],
+        ("fails on images", "--input-size"),
+    ),
     Case("forward returns infinity", apply(model="net.py:Infinite"), ("NaN or infinity",)),
 ]
 

@@ -95,6 +95,17 @@ def test_recovery_lowers_the_loss_and_its_weights_are_reused_after_a_kill(pipeli
     assert again.seconds["recover"] < after.seconds["recover"]
 
 
+def test_layers_that_share_their_weights_are_recovered_and_kept(data_file: Path, tmp_path: Path):
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    pipeline.model = nn.Sequential(
+        layer, nn.ReLU(), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)
+    ).eval()
+    plan = CompressionPlan(default_precision="float")
+    assert isinstance(pipeline.evaluate(plan, "F3"), Measured)
+    assert pipeline.weights_of(plan).exists()
+
+
 def test_a_file_the_runtime_refuses_is_a_failed_outcome(data_file: Path, tmp_path: Path):
     broken = make_pipeline(data_file, tmp_path / "run", FakeBackend(faults=Faults(refuse="-F2")))
     outcome = broken.evaluate(slicing.uniform_plan(broken.graph, 0.5, "int8"), "F2")

@@ -228,6 +228,7 @@ class FeatureMatch:
         self._reads = {name: torch.from_numpy(index) for name, index in reads.items()}
         self._student: dict[str, Tensor] = {}
         self._teacher: dict[str, Tensor] = {}
+        self._variances: dict[str, Tensor] = {}
         self._hooks = [
             modules[name].register_forward_pre_hook(_keeper(seen, name))
             for seen, modules in (
@@ -243,9 +244,10 @@ class FeatureMatch:
         return bool(self._reads)
 
     def distance(self) -> Tensor:
-        """Return the mean over layers of squared differences, each relative to the variance of the teacher's features.
+        """Return the mean over layers of squared differences, relative to the variance of the teacher's features.
 
-        Maps are compared at every second row and column: neighbours say nearly the same, and this is what it costs.
+        The variance is that of the first batch. Maps are compared at every second row and column: neighbours say nearly
+        the same, and all of them would cost as much as the student.
         """
         parts: list[Tensor] = []
         seen = set[int]()
@@ -255,11 +257,12 @@ class FeatureMatch:
                 continue
             seen.add(id(theirs))
             if theirs.ndim == 4:
-                theirs, ours = theirs[:, index, ::2, ::2], ours[:, :, ::2, ::2]
+                theirs, ours = theirs[:, :, ::2, ::2].index_select(1, index), ours[:, :, ::2, ::2]
             else:
-                theirs = theirs[..., index]
-            theirs = theirs.float()
-            parts.append((ours.float() - theirs).square().mean() / (theirs.var() + 1e-6))
+                theirs = theirs.index_select(-1, index)
+            if name not in self._variances:
+                self._variances[name] = theirs.float().var() + 1e-6
+            parts.append((ours - theirs).float().square().mean() / self._variances[name])
         return torch.stack(parts).mean()
 
     def close(self) -> None:
