@@ -144,6 +144,40 @@ def test_fine_tuning_brings_the_student_nearer_to_its_teacher_and_repeats_exactl
     )
 
 
+def test_kept_inputs_are_the_positions_that_stay_in_what_a_reader_reads():
+    model = small_net()
+    graph = build_graph(model, torch.rand(2, 3, 8, 8))
+    kept = {graph.units[0].name: np.array([0, 1, 2, 3, 8, 9, 10, 11])}
+    found = kept_inputs(graph, kept)
+    assert found["3"].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert found["7"].tolist() == list(range(16))
+
+
+def test_feature_match_is_zero_for_a_copy_and_the_relative_error_for_a_scaled_twin():
+    teacher = nn.Sequential(nn.Identity(), nn.Conv2d(4, 2, 1))
+    student = nn.Sequential(nn.Identity(), nn.Conv2d(4, 2, 1))
+    match = FeatureMatch(student, teacher, {"1": np.arange(4)})
+    x = torch.randn(8, 4, 6, 6)
+    teacher(x), student(x)
+    assert match.distance().item() == 0
+    student(1.5 * x)
+    seen = x[:, :, ::2, ::2]
+    by_hand = (0.5 * seen).square().mean() / (seen.var() + 1e-6)
+    assert match.distance().item() == pytest.approx(by_hand.item(), rel=1e-5)
+    match.close()
+    student(3 * x)
+    assert match.distance().item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_feature_match_compares_only_the_features_that_were_kept():
+    teacher, student = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(2, 2))
+    match = FeatureMatch(student, teacher, {"0": np.array([1, 3])})
+    x = torch.randn(8, 4)
+    teacher(x), student(x[:, [1, 3]])
+    assert match.watches
+    assert match.distance().item() == 0
+
+
 def test_fine_tuning_on_one_image_is_refused_with_a_sentence():
     with pytest.raises(InputError, match="1 images"):
         fine_tune(small_net(), Teacher(small_net(), Pictures(1), 1, CPU), Recovery(), seed=0, progress=QUIET)
