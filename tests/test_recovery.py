@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.recovery import (
+    FeatureMatch,
     Recovery,
     Teacher,
     compensate,
     distillation_loss,
     fine_tune,
+    kept_inputs,
     reestimate_norms,
 )
 from hirelc_deploy.compress.slicing import slice_model
