@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 bad input, 3 target not available, 4 constraint cannot be 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -67,6 +68,10 @@ INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended."""
 
 
+DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+"""What any write may meet at any time, and no check beforehand can rule out."""
+
+
 def main() -> None:
     """Run the command line of this process."""
     try:
@@ -89,6 +94,11 @@ def run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else app.info.name
         return fail(f"{error.format_message().rstrip('.')}; `{command} --help` says what it takes.", 2)
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        where = error.filename or "the disk"
+        return fail(f"{where}: {error.strerror}; what was finished is kept: make room, and run the same again.", 2)
     if code == INTERRUPTED:
         return fail("interrupted; what was finished is kept, and the same command resumes.", INTERRUPTED)
     return code if isinstance(code, int) else 0
@@ -198,9 +208,9 @@ def search(
     budget: Annotated[
         str | None, typer.Option(help="Wall time, for example 30m; the last training may end after it.")
     ] = None,
-    trials: Annotated[int, typer.Option(help="Cut models judged per latency budget (F1).")] = 24,
-    finalists: Annotated[int, typer.Option(help="Plans that are recovered by training, at most (F3).")] = 3,
-    options: Annotated[int, typer.Option(help="Widths offered per unit, at most.")] = 6,
+    trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
+    finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
+    options: Annotated[int, typer.Option(min=2, help="Widths offered per unit, at most.")] = 6,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.02,
     calibration_images: CalibrationImages = None,

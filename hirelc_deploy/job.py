@@ -359,10 +359,14 @@ def export_files(run: Path, form: str, out: Path) -> list[Path]:
     bundle = run / "bundle"
     if not bundle.is_dir():
         raise InputError(f"{run}: holds no bundle; give the folder of a finished search or apply.")
+    if missing := [name for name in EXPORTED[form] if not (bundle / name).is_file()]:
+        raise InputError(
+            f"{bundle}: {missing[0]} is not there; `hirelc-deploy verify {bundle}` says what else is wrong."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; give another --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return [Path(shutil.copy2(bundle / name, out / name)) for name in EXPORTED[form] if (bundle / name).exists()]
+        return [Path(shutil.copy2(bundle / name, out / name)) for name in EXPORTED[form]]
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}).") from None

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hirelc_deploy.compress import export, quantize, recovery, slicing
@@ -423,7 +423,7 @@ class Pipeline:
         # Clones, because safetensors refuses tensors that share memory, as tied layers do.
         state = {key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}
         with atomic_path(path) as partial:
-            save_file(state, str(partial))
+            partial.write_bytes(save(state))  # save_file would write a file that only its owner can read
         return model
 
 

@@ -807,6 +807,8 @@ OPTIONS = [
     Case("seed is enormous", apply(seed="9" * 30), ("seed",)),
     Case("no threads", apply(threads="0"), ("--threads", "--help")),
     Case("recovery for NaN epochs", apply(recovery_epochs="nan"), ("recovery_epochs", "finite")),
+    Case("learning rate of 0", apply(learning_rate="0"), ("learning_rate", "above 0")),
+    Case("no widths to choose from", search(options="1"), ("--options", "--help")),
     Case("--input-size of letters", apply(input_size="3,x,8"), ("--input-size", "'3,x,8'")),
     Case("--input-size of two numbers", apply(input_size="8,8"), ("8, 8", "channels, height")),
     Case("--input-size of zero", apply(input_size="3,0,8"), ("input_size", "at least 1")),
@@ -823,7 +825,7 @@ OPTIONS = [
     Case("NaN latency", search(max_latency_ms="nan"), ("max_latency_ms", "finite")),
     Case("NaN speed-up", search(speedup="nan"), ("speedup", "finite")),
     Case("no bytes", search(max_bytes="0"), ("max_bytes", "at least 1")),
-    Case("no trials", search(trials="0"), ("at least 1",)),
+    Case("no trials", search(trials="0"), ("--trials", "--help")),
 ]
 
 LIMITS = [
@@ -1014,6 +1016,12 @@ RESULTS = [
         prepare=begun_run,
     ),
     Case("export of an unfinished run", ["export", "out", "--out", "deploy"], ("out", "no bundle"), prepare=begun_run),
+    Case(
+        "export of a bundle that lost a file",
+        ["export", "out", "--out", "deploy"],
+        ("out/bundle", "run.py", "verify"),
+        prepare=lambda folder: (finished_run(folder), (folder / "out/bundle/run.py").unlink())[1],
+    ),
     Case("export of a missing run", ["export", "gone", "--out", "deploy"], ("gone", "no bundle")),
     Case(
         "export to TensorRT",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -141,6 +142,24 @@ def test_a_process_leaves_with_the_exit_code_and_one_line_of_error() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == ["hirelc-deploy: gone.onnx: no such file; give ONNX files, the reference first."]
+
+
+def test_a_full_disk_gets_a_sentence_and_leaves_only_whole_files(place: Path) -> None:
+    options = ["--plan", "uniform:keep=0.5", "--recovery-epochs", "0", "--out", "full", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hirelc_deploy", "apply", "--model", "net.py:net", "--data", "npz:data.npz", *options],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr
+        == "hirelc-deploy: the disk: File too large; what was finished is kept: make room, and run the same again.\n"
+    )
+    assert not [path for path in Path("full").rglob("*") if path.name.endswith(".partial")]
+    assert not (Path("full") / "bundle").exists()
 
 
 def test_ctrl_c_says_that_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
