@@ -5,6 +5,7 @@ plan -> slice -> recover -> integer file -> built -> measured outcome: the searc
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -177,6 +178,14 @@ class Pipeline:
         return list(batches(self.sensitivity_split, BATCH, self.effort.norm_images))
 
     @cached_property
+    def restated(self) -> nn.Module:
+        """The uncut model with batch-norm statistics from `norm_batches`: what a cut model's are compared with."""
+        model = copy.deepcopy(self.model)
+        with recovery.half_precision(torch.device("cpu")):
+            recovery.reestimate_norms(model, self.norm_batches)
+        return model
+
+    @cached_property
     def calibration_batches(self) -> list[Tensor]:
         """All calibration images, preprocessed once."""
         return list(batches(self.data.calibration, BATCH))
@@ -301,7 +310,7 @@ class Pipeline:
         kept = slicing.keep_indices(self.graph, plan, self.scores)
         model = slicing.slice_model(recovery.compensate(self.model, self.graph, kept, self.grams), self.graph, kept)
         with recovery.half_precision(torch.device("cpu")):
-            recovery.reestimate_norms(model, self.norm_batches)
+            recovery.correct_norms(model, slicing.slice_model(self.restated, self.graph, kept), self.norm_batches)
         return model
 
     def cost(self, plan: CompressionPlan) -> Cost:

@@ -83,7 +83,7 @@ def test_an_integer_plan_gives_a_smaller_and_on_this_device_faster_file(pipeline
 
 
 def test_recovery_lowers_the_loss_and_its_weights_are_reused_after_a_kill(pipeline: Pipeline):
-    plan = slicing.uniform_plan(pipeline.graph, 0.5, "float")
+    plan = slicing.uniform_plan(pipeline.graph, 0.25, "float")
     before = pipeline.evaluate(plan, "F2")
     after = pipeline.evaluate(plan, "F3")
     assert isinstance(before, Measured)

@@ -13,6 +13,7 @@ from hirelc_deploy.compress.recovery import (
     Recovery,
     Teacher,
     compensate,
+    correct_norms,
     distillation_loss,
     fine_tune,
     kept_inputs,
@@ -90,6 +91,33 @@ def test_reestimated_norm_statistics_are_the_plain_averages_over_batches():
     assert not norm.training
 
 
+def test_norms_of_an_uncut_model_are_not_moved_by_correcting_them():
+    model = small_net()
+    with torch.no_grad():
+        model[1].running_mean.uniform_(-1, 1)
+        model[1].running_var.uniform_(0.5, 2)
+    before = model[1].running_mean.clone(), model[1].running_var.clone()
+    batches = [torch.rand(8, 3, 8, 8)]
+    restated = small_net()
+    reestimate_norms(restated, batches)
+    correct_norms(model, restated, batches)
+    assert torch.allclose(model[1].running_mean, before[0], atol=1e-6)
+    assert torch.allclose(model[1].running_var, before[1], rtol=1e-5)
+
+
+def test_norms_are_corrected_by_what_the_cut_moved():
+    norm, uncut = nn.BatchNorm1d(1).eval(), nn.BatchNorm1d(1).eval()
+    with torch.no_grad():
+        norm.running_mean.fill_(10.0)
+        norm.running_var.fill_(3.0)
+    batch = torch.randn(64, 1)
+    reestimate_norms(uncut, [batch])
+    correct_norms(norm, uncut, [2 * batch + 1])  # the cut doubled the features and added one
+    by_hand = 10 + (2 * batch.mean() + 1) - batch.mean()
+    assert norm.running_mean.item() == pytest.approx(by_hand.item(), abs=1e-4)
+    assert norm.running_var.item() == pytest.approx(3.0 * 4, rel=1e-4)
+
+
 def test_distillation_loss_is_zero_soft_term_for_the_teachers_own_answers():
     answers = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     labels = torch.tensor([0, 1])
@@ -163,12 +191,21 @@ def test_feature_match_is_zero_for_a_copy_and_the_relative_error_for_a_scaled_tw
     teacher(x), student(x)
     assert match.distance().item() == 0
     student(1.5 * x)
-    seen = x[:, :, ::2, ::2]
-    by_hand = (0.5 * seen).square().mean() / (seen.var() + 1e-6)
+    by_hand = (0.5 * x).square().mean() / (x.var() + 1e-6)
     assert match.distance().item() == pytest.approx(by_hand.item(), rel=1e-5)
     match.close()
     student(3 * x)
     assert match.distance().item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_feature_match_compares_large_maps_as_means_over_squares():
+    teacher = nn.Sequential(nn.Identity(), nn.Conv2d(2, 2, 1))
+    student = nn.Sequential(nn.Identity(), nn.Conv2d(2, 2, 1))
+    match = FeatureMatch(student, teacher, {"1": np.arange(2)})
+    x = torch.randn(4, 2, 8, 8)
+    shuffled = x.reshape(4, 2, 4, 2, 4, 2).flip(3, 5).reshape(4, 2, 8, 8)  # every square keeps its mean
+    teacher(x), student(shuffled)
+    assert match.distance().item() < 1e-10
 
 
 def test_feature_match_compares_only_the_features_that_were_kept():
