@@ -5,10 +5,10 @@
 `cifar10.npz` comes from benchmarks/import_cifar10.py. The slice is chosen by rule, never by looking at a model:
 
     test         the first 2,000 images of the test split
-    selection    the last 1,000 images of the test split: the network from which the demo's was made has seen every
+    selection    the last 2,000 images of the test split: the network from which the demo's was made has seen every
                  training image, so only others can tell what a cut costs on images nobody has seen
     calibration  256 of the last 5,000 training images: classes in turn, earliest image first
-    train        the first 1,100 images of each class among the first 45,000 training images
+    train        the first 800 images of each class among the first 45,000 training images
 
 A sheet holds 32 x 32 tiles, row by row. Test, selection and calibration are lossless WebP (1,680 bytes an image, a
 third less than PNG). Training images are JPEG of quality 85 without chroma subsampling (480 bytes an image, 5 grey
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-TEST, CALIBRATION, SELECTION, TRAIN_PER_CLASS = 2000, 256, 1000, 1100
+TEST, CALIBRATION, SELECTION, TRAIN_PER_CLASS = 2000, 256, 2000, 800
 COLUMNS = {"test": 40, "calibration": 16, "selection": 40, "train": 50}
 FOLDER = Path(__file__).resolve().parent.parent / "hirelc_deploy" / "demo"
 

@@ -144,7 +144,7 @@ class JobConfig:
     seed: int = 0
     threads: int | None = None
     recovery_epochs: float = 1.0
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     exclude: tuple[str, ...] = ()
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     limits: Limits = field(default_factory=Limits)

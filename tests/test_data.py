@@ -220,8 +220,8 @@ def test_a_hostile_cifar10_batch_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_the_demo_slice_is_balanced_and_large_enough() -> None:
     data = load_data("demo")
     assert data.labelled
-    assert np.bincount(data.train.labels).tolist() == [1100] * 10
-    assert np.bincount(data.selection.labels).min() > 80
+    assert np.bincount(data.train.labels).tolist() == [800] * 10
+    assert np.bincount(data.selection.labels).min() > 170
     assert len(data.calibration) == 256
     test = data.take_test()
     assert len(test) == 2000

@@ -15,8 +15,7 @@ def demo_config(seed: int = 0) -> JobConfig:
         ),
         data=DataConfig("demo"),
         seed=seed,
-        recovery_epochs=2,
-        learning_rate=0.02,
+        recovery_epochs=2.5,
         limits=Limits(max_drop=1.0),
         search=SearchConfig(f1_evaluations=12, finalists=1, options=4),
     )
