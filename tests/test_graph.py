@@ -20,7 +20,7 @@ SMALL_IMAGE = torch.zeros(1, 3, 16, 16)
 
 
 def test_trace_names_functions_parameters_and_modules():
-    traced = trace(DemoNet(), IMAGE)
+    traced = trace(DemoNet((32, 64, 128, 256)), IMAGE)
     first = traced.ops[0]
     assert (first.function, first.module, first.arg(1, "weight").name) == ("conv2d", "conv1", "conv1.weight")
     assert next(refs(traced.output)).shape == (2, 10)
@@ -28,7 +28,7 @@ def test_trace_names_functions_parameters_and_modules():
 
 
 def test_trace_leaves_train_flags_and_norm_statistics_alone():
-    model = DemoNet().train()
+    model = DemoNet((32, 64, 128, 256)).train()
     model.bn1.eval()
     trace(model, torch.randn(1, 3, 32, 32))
     assert model.training
@@ -39,7 +39,7 @@ def test_trace_leaves_train_flags_and_norm_statistics_alone():
 
 def test_a_model_that_cannot_run_on_the_image_is_an_input_error():
     with pytest.raises(InputError, match=r"forward pass fails on a 1x32x32 image"):
-        build_graph(DemoNet(), torch.zeros(1, 1, 32, 32))
+        build_graph(DemoNet((32, 64, 128, 256)), torch.zeros(1, 1, 32, 32))
 
 
 def test_parameters_and_macs_equal_hand_counts():
@@ -61,7 +61,7 @@ def test_attention_macs_are_scores_and_mix():
 
 
 def test_a_residual_stage_is_one_unit_and_inner_channels_are_their_own():
-    graph = build_graph(DemoNet(), IMAGE)
+    graph = build_graph(DemoNet((32, 64, 128, 256)), IMAGE)
     kinds = {unit.name: (unit.kind, unit.size, unit.block) for unit in graph.units}
     assert kinds["stages.1.residual"] == ("residual channels", 64, "stages.1")
     assert kinds["stages.1.0.conv1"] == ("channels", 64, "stages.1.0")

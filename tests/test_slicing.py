@@ -35,7 +35,7 @@ def small_vit(**options: object) -> nn.Module:
 
 
 MODELS = {
-    "demo": DemoNet,
+    "demo": lambda: DemoNet((32, 64, 128, 256)),
     "mixed": MixedNet,
     "hand-written transformer": HandTransformer,
     "flat block": FlatBlock,
