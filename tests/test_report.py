@@ -164,7 +164,7 @@ WRONG = (None, "text", 7, True, math.nan, math.inf, -1.0, [], {}, [None], ["a"],
 def test_wrong_values_never_break_the_page(key: str) -> None:
     good = result()
     for wrong in WRONG:
-        render(ReportInput("run", result={**good, key: wrong}))
+        assert render(ReportInput("run", result={**good, key: wrong})).rstrip().endswith("</html>")
         inner = good[key]
         if isinstance(inner, list) and isinstance(inner[0], dict):
             for name in inner[0]:
@@ -180,7 +180,8 @@ def test_trials_of_any_shape_never_break_the_page() -> None:
         {"outcome": {"kind": "measured", "ratio": 0.5, "accuracy": 0.5, key: wrong}} for key in keys for wrong in WRONG
     ]
     trials += [{"outcome": wrong} for wrong in WRONG]
-    render(ReportInput("run", result=result(), trials=trials))
+    page = render(ReportInput("run", result=result(), trials=trials))
+    assert page.rstrip().endswith("</html>")
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("")])

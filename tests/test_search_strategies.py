@@ -127,7 +127,9 @@ def test_a_batch_of_failures_teaches_nothing_and_breaks_nothing() -> None:
     for name in STRATEGIES:
         strategy = make_strategy(name, toy.problem, BUDGET * toy.problem.uncut_ms, 0)
         for _ in range(2):
-            strategy.observe([(c, Failed("p", "F1", "slice", "no")) for c in strategy.propose(4)])
+            proposed = strategy.propose(4)
+            strategy.observe([(c, Failed("p", "F1", "slice", "no")) for c in proposed])
+            assert all(toy.problem.predict_ms(c) <= BUDGET * toy.problem.uncut_ms for c in proposed)
 
 
 def test_block_budgets_sum_to_the_limit_and_none_is_negative() -> None:
