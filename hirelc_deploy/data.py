@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pickletools
 import zipfile
@@ -67,6 +68,15 @@ class Data:
             raise RuntimeError("the test split was handed out before: nothing may be chosen by it.")
         self._seal.broken = True
         return self._test
+
+    def fingerprint(self) -> str:
+        """Return a hash of the labels of what a search may see, and of the first images of each split."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.calibration, self.selection):
+            if split.labels is not None:
+                digest.update(np.ascontiguousarray(split.labels, "<i8").tobytes())
+            digest.update(split.batch(np.arange(min(8, len(split)))).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def preprocessed(self, preprocess: Preprocess) -> Data:
         """Return the same splits for another model's input; pixels and the seal of the test split are shared."""

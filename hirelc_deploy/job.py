@@ -20,7 +20,7 @@ from hirelc_deploy.bundle import BundleContents, write_bundle
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig, Limits
-from hirelc_deploy.data import load_data
+from hirelc_deploy.data import Data, load_data
 from hirelc_deploy.delivery import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
 from hirelc_deploy.errors import ConstraintError, ExportError, InputError, TargetUnavailable
 from hirelc_deploy.finalists import Finalist, Search, drop_error, keeps_limits
@@ -81,6 +81,7 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
             options = replace(config, plan=f"{config.plan} ({plan.digest})")
     run = Run.open(directory, options.to_toml(), describe(backend))
+    check_contents(run, source, data)
     effort = Effort(recovery=recovery_of(config))
     pipeline = Pipeline(
         model,
@@ -95,6 +96,22 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         graph=graph,
     )
     return Workplace(config, pipeline, run, source, command)
+
+
+def check_contents(run: Run, source: ModelSource, data: Data) -> None:
+    """Raise InputError where a run that is resumed was made with other weights, factory or images of the same name."""
+    described = source.describe()
+    contents = {
+        "weights": described.get("weights", {}).get("sha256"),
+        "factory": described.get("spec_sha256"),
+        "images": data.fingerprint(),
+    }
+    before = run.remember("contents", lambda: contents)
+    if changed := [name for name, value in contents.items() if before.get(name) != value]:
+        raise InputError(
+            f"{run.directory}: this run was made with other {changed[0]} under the same name; "
+            "give another --out, or put back what was there."
+        )
 
 
 def recovery_of(config: JobConfig) -> Recovery | None:

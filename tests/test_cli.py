@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -297,6 +298,18 @@ def test_an_edited_plan_file_is_another_job(place: Path, capsys: pytest.CaptureF
     Path("plan.json").write_text('{"keep": {"0": 8}}')
     assert cli.run(command) == 2
     assert "other options (plan = " in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_other_images_of_the_same_name(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy("data.npz", "mine.npz")
+    command = [{"npz:data.npz": "npz:mine.npz", "half": "mine"}.get(argument, argument) for argument in APPLY]
+    assert cli.run(command) == 0
+    arrays = dict(np.load("mine.npz"))
+    np.savez("mine.npz", **{**arrays, "x_train": 255 - arrays["x_train"]})
+    assert cli.run(command) == 2
+    assert "made with other images under the same name" in capsys.readouterr().err
 
 
 def test_a_search_finds_journals_and_resumes(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
