@@ -28,7 +28,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
@@ -48,6 +48,7 @@ from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.models import ModelSource, preprocess_of
+from hirelc_deploy.pipeline import cost_of
 
 CONVOLUTIONAL = (
     *("resnet18", "resnet50", "vgg11_bn", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_lite0"),
@@ -125,7 +126,7 @@ def timed(seconds: dict[str, float], stage: str, call: Callable[[], Any]) -> Any
     return result
 
 
-def random_elements(graph: ModelGraph, widths: dict[str, int], rng: np.random.Generator) -> dict[str, Any]:
+def random_elements(graph: ModelGraph, widths: Mapping[str, int], rng: np.random.Generator) -> dict[str, Any]:
     """Return random elements of every unit, as many as `widths` says."""
     return {u.name: np.sort(rng.choice(u.size, widths[u.name], replace=False)) for u in graph.units}
 
@@ -139,10 +140,13 @@ def our_row(name: str, keep: float) -> dict[str, Any]:
     graph = timed(seconds, "trace", lambda: build_graph(model, images))
     traced_units = len(graph.units)
     graph, _ = timed(seconds, "prove", lambda: slicing.provable(model, graph, images))
-    kept = random_elements(graph, dict(slicing.uniform_plan(graph, keep, "float").keep), np.random.default_rng(0))
+    plan = slicing.uniform_plan(graph, keep, "float")
+    kept = random_elements(graph, plan.keep, np.random.default_rng(0))
     small = timed(seconds, "slice", lambda: slicing.slice_model(model, graph, kept))
     masked = slicing.mask_model(model, graph, kept)
     expected = outputs(masked, images)
+    cost, left = cost_of(model, graph, plan.keep), sum(p.numel() for p in small.parameters())
+    counted = build_graph(small, images)
     row |= {
         "params": graph.params,
         "macs": graph.macs,
@@ -150,8 +154,9 @@ def our_row(name: str, keep: float) -> dict[str, Any]:
         "units_not_proven": traced_units - len(graph.units),
         "kinds": dict(Counter(unit.kind for unit in graph.units)),
         "params_in_units": share_in_units(model, graph),
-        "params_kept": sum(p.numel() for p in small.parameters()) / graph.params,
-        "macs_kept": build_graph(small, images).macs / graph.macs,
+        "params_kept": left / graph.params,
+        "macs_kept": counted.macs / graph.macs,
+        "predicted_cost_is_exact": (cost.params, cost.macs) == (left, counted.macs),
         "difference": difference(outputs(small, images), expected),
         "effect": difference(expected, outputs(model, images)),
         "kept_whole": kept_whole(model, graph),
@@ -389,6 +394,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "sliced_and_proven": len(proven),
         "of_these_at_most_60_percent_of_parameters": sum(row["params_kept"] <= 0.6 for row in proven),
         "refused_or_failed": {row["model"]: row["error"] for row in rows if "error" in row},
+        "predicted_cost_is_exact": sum(row["predicted_cost_is_exact"] for row in good),
         "onnx_equal": sum(row.get("onnx_difference") is not None for row in good),
         "int8_runs": sum(row["int8"] for row in good),
         "median_trace_and_slice_seconds": statistics.median(both) if both else None,

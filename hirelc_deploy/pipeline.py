@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress import export, quantize, recovery, slicing
 from hirelc_deploy.data import Data
 from hirelc_deploy.errors import ExportError, InputError, SliceError, TargetUnavailable
-from hirelc_deploy.graph.model_graph import Layer, ModelGraph
+from hirelc_deploy.graph.model_graph import Layer, ModelGraph, Share
 from hirelc_deploy.graph.sensitivity import Gram, importance, input_grams
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.images import Images
@@ -315,14 +315,7 @@ class Pipeline:
 
     def cost(self, plan: CompressionPlan) -> Cost:
         """Return the parameters and multiply-accumulates that a plan leaves, counted without building it."""
-        left = {name: list(tensor.shape) for name, tensor in self.model.named_parameters()}
-        for unit in self.graph.units:
-            gone = unit.size - plan.keep.get(unit.name, unit.size)
-            for part in unit.slices:
-                if part.tensor in left:
-                    left[part.tensor][part.dim] -= gone * part.index.shape[1]
-        macs = sum(round(layer.macs * kept_share(layer, self.graph, plan.keep)) for layer in self.graph.layers)
-        return Cost(sum(math.prod(shape) for shape in left.values()), macs)
+        return cost_of(self.model, self.graph, plan.keep)
 
     def build(self, model: nn.Module, plan: CompressionPlan, fidelity: Fidelity) -> Path:
         """Write the file that a plan means for this model and return its path."""
@@ -472,18 +465,26 @@ def integer_or_float(plan: CompressionPlan) -> Callable[[str], str]:
     return lambda layer: plan.precision.get(layer, default)
 
 
+def cost_of(model: nn.Module, graph: ModelGraph, keep: Mapping[str, int]) -> Cost:
+    """Return what is left of a model when units keep `keep` elements, those not named all of theirs."""
+    left = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+    for name, width in keep.items():
+        unit = graph.unit(name)
+        for part in unit.slices:
+            if part.tensor in left:
+                left[part.tensor][part.dim] -= (unit.size - width) * part.index.shape[1]
+    macs = sum(round(layer.macs * kept_share(layer, graph, keep)) for layer in graph.layers)
+    return Cost(sum(math.prod(shape) for shape in left.values()), macs)
+
+
 def kept_features(layer: Layer, graph: ModelGraph, keep: Mapping[str, int]) -> tuple[int, int]:
     """Return (input, output) features of a layer when units keep `keep` elements; units not named stay whole."""
 
-    def features(count: int, unit: str | None, per_element: int) -> int:
-        if unit is None or unit not in keep:
-            return count
-        return count - (graph.unit(unit).size - keep[unit]) * per_element
+    def features(count: int, shares: tuple[Share, ...]) -> int:
+        cut = (share for share in shares if share.unit in keep)
+        return count - sum((graph.unit(s.unit).size - keep[s.unit]) * s.per_element for s in cut)
 
-    return (
-        features(layer.in_features, layer.in_unit, layer.in_per_element),
-        features(layer.out_features, layer.out_unit, layer.out_per_element),
-    )
+    return features(layer.in_features, layer.reads), features(layer.out_features, layer.writes)
 
 
 def kept_share(layer: Layer, graph: ModelGraph, keep: Mapping[str, int]) -> float:

@@ -96,7 +96,7 @@ def uniform_keep(graph: ModelGraph, ratio: float) -> dict[str, int]:
 
 def offered_widths(unit: Unit, network: NetworkTime) -> tuple[int, ...]:
     """Return the widths of a unit that buy time, ascending, the uncut one last (the timed staircase, filtered)."""
-    layers = [layer for layer in network.graph.layers if unit.name in (layer.in_unit, layer.out_unit)]
+    layers = [layer for layer in network.graph.layers if unit.name in layer.units]
     candidates = sorted({min(unit.widths, key=lambda w: abs(w - ratio * unit.size)) for ratio in KEEP_RATIOS})
     offered = [unit.size]
     next_ms = sum(network.layer_ms(layer, {}, "int8") for layer in layers)
@@ -213,7 +213,7 @@ def _features(
 ) -> NDArray[np.float64]:
     """(10,) kind one-hot of 4, depth, log size, share of MACs, Fisher, largest loss, largest saving."""
     kinds = ("channels", "residual channels", "mlp units", "attention heads")
-    macs = sum(layer.macs for layer in graph.layers if unit.name in (layer.in_unit, layer.out_unit))
+    macs = sum(layer.macs for layer in graph.layers if unit.name in layer.units)
     depth = graph.blocks.index(unit.block) / max(1, len(graph.blocks) - 1) if unit.block in graph.blocks else 0.5
     return np.array(
         [

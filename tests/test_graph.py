@@ -12,6 +12,7 @@ from torch import nn
 from hirelc_deploy.compress.slicing import provable
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.model_graph import Share
 from hirelc_deploy.graph.trace import refs, trace
 from hirelc_deploy.graph.units import build_graph, legal_widths
 
@@ -93,9 +94,9 @@ def test_fused_qkv_gives_heads_and_each_head_has_its_rows_of_q_k_and_v():
     assert rows[1].tolist() == [*range(8, 16), *range(32, 40), *range(56, 64)]
     assert unit.readers[0].index[2].tolist() == list(range(16, 24))
     by_name = {layer.name: layer for layer in graph.layers}
-    assert by_name["blocks.0.attn.qkv"].out_per_element == 24
-    assert by_name["blocks.0.attn.proj"].in_per_element == 8
-    assert by_name["blocks.0.attn"].in_unit == by_name["blocks.0.attn"].out_unit == unit.name
+    assert by_name["blocks.0.attn.qkv"].writes == (Share(unit.name, 24),)
+    assert by_name["blocks.0.attn.proj"].reads == (Share(unit.name, 8),)
+    assert by_name["blocks.0.attn"].reads == by_name["blocks.0.attn"].writes == (Share(unit.name, 1),)
     assert by_name["blocks.0.mlp.fc1"].shape.activation == "gelu"
 
 
@@ -123,7 +124,7 @@ def test_hand_written_couplings_are_seen():
 def test_depthwise_layers_move_both_widths_with_one_unit():
     layer = next(layer for layer in build_graph(MixedNet(), SMALL_IMAGE).layers if layer.name == "depthwise")
     assert layer.shape.depthwise
-    assert layer.in_unit == layer.out_unit == "left"
+    assert layer.reads == layer.writes == (Share("left", 1),)
     assert layer.macs == 24 * 9 * 16 * 16
     assert layer.shape.activation == "relu6"
 

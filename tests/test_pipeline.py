@@ -134,7 +134,7 @@ def test_widths_that_buy_no_time_are_not_offered(pipeline: Pipeline):
             sum(
                 network.layer_ms(layer, {unit.name: width}, "int8")
                 for layer in pipeline.graph.layers
-                if unit.name in (layer.in_unit, layer.out_unit)
+                if unit.name in layer.units
             )
             for width in offered
         ]

@@ -23,8 +23,9 @@ from hirelc_deploy.compress.slicing import (
 )
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError, SliceError
-from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.graph.model_graph import ModelGraph, Share
 from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.pipeline import cost_of, kept_features
 from hirelc_deploy.plan import CompressionPlan
 
 
@@ -115,6 +116,23 @@ def test_a_sliced_model_can_be_traced_trained_and_sliced_again(name):
     assert relative_difference(outputs(twice, images), outputs(masked, images)) <= 1e-5
     twice.train()(images).square().mean().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in twice.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cost_of_a_plan_is_what_is_counted_on_the_sliced_model(name):
+    model, graph, images = known(name)
+    kept = random_choice(graph, 5)
+    counted = build_graph(slice_model(model, graph, kept), images)
+    cost = cost_of(model, graph, {unit: len(elements) for unit, elements in kept.items()})
+    assert (cost.params, cost.macs) == (counted.params, counted.macs)
+
+
+def test_a_layer_behind_a_concatenation_follows_all_units_that_it_reads():
+    _, graph, _ = known("mixed")
+    joined = next(layer for layer in graph.layers if layer.name == "joined")
+    assert joined.reads == (Share("left", 1), Share("right", 1))
+    assert kept_features(joined, graph, {"left": 16, "right": 8}) == (24, 16)
+    assert kept_features(joined, graph, {"right": 8}) == (32, 16)
 
 
 def test_a_removed_channel_is_the_same_as_a_channel_that_is_never_written():

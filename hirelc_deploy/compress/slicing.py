@@ -144,8 +144,8 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
         layers = tuple(
             replace(
                 layer,
-                in_unit=None if layer.in_unit in names else layer.in_unit,
-                out_unit=None if layer.out_unit in names else layer.out_unit,
+                reads=tuple(share for share in layer.reads if share.unit not in names),
+                writes=tuple(share for share in layer.writes if share.unit not in names),
             )
             for layer in graph.layers
         )

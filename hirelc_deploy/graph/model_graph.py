@@ -81,11 +81,19 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Part of a layer's inputs or outputs: `per_element` features for each element of a unit (head_dim for a head)."""
+
+    unit: str
+    per_element: int
+
+
+@dataclass(frozen=True)
 class Layer:
     """One layer whose widths and precision a plan decides, in execution order.
 
-    `in_unit` and `out_unit` name the units that set its widths (None: fixed). One element of `in_unit` stands for
-    `in_per_element` input features (head_dim for attention heads read by a projection), likewise for outputs.
+    `reads` and `writes` name the units that set its widths, those with most features first; what is in none is fixed.
+    A layer behind a concatenation reads several.
     """
 
     name: str
@@ -93,12 +101,25 @@ class Layer:
     block: str
     in_features: int
     out_features: int
-    in_unit: str | None
-    out_unit: str | None
-    in_per_element: int
-    out_per_element: int
+    reads: tuple[Share, ...]
+    writes: tuple[Share, ...]
     params: int
     macs: int
+
+    @property
+    def in_unit(self) -> str | None:
+        """The unit that most of its inputs belong to, if any."""
+        return self.reads[0].unit if self.reads else None
+
+    @property
+    def out_unit(self) -> str | None:
+        """The unit that most of its outputs belong to, if any."""
+        return self.writes[0].unit if self.writes else None
+
+    @property
+    def units(self) -> frozenset[str]:
+        """All units that set its widths."""
+        return frozenset(share.unit for share in (*self.reads, *self.writes))
 
 
 @dataclass(frozen=True)

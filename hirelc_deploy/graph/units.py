@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,6 +21,7 @@ from hirelc_deploy.graph.model_graph import (
     LayerShape,
     ModelGraph,
     Reader,
+    Share,
     TensorSlice,
     Unit,
 )
@@ -272,25 +274,20 @@ def _layer_table(
         ].tolist()
     }
 
-    def side(labels: Labels | None) -> tuple[str | None, int]:
-        """Return the unit that most of these features belong to, and how many of them one element stands for."""
-        names = [] if labels is None else [unit_of.get(root) for root in roots(labels).tolist()]
-        known = [name for name in names if name is not None]
-        if not known:
-            return None, 1
-        name = max(dict.fromkeys(known), key=known.count)
-        return name, known.count(name) // next(unit.size for unit in units if unit.name == name)
+    sizes = {unit.name: unit.size for unit in units}
 
-    def made(
-        use: WeightUse | AttentionUse,
-        shape: LayerShape,
-        read: tuple[str | None, int],
-        written: tuple[str | None, int],
-        params: int,
-    ) -> Layer:
-        ends = (use.heads, use.heads) if isinstance(use, AttentionUse) else (use.in_features, use.out_features)
-        units, per_element = (read[0], written[0]), (read[1], written[1])
-        return Layer(use.name, shape, block_of[use.name], *ends, *units, *per_element, params, macs[use.name])
+    def shares(labels: Labels | None) -> tuple[Share, ...]:
+        """Return the units that features belong to."""
+        of_each = [] if labels is None else [unit_of.get(root) for root in roots(labels).tolist()]
+        counted = Counter(name for name in of_each if name is not None).most_common()
+        return tuple(Share(name, count // sizes[name]) for name, count in counted)
+
+    def made(use: WeightUse | AttentionUse, shape: LayerShape, params: int) -> Layer:
+        if isinstance(use, AttentionUse):
+            features, ends = (use.heads, use.heads), (shares(use.labels), shares(use.labels))
+        else:
+            features, ends = (use.in_features, use.out_features), (shares(use.in_labels), shares(use.out_labels))
+        return Layer(use.name, shape, block_of[use.name], *features, *ends, params, macs[use.name])
 
     macs: dict[str, int] = {}
     for use in found.uses:
@@ -301,7 +298,7 @@ def _layer_table(
     for use in _merged_uses(found):
         if isinstance(use, AttentionUse):
             shape = LayerShape("attention", use.queries, (1, use.keys), head_dim=use.head_dim)
-            table.append(made(use, shape, side(use.labels), side(use.labels), 0))
+            table.append(made(use, shape, 0))
             continue
         shape = LayerShape(
             use.kind,
@@ -316,7 +313,7 @@ def _layer_table(
             activation=activation_after(use.output.uid),
         )
         params = sum(parameters[n].numel() for n in (use.weight, f"{use.name}.bias") if n in parameters)
-        table.append(made(use, shape, side(use.in_labels), side(use.out_labels), params))
+        table.append(made(use, shape, params))
     return tuple(table)
 
 
