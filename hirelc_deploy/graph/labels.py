@@ -57,6 +57,8 @@ class Couplings:
         return self._parent[labels]
 
     def _merge(self) -> None:
+        if not self._edges and len(self._parent) == self._size:
+            return
         parent = np.arange(self._size)
         parent[: len(self._parent)] = self._parent
         if self._edges:

@@ -166,6 +166,10 @@ def _units(
         for use in weights.values()
         if use.in_labels is not None and not use.depthwise
     }
+    readers_of: dict[int, list[str]] = {}
+    for name, roots in read.items():
+        for root in np.unique(roots).tolist():
+            readers_of.setdefault(root, []).append(name)
     units: list[Unit] = []
     why: dict[str, str] = {}
     for group in groups:
@@ -175,7 +179,7 @@ def _units(
             continue
         reason = pinned.get(int(group.roots[0]), "")
         readers = [
-            Reader(name, _rows(roots, group.roots)) for name, roots in read.items() if np.isin(group.roots[0], roots)
+            Reader(name, _rows(read[name], group.roots)) for name in readers_of.get(int(group.roots[0]), ())
         ]
         kind = _kind(marks.get(int(group.roots[0]), set()), main)
         size, positions = len(group.roots), group.slices[0].index.shape[1]
