@@ -56,7 +56,10 @@ SelectionImages = Annotated[int | None, typer.Option(help="Training images set a
 InputSize = Annotated[str | None, typer.Option(help="channels,height,width of the model's input.")]
 Mean = Annotated[str | None, typer.Option(help="Per-channel mean of the normalisation, as 0.49,0.48,0.45.")]
 Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation of the normalisation.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of layers that stay whole; may be repeated.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of units or layers that stay whole; may be repeated.")]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Pattern of units or layers; when given, only these are cut. May be repeated.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one inference; the target's own if not given.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder that is made for the results.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
@@ -219,6 +222,7 @@ def search(
     mean: Mean = None,
     std: Std = None,
     exclude: Exclude = None,
+    include: Include = None,
     threads: Threads = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -242,6 +246,7 @@ def search(
         recovery_epochs=recovery_epochs,
         learning_rate=learning_rate,
         exclude=tuple(exclude or ()),
+        include=tuple(include or ()),
         preprocess=_preprocess(input_size, mean, std),
         limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
         search=SearchConfig(strategy, parse_duration(budget) if budget else None, trials, finalists, options),
@@ -271,6 +276,7 @@ def apply(
     mean: Mean = None,
     std: Std = None,
     exclude: Exclude = None,
+    include: Include = None,
     threads: Threads = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -293,6 +299,7 @@ def apply(
         recovery_epochs=recovery_epochs,
         learning_rate=learning_rate,
         exclude=tuple(exclude or ()),
+        include=tuple(include or ()),
         preprocess=_preprocess(input_size, mean, std),
     )
     _run(config, out, plan, as_json, quiet)
@@ -323,23 +330,31 @@ def inspect(
     pretrained: Pretrained = False,
     input_size: InputSize = None,
     exclude: Exclude = None,
+    include: Include = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model consists of, what can be cut, and what is kept whole and why.
 
+    With --exclude or --include also what each pattern matches, before anything is cut.
+
     \b
-    Example: hirelc-deploy inspect --model resnet18 --json
+    Example: hirelc-deploy inspect --model resnet18 --exclude 'layer1.*'
     """
     import torch
 
-    from hirelc_deploy.graph.units import build_graph
+    from hirelc_deploy.compress.slicing import provable
+    from hirelc_deploy.graph.units import build_graph, matches
     from hirelc_deploy.models import ModelSource, preprocess_of
 
     source = ModelSource(**_path_weights(_model_source(model, weights, model_arg, pretrained)))
     network = source.load().eval()
     size = preprocess_of(network, None, _preprocess(input_size, None, None).overrides()).input_size
-    generator = torch.Generator().manual_seed(0)
-    graph = build_graph(network, torch.rand((2, *size), generator=generator), exclude=tuple(exclude or ()))
+    images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
+    everything = graph = build_graph(network, images)
+    if patterns := [*(exclude or ()), *(include or ())]:
+        graph = build_graph(network, images, exclude=tuple(exclude or ()), include=tuple(include or ()))
+    graph, _ = provable(network, graph, images)
+    matched = {pattern: [u.name for u in everything.units if matches(u, pattern)] for pattern in patterns}
     record = {
         "model": model,
         "params": graph.params,
@@ -347,6 +362,7 @@ def inspect(
         "blocks": list(graph.blocks),
         "units": [{"name": u.name, "kind": u.kind, "size": u.size, "block": u.block} for u in graph.units],
         "kept_whole": [{"layer": k.layer, "reason": k.reason} for k in graph.kept_whole],
+        "matched": matched,
     }
     lines = [
         f"{model}: {graph.params:,} parameters, {graph.macs:,} multiply-accumulates at {'x'.join(map(str, size))}",
@@ -354,6 +370,7 @@ def inspect(
         *(f"  {u.name:<40} {u.kind:<18} {u.size:>5}  in {u.block}" for u in graph.units),
         f"{len(graph.kept_whole)} layers kept whole:" if graph.kept_whole else "nothing is kept whole",
         *(f"  {k.layer:<40} {k.reason}" for k in graph.kept_whole),
+        *(f"pattern {p!r} matches {', '.join(names) or 'layers in no unit'}" for p, names in matched.items()),
     ]
     _show(record, as_json, "\n".join(lines))
 

@@ -134,7 +134,8 @@ class JobConfig:
         threads: Of one inference on the target; None for what the target says.
         recovery_epochs: Passes over the training split for a finalist; 0 for no training.
         learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
-        exclude: Patterns of layers that stay whole.
+        exclude: Patterns of units and layers that stay whole.
+        include: Patterns of units and layers; when given, only these may be cut.
     """
 
     model: ModelConfig
@@ -146,6 +147,7 @@ class JobConfig:
     recovery_epochs: float = 1.0
     learning_rate: float = 0.01
     exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     limits: Limits = field(default_factory=Limits)
     search: SearchConfig = field(default_factory=SearchConfig)

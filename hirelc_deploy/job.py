@@ -74,7 +74,7 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
             "for timm's own (for structural work without accuracy: --data synthetic:64)."
         )
     # Whatever can be wrong with the options is found before the run directory is made.
-    graph = proven_graph(model, data, config.exclude)
+    graph = proven_graph(model, data, config.exclude, config.include)
     options = config
     if config.plan is not None:
         plan = read_plan(config.plan, graph)
@@ -92,7 +92,6 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         seed=config.seed,
         threads=config.threads or target.threads,
         progress=progress,
-        exclude=config.exclude,
         graph=graph,
     )
     return Workplace(config, pipeline, run, source, command)

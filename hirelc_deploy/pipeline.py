@@ -108,7 +108,6 @@ class Pipeline:
         seed: int = 0,
         threads: int = 1,
         progress: Progress | None = None,
-        exclude: tuple[str, ...] = (),
         graph: ModelGraph | None = None,
     ) -> None:
         self.model = model.eval()
@@ -121,7 +120,6 @@ class Pipeline:
         self.seed = seed
         self.threads = threads
         self.progress = progress or Progress(quiet=True)
-        self.exclude = exclude
         if graph is not None:
             self.graph = graph  # known from before the run was opened, so that a bad option leaves no run behind
         self.machine = fingerprint(describe(backend))
@@ -138,7 +136,7 @@ class Pipeline:
     @cached_property
     def graph(self) -> ModelGraph:
         """Blocks, units and layers of the uncut model; see `proven_graph`."""
-        return proven_graph(self.model, self.data, self.exclude)
+        return proven_graph(self.model, self.data)
 
     @cached_property
     def integer(self) -> Precision:
@@ -434,10 +432,12 @@ def two_images(data: Data) -> Tensor:
     return data.calibration.batch(np.arange(2) % len(data.calibration))
 
 
-def proven_graph(model: nn.Module, data: Data, exclude: tuple[str, ...] = ()) -> ModelGraph:
+def proven_graph(
+    model: nn.Module, data: Data, exclude: tuple[str, ...] = (), include: tuple[str, ...] = ()
+) -> ModelGraph:
     """Return blocks, units and layers of a model; every unit was shown to cut exactly."""
     example = two_images(data)
-    graph = build_graph(model, example, exclude=exclude)
+    graph = build_graph(model, example, exclude=exclude, include=include)
     if not graph.layers:
         raise InputError(
             f"{type(model).__name__}: no convolution and no linear layer was seen in its forward pass; "

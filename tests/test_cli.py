@@ -177,7 +177,7 @@ def test_ctrl_c_says_that_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_inspect_says_what_can_be_cut_and_why_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = answer(capsys, "inspect", "--model", "net.py:net", "--input-size", "3,8,8", "--json")
-    assert set(record) == {"model", "params", "macs", "blocks", "units", "kept_whole"}
+    assert set(record) == {"model", "params", "macs", "blocks", "units", "kept_whole", "matched"}
     assert record["params"] == 3 * 8 * 9 + 8 + 2 * 8 + 8 * 8 * 9 + 8 + 8 * 2 + 2
     assert record["macs"] == 64 * 3 * 8 * 9 + 16 * 8 * 8 * 9 + 8 * 2
     assert [set(unit) for unit in record["units"]] == [{"name", "kind", "size", "block"}] * 2
@@ -194,6 +194,20 @@ def test_an_excluded_layer_is_kept_whole_with_the_pattern_as_its_reason(
     record = answer(capsys, "inspect", *options)
     assert any(kept["layer"] == "3" and "'3'" in kept["reason"] for kept in record["kept_whole"])
     assert len(record["units"]) < 2
+    assert set(record["matched"]) == {"3"}
+    assert record["matched"]["3"]
+
+
+def test_inspect_lists_what_each_pattern_matches(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "net.py:net", "--input-size", "3,8,8"]
+    names = [unit["name"] for unit in answer(capsys, "inspect", *options, "--json")["units"]]
+    record = answer(capsys, "inspect", *options, "--include", names[0], "--json")
+    assert record["matched"] == {names[0]: names[:1]}
+    assert [unit["name"] for unit in record["units"]] == names[:1]
+    text = answer(capsys, "inspect", *options, "--include", names[0], "--exclude", "*")
+    assert f"pattern {names[0]!r} matches {names[0]}" in text
+    assert f"pattern '*' matches {', '.join(names)}" in text
+    assert "0 units that can be cut" in text
 
 
 def test_targets_and_doctor_answer_programs_and_people(capsys: pytest.CaptureFixture[str]) -> None:

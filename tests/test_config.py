@@ -30,6 +30,7 @@ FULL = JobConfig(
     seed=3,
     recovery_epochs=0.5,
     exclude=("fc", "stem.*"),
+    include=("layer1.*",),
     preprocess=PreprocessConfig((3, 32, 32), (0.5, 0.5, 0.5)),
     limits=Limits(max_drop=1.0, max_bytes=10**6),
     search=SearchConfig("knapsack", budget_seconds=1800.0),

@@ -66,6 +66,11 @@ def build_graph(
     )
 
 
+def matches(unit: Unit, pattern: str) -> bool:
+    """Return whether a pattern (`layer1.*`) is the unit's name or that of a layer it touches."""
+    return any(fnmatchcase(name, pattern) for name in (unit.name, *_layers_touched(unit)))
+
+
 def legal_widths(size: int, positions: int, kind: str) -> tuple[int, ...]:
     """Return the widths a unit may take, ascending, `size` last.
 
@@ -178,9 +183,7 @@ def _units(
         if not main:
             continue
         reason = pinned.get(int(group.roots[0]), "")
-        readers = [
-            Reader(name, _rows(read[name], group.roots)) for name in readers_of.get(int(group.roots[0]), ())
-        ]
+        readers = [Reader(name, _rows(read[name], group.roots)) for name in readers_of.get(int(group.roots[0]), ())]
         kind = _kind(marks.get(int(group.roots[0]), set()), main)
         size, positions = len(group.roots), group.slices[0].index.shape[1]
         widths = legal_widths(size, positions, kind)
@@ -240,8 +243,7 @@ def _chosen(
             raise InputError(f"pattern {pattern!r} matches no unit and no layer. {hint}")
 
     def matching(unit: Unit, patterns: Sequence[str]) -> str | None:
-        mine = [unit.name, *_layers_touched(unit)]
-        return next((p for p in patterns if any(fnmatchcase(name, p) for name in mine)), None)
+        return next((pattern for pattern in patterns if matches(unit, pattern)), None)
 
     kept = []
     for unit in units:
