@@ -9,6 +9,7 @@ under their file names.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -21,6 +22,21 @@ COPIED = (
     *("search", "latency_model", "placement", "stages", "warnings"),
 )
 """Keys of a run's result that a record keeps."""
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Return date, commit, command, machine and versions for a result of this machine."""
+    from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
+
+    from hirelc_deploy.measure.machine import describe
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "command": command,
+        "machine": describe(OnnxRuntimeCpu()),
+    }
 
 
 def operator_shares(operators: list[dict[str, Any]]) -> dict[str, Any]:

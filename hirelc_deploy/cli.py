@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hirelc_deploy import __version__
-from hirelc_deploy.errors import HirelcError, InputError
+from hirelc_deploy.errors import COMMAND, HirelcError, InputError
 from hirelc_deploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+targets_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(targets_app, name="targets")
 
 Model = Annotated[
     str, typer.Option("--model", help="A timm name, file.py:factory or package.module:factory.", show_default=False)
@@ -108,9 +111,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def fail(sentence: str, code: int) -> int:
-    """Print one sentence on standard error and return `code`."""
+    """Print one sentence on standard error, and below it the commands it ends in, if any; return `code`."""
     plain = re.sub("\x1b\\[[0-9;]*m", "", sentence)  # libraries colour their messages
-    print(f"hirelc-deploy: {' '.join(plain.split())}", file=sys.stderr)
+    first, *commands = (" ".join(part.split()) for part in plain.split(COMMAND))
+    print("\n  ".join([f"hirelc-deploy: {first}", *commands]), file=sys.stderr)
     return code
 
 
@@ -479,18 +483,46 @@ def export(
         print(path)
 
 
-@app.command()
-def targets(as_json: Json = False) -> None:
-    """List target profiles, built in and from your targets.toml.
+@targets_app.callback(invoke_without_command=True)
+def targets(context: typer.Context, as_json: Json = False) -> None:
+    """List target profiles, built in and from your targets.toml; `targets add` adds a board.
 
     \b
     Example: hirelc-deploy targets
     """
     from hirelc_deploy.measure.targets import known_targets
 
+    if context.invoked_subcommand is not None:
+        return
     known = known_targets().values()
-    lines = [f"{t.name:<14} {t.backend:<18} {t.source:<10} {t.description}" for t in known]
+    lines = [
+        f"{t.name:<14} {t.backend:<16} {', '.join(t.hosts) or '-':<16} {t.source:<10} {t.description}" for t in known
+    ]
     _show({"targets": [dataclasses.asdict(target) for target in known]}, as_json, "\n".join(lines))
+
+
+@targets_app.command("add")
+def add_target(
+    name: Annotated[str, typer.Argument(help="A profile such as jetson or raspberrypi5, or a name of your own.")],
+    host: Annotated[list[str], typer.Option(help="me@board, as `ssh` takes it; several for a pool of equal boards.")],
+    like: Annotated[str | None, typer.Option(help="The profile that a name of your own begins from.")] = None,
+    python: Annotated[str, typer.Option(help="Command of the Python on the board that has the runtime.")] = "python3",
+    folder: Annotated[str | None, typer.Option(help="Folder on the board for files while they are needed.")] = None,
+    threads: Threads = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Write a target anew that is already there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a board and write it to your targets.toml.
+
+    \b
+    Example: hirelc-deploy targets add jetson --host me@orin
+    """
+    from hirelc_deploy.measure import targets as profiles
+
+    found = profiles.check_boards(profiles.new_target(name, host, like or name, python, folder, threads))
+    path = profiles.targets_file()
+    profiles.add_target(path, found.target, replace=replace)
+    _show(found.to_dict(), as_json, "\n".join([*found.lines(), f"written to {path}; use it with --target {name}"]))
 
 
 @app.command()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+COMMAND = "\n  "
+"""What stands in a message before a command that helps; the command line shows it on a line of its own."""
+
 
 class HirelcError(Exception):
     """A problem the user can act on: the message says where, what was found, and what to do."""

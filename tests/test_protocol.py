@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,21 @@ import pytest
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError, TargetUnavailable
-from hirelc_deploy.measure.protocol import FULL, QUICK, TimingLimits, _bootstrap_medians, compare, judge
-from hirelc_deploy.testing.fake_backend import NO_NOISE, FakeTiming, Noise
+from hirelc_deploy.measure.backend import DeviceState
+from hirelc_deploy.measure.protocol import (
+    FULL,
+    MOST_REPEATS,
+    QUICK,
+    Timing,
+    TimingLimits,
+    Watch,
+    _bootstrap_medians,
+    compare,
+    judge,
+    one_turn,
+)
+from hirelc_deploy.testing.backend_contract import write_model
+from hirelc_deploy.testing.fake_backend import NO_NOISE, FakeBackend, FakeTiming, Heat, Noise
 
 FILES = [Path("reference.onnx"), Path("candidate.onnx")]
 TRIALS = 120
@@ -35,7 +49,9 @@ class KnownTruth:
         self.open_now += 1
         process = FakeTiming(self.microseconds, self.noise, seed, self.end_after)
         try:
-            yield SimpleNamespace(rounds=lambda count: self._watched(process.rounds(count)))  # type: ignore[misc]
+            yield SimpleNamespace(  # type: ignore[misc]
+                rounds=lambda count: self._watched(process.rounds(count)), states=None, restarts=0, place=None
+            )
         finally:
             self.open_now -= 1
 
@@ -250,3 +266,56 @@ def test_impossible_limits_are_refused(bad: dict[str, float]) -> None:
 def test_no_file_is_bad_input() -> None:
     with pytest.raises(InputError, match="no file"):
         compare([], KnownTruth([]))
+
+
+def heated(heat: Heat, tmp_path: Path) -> tuple[FakeBackend, Timing]:
+    backend = FakeBackend(heat=heat)
+    files = [write_model(tmp_path / f"{name}.onnx") for name in ("a", "b")]
+    limits = TimingLimits(processes=2, min_rounds=100, max_rounds=200)
+    return backend, compare(files, backend, limits=limits, pause=backend.pause)[1]
+
+
+def test_a_turn_in_which_the_device_throttled_is_taken_again_after_it_has_cooled(tmp_path: Path) -> None:
+    cool = heated(Heat(), tmp_path)[1]
+    backend, timing = heated(Heat(per_round_c=0.5, limit_c=80.0), tmp_path)
+    assert timing.device is not None
+    assert timing.device["repeated_turns"] >= 1
+    assert timing.device["slowed_down"] == ["simulated heat"]
+    assert "taken again" in timing.note
+    # Not one slow run is left in the samples.
+    assert timing.samples.max() == cool.samples.max()
+    assert backend.celsius < 80.0
+
+
+def test_a_device_that_never_cools_is_timed_and_the_numbers_say_so(tmp_path: Path) -> None:
+    _, timing = heated(Heat(start_c=90.0), tmp_path)
+    assert timing.device is not None
+    assert timing.device["repeated_turns"] == MOST_REPEATS
+    assert "slowed itself down while it was timed (simulated heat)" in timing.note
+    assert timing.rounds >= 100
+
+
+def test_a_falling_clock_counts_as_slowing_down_and_a_rising_one_does_not() -> None:
+    slow, fast = DeviceState(frequency_khz=1_400_000), DeviceState(frequency_khz=1_500_000)
+    assert Watch().slowed_down([(fast, slow), None])
+    assert not Watch().slowed_down([(slow, fast), (fast, fast), None])
+    assert Watch().to_dict() is None
+
+
+def test_boards_work_side_by_side_and_one_board_does_one_thing_at_a_time() -> None:
+    here, there, active, seen = object(), object(), [], set()
+
+    def process(place: object) -> SimpleNamespace:
+        def rounds(count: int) -> NDArray[np.int64]:
+            assert place not in active
+            active.append(place)
+            meet.wait(10.0) if len(seen) < 2 else None
+            seen.add(place)
+            active.remove(place)
+            return np.full((count, 1, 2), id(place))
+
+        return SimpleNamespace(rounds=rounds, place=place)
+
+    meet = threading.Barrier(2)  # passed only if both boards are at work at the same time
+    found = one_turn([process(here), process(there), process(here)], 3)  # type: ignore[list-item]
+    assert [one[0, 0, 0] for one in found] == [id(here), id(there), id(here)]

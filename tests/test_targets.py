@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from hirelc_deploy.errors import InputError, TargetUnavailable
-from hirelc_deploy.measure import registry
+from hirelc_deploy.errors import COMMAND, InputError, TargetUnavailable
+from hirelc_deploy.measure import registry, targets
 from hirelc_deploy.measure.registry import get_backend, installed_backends
 from hirelc_deploy.measure.targets import (
     ENVIRONMENT_VARIABLE,
-    NOT_YET,
     Target,
+    add_target,
     find_target,
     known_targets,
+    new_target,
     open_target,
+    power_mode,
     read_targets,
     target_precisions,
     targets_file,
@@ -52,10 +54,11 @@ def test_the_users_file_adds_targets_and_may_redefine_built_in_ones(tmp_path: Pa
 def test_the_file_is_looked_for_where_the_system_keeps_configs(tmp_path: Path) -> None:
     assert targets_file({"XDG_CONFIG_HOME": str(tmp_path)}) == tmp_path / "hirelc-deploy" / "targets.toml"
     assert targets_file({}) == Path.home() / ".config" / "hirelc-deploy" / "targets.toml"
-    assert set(known_targets({"XDG_CONFIG_HOME": str(tmp_path)})) == {"cpu"}
+    built_in = {"cpu", "gpu", "jetson", "raspberrypi4", "raspberrypi5", "arm"}
+    assert set(known_targets({"XDG_CONFIG_HOME": str(tmp_path)})) == built_in
     (tmp_path / "hirelc-deploy").mkdir()
     (tmp_path / "hirelc-deploy/targets.toml").write_text('[mine]\nbackend = "onnxruntime_cpu"\n')
-    assert set(known_targets({"XDG_CONFIG_HOME": str(tmp_path)})) == {"cpu", "mine"}
+    assert set(known_targets({"XDG_CONFIG_HOME": str(tmp_path)})) == {*built_in, "mine"}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,10 @@ def test_the_file_is_looked_for_where_the_system_keeps_configs(tmp_path: Path) -
         ('[a]\nbackend = "onnxruntime_cpu"\nthreads = true\n', "line 3", "at least 1"),
         ('[a]\nbackend = "onnxruntime_cpu"\nprecisions = "int8"\n', "line 3", "list of names"),
         ('[a]\nbackend = "onnxruntime_cpu"\ndescription = 3\n', "line 3", "give a text"),
+        ('[a]\nbackend = "onnxruntime_cpu"\npower_mode = 3\n', "line 3", "give a text"),
+        ('[a]\nbackend = "onnxruntime_cpu"\nhost = "-oProxyCommand=x"\n', "line 3", "SSH name of a board"),
+        ('[a]\nbackend = "onnxruntime_cpu"\nhost = ["b", "b"]\n', "line 3", "same board twice"),
+        ('[a]\nbackend = "onnxruntime_cpu"\nhost = [1]\n', "line 3", "SSH name of a board"),
         ('backend = "onnxruntime_cpu"\n', "line 1", "not a table"),
     ],
 )
@@ -98,12 +105,79 @@ def test_an_unknown_target_is_bad_input_and_lists_the_known_ones(tmp_path: Path)
     assert refused.value.exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["jetson", "raspberrypi4", "raspberrypi5", "gpu", "arm"])
-def test_a_device_whose_backend_comes_later_is_unavailable_not_unknown(name: str, tmp_path: Path) -> None:
-    with pytest.raises(TargetUnavailable, match="this version does not have") as refused:
-        find_target(name, {"XDG_CONFIG_HOME": str(tmp_path)})
+@pytest.mark.parametrize("name", ["jetson", "raspberrypi4", "raspberrypi5", "arm"])
+def test_a_device_without_a_board_is_unavailable_and_two_lines_would_mend_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("onnxruntime_arm", "tensorrt_gpu")
+    install(monkeypatch, **dict.fromkeys(names, "hirelc_deploy.testing.fake_backend:FakeBackend"))
+    monkeypatch.setattr(targets.platform, "machine", lambda: "x86_64")
+    with pytest.raises(TargetUnavailable) as refused:
+        open_target(find_target(name, {"XDG_CONFIG_HOME": str(tmp_path)}))
     assert refused.value.exit_code == 3
-    assert NOT_YET[name] in str(refused.value)
+    said, *commands = str(refused.value).split(COMMAND)
+    assert "has no board yet" in said
+    assert commands == ["ssh-copy-id me@board", f"hirelc-deploy targets add {name} --host me@board"]
+
+
+def test_a_profile_whose_backend_is_not_installed_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake="hirelc_deploy.testing.fake_backend:FakeBackend")
+    with pytest.raises(TargetUnavailable, match="'jetson' needs the backend tensorrt_gpu, which is not installed"):
+        open_target(find_target("jetson", {}))
+
+
+def test_a_backend_that_knows_no_boards_cannot_have_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake="hirelc_deploy.testing.fake_backend:FakeBackend")
+    with pytest.raises(InputError, match="runs on this machine only"):
+        open_target(Target("mine", "fake", source="targets.toml", hosts=("me@board",)))
+
+
+def test_a_new_target_is_written_read_back_and_replaced_without_touching_others(tmp_path: Path) -> None:
+    path = tmp_path / "folder/targets.toml"
+    pool = Target("pi", "onnxruntime_cpu", 4, ("float",), 'two "boards"', str(path), ("a", "b"), python="/opt/py 3")
+    other = Target("other", "onnxruntime_cpu", source=str(path), folder="/mnt/x", power_mode="performance")
+    add_target(path, pool)
+    add_target(path, other)
+    assert read_targets(path) == {"pi": pool, "other": other}
+    with pytest.raises(InputError, match="'pi' already; say --replace"):
+        add_target(path, pool)
+    path.write_text("# mine\n" + path.read_text())
+    single = Target("pi", "onnxruntime_cpu", source=str(path), hosts=("me@c",))
+    add_target(path, single, replace=True)
+    assert read_targets(path) == {"other": other, "pi": single}
+    assert path.read_text().startswith("# mine\n")
+    add_target(path, pool, replace=True)
+    assert read_targets(path) == {"other": other, "pi": pool}
+
+
+def test_a_target_of_ones_own_begins_from_a_profile() -> None:
+    mine = new_target("desk", ["me@pi"], "raspberrypi5", "/opt/venv/bin/python", None, 4)
+    assert (mine.backend, mine.hosts, mine.python, mine.threads) == (
+        "onnxruntime_arm",
+        ("me@pi",),
+        "/opt/venv/bin/python",
+        4,
+    )
+    for name, hosts, like, said in (
+        ("desk", ["me@pi"], "desk", "--like with one of cpu"),
+        ("two words", ["me@pi"], "arm", "one word"),
+        ("desk", ["-F/etc/passwd"], "arm", "as `ssh` takes it"),
+        ("desk", ["a", "a"], "arm", "same board twice"),
+    ):
+        with pytest.raises(InputError, match=said):
+            new_target(name, hosts, like)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "mode"),
+    [
+        ({"power_mode": "pmode:0002 fmode:fanNull", "governor": "schedutil"}, "2"),
+        ({"power_mode": None, "governor": "performance"}, "performance"),
+        ({"power_mode": None, "governor": None}, ""),
+    ],
+)
+def test_the_power_mode_is_a_jetsons_number_or_the_governor(hardware: dict[str, str | None], mode: str) -> None:
+    assert power_mode(hardware) == mode
 
 
 def test_a_precision_that_the_backend_lacks_is_refused() -> None:

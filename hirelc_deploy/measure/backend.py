@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,31 @@ class OperatorTime:
     microseconds: float
 
 
+@dataclass(frozen=True)
+class DeviceState:
+    """What a device says about itself between timed runs; None or empty where it does not say.
+
+    Attributes:
+        frequency_khz: Of the fastest core now.
+        temperature_c: Of the hottest zone now.
+        throttled: Reasons for which the device slows itself down now.
+        power_w: Drawn by the whole board now.
+        peak_memory_bytes: Of the timing process until now.
+    """
+
+    frequency_khz: int | None = None
+    temperature_c: float | None = None
+    throttled: tuple[str, ...] = ()
+    power_w: float | None = None
+    peak_memory_bytes: int | None = None
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> DeviceState:
+        """Return the state that worker.state told; keys of a newer one are ignored."""
+        known: dict[str, Any] = {field.name: said.get(field.name) for field in fields(cls)}
+        return cls(**{**known, "throttled": tuple(said.get("throttled") or ())})
+
+
 class Runner(Protocol):
     """One built file, ready to run."""
 
@@ -57,13 +82,27 @@ class Runner(Protocol):
 class TimingProcess(Protocol):
     """A separate process on the device that holds fresh sessions of several files."""
 
+    @property
+    def states(self) -> tuple[DeviceState, DeviceState] | None:
+        """Of the device, right before and right after the last `rounds`, outside of every clock; None if unknown."""
+
+    @property
+    def restarts(self) -> int:
+        """How often the process was lost and started again."""
+
+    @property
+    def place(self) -> object:
+        """Equal for processes that must not work at the same time; boards of a pool are different places."""
+
     def rounds(self, count: int) -> NDArray[np.int64]:
-        """Return (count, files, 2) nanoseconds: wall and CPU time of one inference of each file.
+        """Return (count, files, 2) nanoseconds of one inference of each file: wall time, and the processor's own time.
+
+        The processor's own time is CPU time on a CPU and the time between two events on a GPU.
 
         Files take turns in random order, a few timed runs in a row after untimed ones of the same file, so that none
         pays for caches that another has just emptied.
 
-        Raises TargetUnavailable when the process ends or stops answering.
+        Raises ExportError when the process ends or hangs again and again, TargetUnavailable when the device is gone.
         """
 
 
@@ -86,6 +125,34 @@ class Backend(Protocol):
 
     def open_timing(self, files: Sequence[Path], threads: int, seed: int) -> AbstractContextManager[TimingProcess]:
         """Start one timing process, warmed up (20 runs of each file), garbage collection off."""
+
+
+@runtime_checkable
+class Portable(Protocol):
+    """What a backend has when the same code can run on a board over SSH.
+
+    Attributes:
+        program: One file for Python 3.8, numpy and the runtime, without imports of this project. Its functions are
+            `availability()` and `versions()` as of a backend, `facts()` (JSON values that precisions depend on), and
+            `open_session(path, threads, cache)`, which raises anything to refuse a file and else returns an object with
+            `infer(images)`, `profile(image, runs)` (tuples of the fields of OperatorTime) and `timed_run()`, one
+            synchronised inference of batch 1 that returns nanoseconds: wall time, and the processor's own time.
+            `cache` is a folder that lasts as long as the connection.
+    """
+
+    name: str
+    program: Path
+
+    def precisions_on(self, facts: Mapping[str, Any]) -> tuple[Precision, ...]:
+        """Return what a device executes that says of itself `machine.describe`'s hardware and `facts()['runtime']`."""
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """What a backend has whose device is another machine."""
+
+    def hardware(self) -> dict[str, Any]:
+        """Return what worker.hardware says on that machine."""
 
 
 BackendFactory = Callable[[], Backend]

@@ -7,6 +7,9 @@ random order, every few milliseconds; a round is one timed run of each. Rounds c
 working at a time; the statistic is the median of log ratios; its interval comes from a bootstrap over processes, then
 short blocks of rounds; and a verdict needs the whole interval beyond a margin, because looking at the data to decide
 when to stop makes a bare interval lie in 5 to 18 % of trials.
+
+Before and after each turn the device says how hot, how fast and how throttled it is. A turn in which it slowed itself
+down is thrown away and taken again when it has cooled, a few times at most; then the numbers say so.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.backend import Backend, DeviceState, TimingProcess
 
 Verdict = Literal["reference", "faster", "slower", "same", "not told apart"]
 Clock = Literal["cpu", "wall"]
@@ -37,6 +41,14 @@ STEP_ROUNDS = 20
 """Rounds of one process before the next one works."""
 BLOCK_ROUNDS = 5
 """Rounds that the bootstrap draws together: what disturbs one run of a burst disturbs its neighbours."""
+MOST_REPEATS = 5
+"""Turns of one comparison that are taken again because the device slowed itself down."""
+CLOCK_FALL = 0.98
+"""A clock below this share of what it was at the start of the turn is a device that slows down (edge boards hold theirs
+to the last kilohertz under a fixed governor)."""
+COOL_PAUSE_SECONDS, COOL_PAUSES = 5.0, 12
+COOL_ABOVE_START_C = 3.0
+"""Cooling ends this many degrees above where the comparison began, or after a minute."""
 LOOKS_DRAWS, FINAL_DRAWS = 200, 1000
 """Bootstrap draws when deciding whether to stop, and for the interval that is reported."""
 
@@ -89,6 +101,7 @@ class Timing:
         rounds: Of all processes together.
         contended: Other programs took the core while this ran; None with several threads, where it cannot be told.
         note: What a reader must know about these numbers, in sentences, or ``.
+        device: What the device said of itself from the first to the last turn; None where it says nothing.
         samples: (processes, rounds, 2) nanoseconds, wall and CPU, of every run of this file.
     """
 
@@ -106,6 +119,7 @@ class Timing:
     rounds: int
     contended: bool | None
     note: str
+    device: Mapping[str, Any] | None
     samples: Samples = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +138,7 @@ def compare(
     progress: Callable[[int, int], None] | None = None,
     samples_path: Path | None = None,
     now: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
 ) -> list[Timing]:
     """Time `files` side by side on `backend` and judge each against the first.
 
@@ -150,10 +165,16 @@ def compare(
             for number in range(limits.processes)
         ]
         samples = np.zeros((limits.processes, 0, len(files), 2), np.int64)
+        watch = Watch()
         step = BLOCK_ROUNDS  # the first turn only finds out how long a round takes
         while True:
             started = now()
-            turn = np.stack([process.rounds(step) for process in processes])
+            turn = np.stack(one_turn(processes, step))
+            if watch.slowed_down([process.states for process in processes]) and watch.repeats < MOST_REPEATS:
+                watch.repeats += 1
+                cool_down(processes[0], watch, pause)
+                if now() < deadline or samples.size == 0:
+                    continue
             samples = np.concatenate([samples, turn], axis=1)
             done = samples.shape[0] * samples.shape[1]
             if progress is not None:
@@ -167,15 +188,119 @@ def compare(
                 break
     if samples_path is not None:
         np.savez_compressed(samples_path, files=np.array([str(file) for file in files]), nanoseconds=samples)
-    return judge(files, samples, clock, seed=seed, min_rounds=limits.min_rounds)
+    watch.restarts = sum(process.restarts for process in processes)
+    return judge(files, samples, clock, seed=seed, min_rounds=limits.min_rounds, watch=watch)
 
 
-def judge(files: Sequence[Path], samples: Samples, clock: Clock, *, seed: int = 0, min_rounds: int = 1) -> list[Timing]:
+@dataclass
+class Watch:
+    """What the device said of itself during one comparison.
+
+    Attributes:
+        first, last: States at the beginning and the end.
+        reasons: Why it slowed itself down, at any time.
+        repeats: Turns thrown away for that.
+        unsteady: Whether a turn was kept in which it did.
+        restarts: Timing processes that were lost and started again.
+        peak_memory_bytes: Of the largest timing process, all files loaded.
+    """
+
+    first: DeviceState | None = None
+    last: DeviceState | None = None
+    reasons: set[str] = field(default_factory=set)
+    repeats: int = 0
+    unsteady: bool = False
+    restarts: int = 0
+    peak_memory_bytes: int = 0
+
+    def slowed_down(self, states: Sequence[tuple[DeviceState, DeviceState] | None]) -> bool:
+        """Take note of the states before and after the turn of each process; say whether the turn is worth keeping."""
+        reasons: set[str] = set()
+        for before, after in filter(None, states):
+            self.first, self.last = self.first or before, after
+            self.peak_memory_bytes = max(self.peak_memory_bytes, after.peak_memory_bytes or 0)
+            reasons |= set(after.throttled)
+            if before.frequency_khz and after.frequency_khz and after.frequency_khz < CLOCK_FALL * before.frequency_khz:
+                reasons.add("its clock fell")
+        self.reasons |= reasons
+        self.unsteady |= bool(reasons) and self.repeats >= MOST_REPEATS
+        return bool(reasons)
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """Return it as JSON values, None where the device said nothing."""
+        if self.first is None or self.last is None:
+            return None
+        return {
+            "temperature_c": [self.first.temperature_c, self.last.temperature_c],
+            "frequency_khz": [self.first.frequency_khz, self.last.frequency_khz],
+            "power_w": self.last.power_w,
+            "peak_memory_bytes": self.peak_memory_bytes or None,
+            "slowed_down": sorted(self.reasons),
+            "repeated_turns": self.repeats,
+            "restarts": self.restarts,
+        }
+
+    def note(self) -> str:
+        """Return a sentence for the reader, or ``."""
+        why = ", ".join(sorted(self.reasons))
+        kept = f"The device slowed itself down while it was timed ({why}): cool or feed it better and repeat."
+        taken = f"The device slowed itself down ({why}); {self.repeats} turns were taken again after it had recovered."
+        lost = f"{self.restarts} timing processes were lost and started again."
+        slowed = kept if self.unsteady else taken if self.repeats else ""
+        return " ".join(filter(None, (slowed, lost if self.restarts else "")))
+
+
+def cool_down(process: TimingProcess, watch: Watch, pause: Callable[[float], None]) -> None:
+    """Wait until the device is as cool as at the start, or a minute; a single round asks it each time."""
+    start = watch.first.temperature_c if watch.first is not None else None
+    for _ in range(COOL_PAUSES):
+        pause(COOL_PAUSE_SECONDS)
+        process.rounds(1)
+        if process.states is None:
+            return
+        state = process.states[1]
+        cool = start is None or state.temperature_c is None or state.temperature_c <= start + COOL_ABOVE_START_C
+        if cool and not state.throttled:
+            return
+
+
+def one_turn(processes: Sequence[TimingProcess], count: int) -> list[Samples]:
+    """Return the rounds of every process, one process working at a time on each device.
+
+    The boards of a pool are different places and work side by side.
+    """
+    places: dict[int, list[int]] = {}
+    for index, process in enumerate(processes):
+        places.setdefault(id(process.place), []).append(index)
+    found: dict[int, Samples] = {}
+
+    def work(indices: Sequence[int]) -> None:
+        for index in indices:
+            found[index] = processes[index].rounds(count)
+
+    if len(places) == 1:
+        work(range(len(processes)))
+    else:
+        with ThreadPoolExecutor(len(places)) as executor:
+            list(executor.map(work, places.values()))
+    return [found[index] for index in range(len(processes))]
+
+
+def judge(
+    files: Sequence[Path],
+    samples: Samples,
+    clock: Clock,
+    *,
+    seed: int = 0,
+    min_rounds: int = 1,
+    watch: Watch | None = None,
+) -> list[Timing]:
     """Return what `samples` say about each file; no clock is read and nothing runs.
 
     Args:
         samples: (processes, rounds, files, 2) nanoseconds; runs with equal process and round were taken side by side.
         min_rounds: With fewer than these in all, the note says that time ran out.
+        watch: What the device said meanwhile.
     """
     log_ratios = _log_ratios(samples, clock)
     wall_ratios = np.exp(np.median(_log_ratios(samples, "wall"), axis=(1, 2)))
@@ -193,6 +318,7 @@ def judge(files: Sequence[Path], samples: Samples, clock: Clock, *, seed: int = 
             else "",
             f"Stopped by the time limit after {rounds} of at least {min_rounds} rounds." if rounds < min_rounds else "",
             _drift(log_ratios[index], samples[:, :, index, 1 if clock == "cpu" else 0]),
+            watch.note() if watch is not None else "",
         ]
         timings.append(
             Timing(
@@ -210,6 +336,7 @@ def judge(files: Sequence[Path], samples: Samples, clock: Clock, *, seed: int = 
                 rounds=rounds,
                 contended=contended,
                 note=" ".join(filter(None, notes)),
+                device=watch.to_dict() if watch is not None else None,
                 samples=samples[:, :, index],
             )
         )

@@ -1,22 +1,34 @@
-"""In: the name of a device. Out: which backend, threads and precisions to use for it, built in or from targets.toml."""
+"""In: the name of a device. Out: which backend, board, threads and precisions to use, built in or from targets.toml."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import os
+import platform
 import re
+import sys
+import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hirelc_deploy.errors import InputError, TargetUnavailable
-from hirelc_deploy.measure.backend import Backend, Precision
+from hirelc_deploy.measure.backend import Backend, Portable, Precision
+from hirelc_deploy.measure.machine import describe, fingerprint
+from hirelc_deploy.measure.pool import PoolBackend
+from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.measure.registry import get_backend, installed_backends
+from hirelc_deploy.measure.remote import FOLDER, Board
 
 ENVIRONMENT_VARIABLE = "HIRELC_DEPLOY_TARGETS"
-KEYS = ("backend", "threads", "precisions", "description")
+KEYS = ("backend", "host", "threads", "precisions", "power_mode", "python", "folder", "description")
+ARM = ("aarch64", "arm64")
+HOST = re.compile(r"[^-\s]\S*\Z")
+"""The SSH name of a board; one that starts with a dash would be an option of ssh."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,11 @@ class Target:
     Attributes:
         precisions: Names that a plan may use, a subset of what the backend executes; empty for all of them.
         source: Where it was defined: `built in` or a file.
+        hosts: SSH names of boards; several are a pool of equal ones. Empty for this machine.
+        remote: Whether the device is meant to be another machine, so that without a host there is none.
+        power_mode: What the device must run in: the number of a Jetson's nvpmodel, or the name of a CPU governor.
+        python: Command of the Python on the board that has the runtime.
+        folder: On the board, for files while they are needed.
     """
 
     name: str
@@ -34,18 +51,38 @@ class Target:
     precisions: tuple[str, ...] = ()
     description: str = ""
     source: str = "built in"
+    hosts: tuple[str, ...] = ()
+    remote: bool = False
+    power_mode: str = ""
+    python: str = "python3"
+    folder: str = FOLDER
 
 
-BUILT_IN = (Target("cpu", "onnxruntime_cpu", description="this machine's CPU, one thread, ONNX Runtime"),)
-
-NOT_YET = {
-    "jetson": "an NVIDIA Jetson needs the TensorRT backend",
-    "gpu": "an NVIDIA GPU needs the TensorRT backend",
-    "raspberrypi4": "a Raspberry Pi 4 needs the backend that runs ONNX Runtime on an ARM board over SSH",
-    "raspberrypi5": "a Raspberry Pi 5 needs the backend that runs ONNX Runtime on an ARM board over SSH",
-    "arm": "an ARM board needs the backend that runs ONNX Runtime on it over SSH",
-}
-"""Devices the tool is meant for and cannot reach in this version: name to what is missing."""
+BUILT_IN = (
+    Target("cpu", "onnxruntime_cpu", description="this machine's CPU, one thread, ONNX Runtime"),
+    Target("gpu", "tensorrt_gpu", description="this machine's NVIDIA GPU, TensorRT"),
+    Target(
+        "jetson",
+        "tensorrt_gpu",
+        description="an NVIDIA Jetson over SSH, TensorRT. Orin Nano, NX, AGX: INT8 and FP16 (SM 8.7); Thor: FP8 too. "
+        "Fix the power mode (sudo nvpmodel -m 0) and the clocks (sudo jetson_clocks).",
+        remote=True,
+    ),
+    Target(
+        "raspberrypi4",
+        "onnxruntime_arm",
+        description="a Raspberry Pi 4 (Cortex-A72) over SSH, ONNX Runtime; without 8-bit dot products, INT8 brings "
+        "little time there: bytes shrink, and milliseconds come from cutting.",
+        remote=True,
+    ),
+    Target(
+        "raspberrypi5",
+        "onnxruntime_arm",
+        description="a Raspberry Pi 5 (Cortex-A76) over SSH, ONNX Runtime, INT8 by dot products",
+        remote=True,
+    ),
+    Target("arm", "onnxruntime_arm", description="an ARM board over SSH, ONNX Runtime", remote=True),
+)
 
 
 def targets_file(environ: Mapping[str, str] = os.environ) -> Path:
@@ -70,40 +107,232 @@ def known_targets(environ: Mapping[str, str] = os.environ) -> dict[str, Target]:
 
 
 def find_target(name: str, environ: Mapping[str, str] = os.environ) -> Target:
-    """Return the target called `name`.
-
-    Raises:
-        InputError: Nobody knows it.
-        TargetUnavailable: It is a device whose backend this version does not have.
-    """
+    """Return the target called `name`; raises InputError where nobody knows it."""
     targets = known_targets(environ)
     if name in targets:
         return targets[name]
-    usable = ", ".join(targets)
-    if name in NOT_YET:
-        raise TargetUnavailable(
-            f"target {name!r}: {NOT_YET[name]}, which this version does not have; usable: {usable}."
-        )
-    near = difflib.get_close_matches(name, [*targets, *NOT_YET], 1)
+    near = difflib.get_close_matches(name, targets, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise InputError(
-        f"target {name!r} is unknown; known targets: {usable}.{hint} Define others in {targets_file(environ)}."
+        f"target {name!r} is unknown; known targets: {', '.join(targets)}.{hint} "
+        f"Define others in {targets_file(environ)}."
     )
 
 
-def open_target(target: Target) -> Backend:
+def print_to_stderr(text: str) -> None:
+    """Say something to a person who waits."""
+    print(f"hirelc-deploy: {text}", file=sys.stderr)
+
+
+def open_target(target: Target, say: Callable[[str], None] = print_to_stderr) -> Backend:
     """Return the target's backend, ready to run.
 
     Raises:
         InputError: The target asks for a precision that its backend does not execute.
-        TargetUnavailable: The backend says that it cannot run here, and why.
+        TargetUnavailable: The device cannot be reached, or the backend says that it cannot run there, and why.
     """
-    backend = get_backend(target.backend)
+    backend = _backend_of(target, say)
+    if isinstance(backend, ProgramBackend):
+        try:
+            backend.connect()
+        except TargetUnavailable as error:
+            raise TargetUnavailable(f"target {target.name!r}: {error}") from None
     reason = backend.availability()
     if reason is not None:
         raise TargetUnavailable(f"target {target.name!r}: {reason}")
     target_precisions(target, backend)
     return backend
+
+
+def _backend_of(target: Target, say: Callable[[str], None]) -> Backend:
+    if target.source == "built in" and target.backend not in {one.name for one in installed_backends()}:
+        raise TargetUnavailable(f"target {target.name!r} needs the backend {target.backend}, which is not installed.")
+    if not target.hosts:
+        if target.remote and not (target.backend == "onnxruntime_arm" and platform.machine() in ARM):
+            raise TargetUnavailable(
+                f"target {target.name!r} has no board yet. Let yours know your key, and add it:\n"
+                f"  ssh-copy-id me@board\n  hirelc-deploy targets add {target.name} --host me@board"
+            )
+        return get_backend(target.backend)
+    boards = [open_board(target, host, say) for host in target.hosts]
+    return boards[0] if len(boards) == 1 else PoolBackend(boards, say)
+
+
+def open_board(target: Target, host: str, say: Callable[[str], None] = print_to_stderr) -> ProgramBackend:
+    """Return the target's backend on one board; nothing but its power mode was asked yet.
+
+    Raises:
+        InputError: The backend cannot run on boards.
+        TargetUnavailable: The board cannot be reached, or runs in another power mode.
+    """
+    backend = get_backend(target.backend)
+    if not isinstance(backend, Portable):
+        raise InputError(
+            f"{target.source}: target {target.name!r}: backend {target.backend!r} runs on this machine only; "
+            "remove `host`."
+        )
+    board = Board(host, python=target.python, folder=target.folder, say=say)
+    if target.power_mode:
+        found = power_mode(board.hardware())
+        if found != target.power_mode:
+            governors = "/sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
+            remedy = (
+                f"  ssh -t {host} sudo nvpmodel -m {target.power_mode}"
+                if target.power_mode.isdigit()
+                else f"  ssh -t {host} 'echo {target.power_mode} | sudo tee {governors}'"
+            )
+            raise TargetUnavailable(
+                f"target {target.name!r}: {host} runs in power mode {found or 'unknown'}, the profile says "
+                f"{target.power_mode}. Switch it, or change power_mode in {target.source}:\n{remedy}"
+            )
+    return ProgramBackend(backend.name, backend.program, backend.precisions_on, board)
+
+
+def power_mode(hardware: Mapping[str, Any]) -> str:
+    """Return the number of a Jetson's power mode, else the CPU governor, else ``."""
+    jetson = re.search(r"pmode:0*(\d+)", hardware.get("power_mode") or "")
+    return jetson.group(1) if jetson else str(hardware.get("governor") or "")
+
+
+@dataclass(frozen=True)
+class CheckedBoards:
+    """What boards said when a target was made of them.
+
+    Attributes:
+        machines: Host to `machine.describe` of it.
+        seconds: Host to the seconds from the first connection to the answer of the runtime.
+    """
+
+    target: Target
+    machines: Mapping[str, Mapping[str, Any]]
+    precisions: tuple[Precision, ...]
+    seconds: Mapping[str, float]
+
+    def lines(self) -> list[str]:
+        """Return what a person wants to know of them."""
+        lines = []
+        for host, machine in self.machines.items():
+            versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+            lines += [
+                f"{host}: {machine['cpu_model']}, {machine['cores']} cores, {machine['architecture']}",
+                f"  {versions}, Python {machine['python']}; answered in {self.seconds[host]:.1f} s",
+                f"  power mode {power_mode(machine) or 'unknown'}",
+            ]
+        for precision in self.precisions:
+            kind = f"{precision.activation_type} activations, {precision.weight_bits}-bit weights"
+            lines.append(f"  {precision.name}: {kind}. {precision.remark}".rstrip())
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def new_target(
+    name: str,
+    hosts: Sequence[str],
+    like: str,
+    python: str = "python3",
+    folder: str | None = None,
+    threads: int | None = None,
+) -> Target:
+    """Return a target on boards, made from the built-in profile `like`; raises InputError for what it cannot be."""
+    profiles = {target.name: target for target in BUILT_IN}
+    if like not in profiles:
+        raise InputError(
+            f"target {name!r}: there is no profile {like!r} to begin from; "
+            f"say --like with one of {', '.join(profiles)}."
+        )
+    if not re.fullmatch(r"[^\s\"'\\\[\]]+", name):
+        raise InputError(f"target {name!r}: a name is one word without quotes and brackets.")
+    for host in hosts:
+        if not HOST.match(host):
+            raise InputError(f"host {host!r}: give the name of a board as `ssh` takes it, such as me@board.")
+    if len(set(hosts)) < len(hosts):
+        raise InputError(f"host {', '.join(hosts)}: the same board twice; each can do one thing at a time.")
+    profile = profiles[like]
+    return dataclasses.replace(
+        profile,
+        name=name,
+        hosts=tuple(hosts),
+        python=python,
+        folder=folder or FOLDER,
+        threads=threads or profile.threads,
+        source="the command line",
+    )
+
+
+def check_boards(target: Target) -> CheckedBoards:
+    """Connect to every board of a new target and return what they say, their power mode written into the target.
+
+    Raises:
+        TargetUnavailable: A board cannot be reached, lacks the runtime, or is not equal to the others.
+    """
+    machines, seconds = {}, {}
+    for host in target.hosts:
+        started = time.monotonic()
+        backend = open_board(target, host)
+        backend.connect()
+        seconds[host] = time.monotonic() - started
+        machines[host] = describe(backend)
+        precisions = target_precisions(target, backend)
+    if len({fingerprint(machine) for machine in machines.values()}) > 1:
+        raise TargetUnavailable(
+            f"target {target.name!r}: {' and '.join(machines)} differ in CPU, power mode or runtime version; "
+            "the boards of a pool must be equal. Add them as targets of their own."
+        )
+    mode = power_mode(machines[target.hosts[0]])
+    return CheckedBoards(dataclasses.replace(target, power_mode=mode), machines, precisions, seconds)
+
+
+def add_target(path: Path, target: Target, *, replace: bool = False) -> None:
+    """Write a target to the user's file.
+
+    Raises:
+        InputError: The file has one of this name and `replace` is not set, or it cannot be read or written.
+    """
+    try:
+        text = path.read_text("utf-8") if path.exists() else ""
+        known = read_targets(path) if text else {}
+        if target.name in known and not replace:
+            raise InputError(f"{path}: has a target {target.name!r} already; say --replace to write it anew.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_without_table(text, target.name) + _table(target), "utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
+
+
+def _table(target: Target) -> str:
+    hosts: str | list[str] = list(target.hosts) if len(target.hosts) > 1 else "".join(target.hosts)
+    values = {
+        "backend": target.backend,
+        "host": hosts,
+        "threads": target.threads,
+        "precisions": list(target.precisions),
+        "power_mode": target.power_mode,
+        "python": "" if target.python == "python3" else target.python,
+        "folder": "" if target.folder == FOLDER else target.folder,
+        "description": target.description,
+    }
+    # JSON texts, numbers and lists of texts are TOML.
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value]
+    return "\n".join([f"[{_quoted(target.name)}]", *lines]) + "\n"
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
+
+
+def _without_table(text: str, name: str) -> str:
+    kept, inside = [], False
+    for line in text.splitlines():
+        if line.lstrip().startswith("["):
+            inside = re.match(rf"""\s*\[\s*["']?{re.escape(name)}["']?\s*\]""", line) is not None
+        if not inside:
+            kept.append(line)
+    while kept and not kept[-1].strip():
+        kept.pop()
+    return "\n".join([*kept, "", ""]) if kept else ""
 
 
 def target_precisions(target: Target, backend: Backend) -> tuple[Precision, ...]:
@@ -159,10 +388,31 @@ def _target(name: str, table: Any, path: Path, text: str) -> Target:
     precisions = table.get("precisions", [])
     if not isinstance(precisions, list) or not all(isinstance(item, str) for item in precisions):
         raise wrong("precisions", f'precisions is {precisions!r}; give a list of names, such as ["float", "int8"]')
-    description = table.get("description", "")
-    if not isinstance(description, str):
-        raise wrong("description", f"description is {description!r}; give a text")
-    return Target(name, backend, threads, tuple(precisions), description, str(path))
+    host = table.get("host", [])
+    hosts = [host] if isinstance(host, str) else host
+    if not isinstance(hosts, list) or not all(isinstance(one, str) and HOST.match(one) for one in hosts):
+        raise wrong(
+            "host", f'host is {host!r}; give the SSH name of a board such as "me@board", or a list of such names'
+        )
+    if len(set(hosts)) < len(hosts):
+        raise wrong("host", f"host names the same board twice: {', '.join(hosts)}; each can do one thing at a time")
+    texts = {"description": "", "power_mode": "", "python": "python3", "folder": FOLDER}
+    for key, default in texts.items():
+        texts[key] = table.get(key, default)
+        if not isinstance(texts[key], str):
+            raise wrong(key, f"{key} is {texts[key]!r}; give a text")
+    return Target(
+        name,
+        backend,
+        threads,
+        tuple(precisions),
+        texts["description"],
+        str(path),
+        tuple(hosts),
+        power_mode=texts["power_mode"],
+        python=texts["python"],
+        folder=texts["folder"],
+    )
 
 
 def _line_of(text: str, target: str, key: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import ExportError, InputError, TargetUnavailable
-from hirelc_deploy.measure.backend import OperatorTime, Precision, Runner, TimingProcess
+from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Precision, Runner, TimingProcess
 from hirelc_deploy.measure.registry import get_backend
 
 STEPS = {"float": (16, 8, 1.0), "int8": (32, 8, 0.25)}
@@ -50,6 +50,22 @@ NO_NOISE = Noise(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
+class Heat:
+    """How the simulated device warms up while it works, and slows itself down when it is hot.
+
+    Attributes:
+        per_round_c: Degrees that one round adds; a pause of a second takes `per_second_c` off again.
+        limit_c: From here on it is throttled, and every run takes `slowdown` times as long.
+    """
+
+    start_c: float = 45.0
+    per_round_c: float = 0.0
+    per_second_c: float = 1.0
+    limit_c: float = 80.0
+    slowdown: float = 1.5
+
+
+@dataclass(frozen=True)
 class Faults:
     """What shall go wrong: files whose name contains `refuse` are not loaded; a timing process ends early."""
 
@@ -63,8 +79,27 @@ class FakeBackend:
 
     name = "fake"
 
-    def __init__(self, noise: Noise = NO_NOISE, faults: Faults = Faults()) -> None:
-        self._noise, self._faults = noise, faults
+    def __init__(self, noise: Noise = NO_NOISE, faults: Faults = Faults(), heat: Heat = Heat()) -> None:
+        self._noise, self._faults, self._heat = noise, faults, heat
+        self.celsius = heat.start_c
+
+    def pause(self, seconds: float) -> None:
+        """Let simulated time pass, in which the device cools; hand it to `compare`."""
+        self.celsius = max(self._heat.start_c, self.celsius - seconds * self._heat.per_second_c)
+
+    def work(self, rounds: int) -> float:
+        """Warm up by some rounds and return how many times as long they take."""
+        self.celsius += rounds * self._heat.per_round_c
+        return self._heat.slowdown if self.is_throttled else 1.0
+
+    @property
+    def is_throttled(self) -> bool:
+        """Whether the device slows itself down."""
+        return self.celsius > self._heat.limit_c
+
+    def state(self) -> DeviceState:
+        """Return what the device says about itself."""
+        return DeviceState(temperature_c=self.celsius, throttled=("simulated heat",) if self.is_throttled else ())
 
     def availability(self) -> str | None:
         """Return None, or the fault that was asked for."""
@@ -95,7 +130,7 @@ class FakeBackend:
         for file in files:
             self._refuse(file)
         microseconds = [sum(operator.microseconds for operator in operator_times(file, threads)) for file in files]
-        yield FakeTiming(microseconds, self._noise, seed, self._faults.end_after_rounds)
+        yield FakeTiming(microseconds, self._noise, seed, self._faults.end_after_rounds, self)
 
     def _refuse(self, model: Path) -> None:
         if self._faults.refuse and self._faults.refuse in model.name:
@@ -121,13 +156,23 @@ class FakeRunner:
 class FakeTiming:
     """A timing process that reads no clock."""
 
-    def __init__(self, microseconds: Sequence[float], noise: Noise, seed: int, end_after_rounds: int | None) -> None:
-        self._noise, self._left = noise, end_after_rounds
+    def __init__(
+        self,
+        microseconds: Sequence[float],
+        noise: Noise,
+        seed: int,
+        end_after_rounds: int | None = None,
+        device: FakeBackend | None = None,
+    ) -> None:
+        self._noise, self._left, self._device = noise, end_after_rounds, device
         self._rng = np.random.default_rng(seed)
         speed = 1.0 + noise.process * self._rng.standard_normal()
         sessions = 1.0 + noise.session * self._rng.standard_normal(len(microseconds))
         self._nanoseconds = 1000.0 * np.asarray(microseconds) * speed * sessions
         self._round = 0
+        self.states: tuple[DeviceState, DeviceState] | None = None
+        self.restarts = 0
+        self.place = None
 
     def rounds(self, count: int) -> NDArray[np.int64]:
         """Return (count, files, 2) simulated nanoseconds."""
@@ -138,7 +183,12 @@ class FakeTiming:
         noise, shape = self._noise, (count, len(self._nanoseconds))
         drift = 1.0 + noise.drift * (self._round + np.arange(count)) / 400.0
         self._round += count
-        cpu = self._nanoseconds * drift[:, None] * np.abs(1.0 + noise.run * self._rng.standard_normal(shape))
+        slowdown = 1.0
+        if self._device is not None:
+            before = self._device.state()
+            slowdown = self._device.work(count)
+            self.states = before, self._device.state()
+        cpu = slowdown * self._nanoseconds * drift[:, None] * np.abs(1.0 + noise.run * self._rng.standard_normal(shape))
         burst = (self._rng.random(shape) < noise.burst_share) * noise.burst_scale * self._rng.pareto(1.5, shape)
         wall = cpu * (1.0 + burst)
         return np.stack([wall, cpu * (1.0 + noise.burst_cpu * np.minimum(burst, 10.0))], axis=2).astype(np.int64)

@@ -1,0 +1,194 @@
+"""In: a program file. Out: processes that run it, on this machine; a board over SSH offers the same (remote.py)."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hirelc_deploy.measure import worker
+
+
+class Refused(Exception):  # noqa: N818 - these four never leave measure/
+    """The process is well and says no; `code` tells what kind of no."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class ProcessEnded(Exception):  # noqa: N818
+    """The process ended by itself, or something ended it; the text says how."""
+
+
+class ProcessHung(Exception):  # noqa: N818
+    """The process did not answer in time and was ended."""
+
+
+class SessionLost(Exception):  # noqa: N818
+    """The device has forgotten its processes and files, as after a restart; the text says why."""
+
+
+class Process(Protocol):
+    """A serving process on a device; see worker.py for what it can be asked."""
+
+    def ask(
+        self,
+        do: str,
+        *,
+        limit_s: float,
+        file: Path | None = None,
+        files: Sequence[Path] = (),
+        images: NDArray[np.float32] | None = None,
+        **values: Any,
+    ) -> tuple[dict[str, Any], bytes]:
+        """Return the answer; `file`, `files` and `images` travel to the device first, where it is another machine.
+
+        Raises:
+            Refused, ProcessEnded, ProcessHung, SessionLost: see there.
+            TargetUnavailable: The device cannot be reached any more.
+        """
+
+
+class Device(Protocol):
+    """Where programs run."""
+
+    name: str
+    """As it stands in a sentence: `this machine` or `me@board`."""
+
+    def hardware(self) -> dict[str, Any]:
+        """Return what worker.hardware says there."""
+
+    def open(self, program: Path) -> AbstractContextManager[Process]:
+        """Start a process that serves with this program; the program's own file is all it needs."""
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """Have the device for oneself; waits while another measures."""
+
+
+class LocalDevice:
+    """This machine and this Python environment."""
+
+    name = "this machine"
+
+    def hardware(self) -> dict[str, Any]:
+        """Return what this machine says about itself."""
+        return worker.hardware()
+
+    def open(self, program: Path) -> AbstractContextManager[Process]:
+        """Start a child process."""
+        return _local_process(program)
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """Return at once: whoever starts two measurements here can see both."""
+        return nullcontext()
+
+
+class LocalProcess:
+    """The parent's end of a child process. Every read has a deadline."""
+
+    def __init__(self, program: Path, cache: str) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        command = [sys.executable, "-P", worker.__file__, "serve", str(program), cache, "/"]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        self._frames: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def ask(
+        self,
+        do: str,
+        *,
+        limit_s: float,
+        file: Path | None = None,
+        files: Sequence[Path] = (),
+        images: NDArray[np.float32] | None = None,
+        **values: Any,
+    ) -> tuple[dict[str, Any], bytes]:
+        """Return the answer of the child; see Process."""
+        request = request_of(
+            do, str(file.resolve()) if file else None, [str(one.resolve()) for one in files], images, values
+        )
+        assert self.child.stdin is not None
+        with suppress(BrokenPipeError):  # how it ended is found out below
+            self.child.stdin.write(worker.pack(request, b"" if images is None else image_bytes(images)))
+            self.child.stdin.flush()
+        try:
+            frame = self._frames.get(timeout=limit_s)
+        except queue.Empty:
+            self.child.kill()
+            raise ProcessHung(f"did not answer within {limit_s:.0f} s and was ended") from None
+        if frame is None:
+            code = self.child.wait()
+            self._errors.seek(0)
+            said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+            how = f"signal {-code}" if code < 0 else f"exit status {code}"
+            raise ProcessEnded(how + (f", {said[-1]}" if said else ""))
+        raise_refusal(frame[0])
+        return frame
+
+    def close(self) -> None:
+        """End the child and wait for it."""
+        assert self.child.stdin is not None
+        with suppress(BrokenPipeError):
+            self.child.stdin.close()
+        try:
+            self.child.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        self._errors.close()
+
+    def _listen(self) -> None:
+        assert self.child.stdout is not None
+        with self.child.stdout as answers, suppress(worker.Closed):
+            while True:
+                self._frames.put(worker.read_frame(answers))
+        self._frames.put(None)
+
+
+@contextmanager
+def _local_process(program: Path) -> Iterator[LocalProcess]:
+    with tempfile.TemporaryDirectory() as cache:
+        process = LocalProcess(program, cache)
+        try:
+            yield process
+        finally:
+            process.close()
+
+
+def request_of(
+    do: str,
+    file: str | None,
+    files: Sequence[str],
+    images: NDArray[np.float32] | None,
+    values: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the header of a request, with files as the device knows them."""
+    request = {"do": do, **values}
+    if file is not None:
+        request["file"] = file
+    if files:
+        request["files"] = list(files)
+    if images is not None:
+        request["shape"] = images.shape
+    return request
+
+
+def image_bytes(images: NDArray[np.float32]) -> bytes:
+    """Return images as they travel: little-endian float32, rows first."""
+    return np.ascontiguousarray(images, "<f4").tobytes()
+
+
+def raise_refusal(header: dict[str, Any]) -> None:
+    """Raise Refused where an answer is a refusal."""
+    if "refused" in header:
+        raise Refused(header["code"], header["refused"])
