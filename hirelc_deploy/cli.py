@@ -211,13 +211,13 @@ def search(
     speedup: Annotated[float | None, typer.Option(help="Times faster than the uncut float file.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of one inference on the target.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Size of the shipped file.")] = None,
-    strategy: Annotated[str, typer.Option(help="hirelc, knapsack, random, uniform or untrained.")] = "hirelc",
+    strategy: Annotated[str, typer.Option(help="hirelc, knapsack, random, uniform, untrained or flat.")] = "hirelc",
     budget: Annotated[
         str | None, typer.Option(help="Wall time, for example 30m; the last training may end after it.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
     finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
-    options: Annotated[int, typer.Option(min=2, help="Widths offered per unit, at most.")] = 6,
+    options: Annotated[int, typer.Option(min=2, help="Widths offered per unit, at most.")] = 8,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
     calibration_images: CalibrationImages = None,

@@ -18,7 +18,7 @@ from typing import Any
 from hirelc_deploy.errors import InputError
 
 SCHEMA_VERSION = 1
-STRATEGIES = ("hirelc", "knapsack", "random", "uniform", "untrained")
+STRATEGIES = ("hirelc", "knapsack", "random", "uniform", "untrained", "flat")
 LARGEST_INPUT = 2**26
 """Values of one image (256 MiB in float32): what is larger is a slip of the pen, and would exhaust the memory."""
 LARGEST_SEED = 2**32 - 1
@@ -114,7 +114,7 @@ class SearchConfig:
     budget_seconds: float | None = None
     f1_evaluations: int = 24
     finalists: int = 3
-    options: int = 6
+    options: int = 8
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

@@ -11,15 +11,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import ExportError
-from hirelc_deploy.graph.model_graph import Layer, ModelGraph, Unit
+from hirelc_deploy.graph.model_graph import Layer, ModelGraph, Share, Unit
 from hirelc_deploy.measure.table import LatencyTable, LayerKey, calibrate
 from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.pipeline import Pipeline, kept_features
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.search.problem import Choices, Decision, Problem
 
-KEEP_RATIOS = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-"""Widths that are considered per unit, before the staircase drops those that buy no time."""
+CONSIDERED = 16
+"""Widths that are timed per unit at most, before the staircase drops those that buy no time."""
+
+LEAST_KEPT = 0.125
+"""Narrower than this share of a unit is not considered: nothing so narrow has ever been chosen."""
+
+KERNEL_STEPS = (32, 16, 8, 4, 2, 1)
+"""Vector kernels work on so many channels at a time: of widths that are as fast, multiples of these keep the most."""
+
+LEVELS = 5
+"""Joint widths at which a layer between more than two decisions is timed at each of its ends."""
+
+MEASURED_SINGLES = 120
+"""Up to so many (unit, width) pairs each one's loss is measured; beyond, only those that a solution comes near."""
+
+PROBED_BUDGETS = (0.2, 0.4, 0.6, 0.8)
+"""Where between the shortest and the uncut time the solutions lie whose neighbourhood is measured."""
 
 MIN_STEP = 0.02
 """A width is offered only if it makes the unit's layers at least this share faster than the next wider one."""
@@ -94,76 +110,244 @@ def uniform_keep(graph: ModelGraph, ratio: float) -> dict[str, int]:
     return {unit.name: min(unit.widths, key=lambda width: abs(width - ratio * unit.size)) for unit in graph.units}
 
 
-def offered_widths(unit: Unit, network: NetworkTime) -> tuple[int, ...]:
-    """Return the widths of a unit that buy time, ascending, the uncut one last (the timed staircase, filtered)."""
+def offered_widths(unit: Unit, network: NetworkTime, most: int) -> tuple[int, ...]:
+    """Return at most `most` widths of a unit that buy time, ascending, the uncut one last.
+
+    Of the timed staircase the widest width of each step stays; of these, those that divide the time most evenly.
+    """
     layers = [layer for layer in network.graph.layers if unit.name in layer.units]
-    candidates = sorted({min(unit.widths, key=lambda w: abs(w - ratio * unit.size)) for ratio in KEEP_RATIOS})
-    offered = [unit.size]
-    next_ms = sum(network.layer_ms(layer, {}, "int8") for layer in layers)
-    for width in reversed(candidates[:-1]):
-        ms = sum(network.layer_ms(layer, {unit.name: width}, "int8") for layer in layers)
-        if ms <= next_ms * (1 - MIN_STEP):
+
+    def ms_at(width: int) -> float:
+        return sum(network.layer_ms(layer, {unit.name: width}, "int8") for layer in layers)
+
+    offered, times = [unit.size], [ms_at(unit.size)]
+    for width in reversed(considered_widths(unit)):
+        if (ms := ms_at(width)) <= times[-1] * (1 - MIN_STEP):
             offered.append(width)
-            next_ms = ms
-    return tuple(reversed(offered))
+            times.append(ms)
+    return tuple(reversed([offered[index] for index in evenly_spaced(np.log(times), most)]))
 
 
-def build_problem(pipeline: Pipeline, network: NetworkTime, *, options: int = 6) -> Problem:
-    """Measure the loss of every (unit, width) alone, and return what a strategy may know.
+def considered_widths(unit: Unit) -> list[int]:
+    """Return at most CONSIDERED legal widths below the uncut one, ascending: multiples of the largest kernel step."""
+    legal = [width for width in unit.widths if LEAST_KEPT * unit.size <= width < unit.size] or list(unit.widths[:-1])
+    for step in KERNEL_STEPS:
+        friendly = [width for width in legal if width % step == 0]
+        # Half of what may be timed, or all there is: a coarser step would throw choices away.
+        if len(friendly) >= min(len(legal), CONSIDERED // 2):
+            return [friendly[index] for index in evenly_spaced(np.log(friendly), CONSIDERED)]
+    return legal
+
+
+def evenly_spaced(positions: NDArray[np.float64], most: int) -> list[int]:
+    """Return at most `most` indices into monotone `positions`, both ends among them, as evenly spaced as there are."""
+    if len(positions) <= most:
+        return list(range(len(positions)))
+    aims = np.linspace(positions[0], positions[-1], most)
+    nearest = np.abs(positions[None] - aims[:, None]).argmin(axis=1)
+    return [int(index) for index in np.unique(nearest)]
+
+
+@dataclass(frozen=True)
+class Between:
+    """A layer whose widths more than two decisions set: its time between those at a few joint widths.
+
+    Attributes:
+        inputs, outputs: Decision to the (options,) features that each option takes away at this end.
+        narrow, wide: (LEVELS,) features kept when all these decisions are at the same level, ascending.
+        ms: (LEVELS, LEVELS) milliseconds.
+    """
+
+    inputs: Mapping[int, NDArray[np.float64]]
+    outputs: Mapping[int, NDArray[np.float64]]
+    narrow: NDArray[np.float64]
+    wide: NDArray[np.float64]
+    ms: NDArray[np.float64]
+
+    def at(self, choices: Choices) -> NDArray[np.float64]:
+        """Return (n,) milliseconds at (n, decisions) choices, by bilinear interpolation."""
+        levels = np.arange(LEVELS)
+        row = np.interp(self._kept(self.inputs, self.narrow, choices), self.narrow, levels)
+        column = np.interp(self._kept(self.outputs, self.wide, choices), self.wide, levels)
+        i, j = (np.minimum(place.astype(np.int64), LEVELS - 2) for place in (row, column))
+        u, v = row - i, column - j
+        left = (1 - u) * self.ms[i, j] + u * self.ms[i + 1, j]
+        return np.asarray((1 - v) * left + v * ((1 - u) * self.ms[i, j + 1] + u * self.ms[i + 1, j + 1]))
+
+    @staticmethod
+    def _kept(ends: Mapping[int, NDArray[np.float64]], counts: NDArray[np.float64], choices: Choices) -> Any:
+        return counts[-1] - sum(gone[choices[:, index]] for index, gone in ends.items())
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """The layer table as arrays over option indices: a few look-ups predict any number of choices.
+
+    Attributes:
+        fixed: Milliseconds that no choice changes.
+        pairs: Two decisions, or one twice, to the (options, options) milliseconds of all layers between them.
+        others: The layers between more than two.
+    """
+
+    fixed: float
+    pairs: Mapping[tuple[int, int], NDArray[np.float64]]
+    others: tuple[Between, ...]
+
+    @classmethod
+    def of(cls, network: NetworkTime, offered: Mapping[str, tuple[int, ...]]) -> LayerTimes:
+        """Look up every layer at every pair of offered widths of its two ends."""
+        position = {unit: index for index, unit in enumerate(offered)}
+        fixed, pairs, others = network.fixed, dict[tuple[int, int], NDArray[np.float64]](), []
+        for layer in network.graph.layers:
+            ends = sorted((unit for unit in layer.units if unit in position), key=position.__getitem__)
+            if not ends:
+                fixed += network.scale * network.layer_ms(layer, {}, "int8")
+                continue
+            if len(ends) > 2:
+                others.append(_between(network, layer, offered))
+                continue
+            first, last = ends[0], ends[-1]
+            ms = np.zeros((len(offered[first]), len(offered[last])))
+            for (i, a), (j, b) in product(enumerate(offered[first]), enumerate(offered[last])):
+                if first != last or i == j:
+                    ms[i, j] = network.scale * network.layer_ms(layer, {first: a, last: b}, "int8")
+            pair = (position[first], position[last])
+            pairs[pair] = pairs[pair] + ms if pair in pairs else ms
+        return cls(fixed, pairs, tuple(others))
+
+    def predict(self, choices: Choices) -> NDArray[np.float64]:
+        """Return (n,) predicted milliseconds of (n, decisions) choices."""
+        total = np.full(len(choices), self.fixed)
+        for (first, last), ms in self.pairs.items():
+            total += ms[choices[:, first], choices[:, last]]
+        for layer in self.others:
+            total += layer.at(choices)
+        return total
+
+
+def _between(network: NetworkTime, layer: Layer, offered: Mapping[str, tuple[int, ...]]) -> Between:
+    position = {unit: index for index, unit in enumerate(offered)}
+
+    def at_level(shares: tuple[Share, ...], level: int) -> dict[str, int]:
+        widths = {share.unit: offered[share.unit] for share in shares if share.unit in position}
+        return {unit: w[round(level * (len(w) - 1) / (LEVELS - 1))] for unit, w in widths.items()}
+
+    def gone(shares: tuple[Share, ...]) -> dict[int, NDArray[np.float64]]:
+        taken: dict[int, NDArray[np.float64]] = {}
+        for share in shares:
+            if share.unit in position:
+                widths = np.array(offered[share.unit], np.float64)
+                taken[position[share.unit]] = (widths[-1] - widths) * share.per_element
+        return taken
+
+    kept = [kept_features(layer, network.graph, at_level((*layer.reads, *layer.writes), n)) for n in range(LEVELS)]
+    narrow, wide = zip(*kept, strict=True)
+    ms = [[network.table.layer_ms(layer.shape, a, b, "int8") for b in wide] for a in narrow]
+    ends = np.array(narrow, np.float64), np.array(wide, np.float64)
+    return Between(gone(layer.reads), gone(layer.writes), *ends, network.scale * np.array(ms))
+
+
+def build_problem(pipeline: Pipeline, network: NetworkTime, *, options: int = 8) -> Problem:
+    """Return what a strategy may know: the time of every width, and the loss of each (unit, width) alone.
 
     Args:
-        options: Widths offered per unit at most, the uncut one included; the ends are kept and the rest thinned evenly.
+        options: Widths offered per unit at most, the uncut one included.
     """
     graph = pipeline.graph
-    offered = {unit.name: _thin(offered_widths(unit, network), options) for unit in graph.units}
+    offered = {unit.name: offered_widths(unit, network, options) for unit in graph.units}
     units = [unit for unit in graph.units if len(offered[unit.name]) > 1]
-    singles = [(unit, width) for unit in units for width in offered[unit.name][:-1]]
-
-    losses = {}
-    for unit, width in pipeline.progress.track(singles, "loss of each option alone", len(singles)):
-        outcome = pipeline.outcome(CompressionPlan({unit.name: width}, default_precision="auto"), "F1")
-        losses[unit.name, width] = outcome.loss if isinstance(outcome, Measured) else FAILED_LOSS
+    times = LayerTimes.of(network, {unit.name: offered[unit.name] for unit in units})
     uncut_ms = network.predict({}, lambda _: "int8")
-    fisher = {name: float(score.sum()) for name, score in pipeline.scores.items()}
-    largest_fisher = max(fisher.values(), default=1.0) or 1.0
-    decisions = []
-    for unit in units:
-        widths = offered[unit.name]
-        loss = np.array([losses[unit.name, width] for width in widths[:-1]] + [0.0])
-        loss = np.maximum.accumulate(loss[::-1])[::-1]  # noise aside, a narrower unit never loses less
-        ms = np.array([network.predict({unit.name: width}, lambda _: "int8") - uncut_ms for width in widths])
-        saved = np.array([_weight_bytes(graph, {unit.name: width}) for width in widths], dtype=np.float64)
-        decisions.append(
-            Decision(
-                unit.name,
-                "width",
-                unit.block,
-                widths,
-                loss,
-                ms,
-                saved - saved[-1],
-                _features(unit, graph, fisher[unit.name] / largest_fisher, loss, ms, uncut_ms),
-            )
-        )
+    removed = {unit.name: removed_fisher(pipeline.scores[unit.name], offered[unit.name]) for unit in units}
+    largest_fisher = max((float(values[0]) for values in removed.values()), default=1.0) or 1.0
 
-    def keep_of(choices: Choices) -> dict[str, int]:
-        return {d.name: int(d.options[c]) for d, c in zip(decisions, choices, strict=True) if c < len(d.options) - 1}
+    def problem_of(losses: Mapping[str, NDArray[np.float64]]) -> Problem:
+        decisions = []
+        for unit in units:
+            widths, loss = offered[unit.name], losses[unit.name]
+            ms = np.array([network.predict({unit.name: width}, lambda _: "int8") - uncut_ms for width in widths])
+            left = np.array([_weight_bytes(graph, {unit.name: width}) for width in widths], dtype=np.float64)
+            fisher = float(removed[unit.name][0]) / largest_fisher
+            features = _features(unit, graph, fisher, loss, ms, uncut_ms)
+            decisions.append(Decision(unit.name, "width", unit.block, widths, loss, ms, left - left[-1], features))
+        offers = [tuple(int(option) for option in decision.options) for decision in decisions]
 
-    cache: dict[bytes, float] = {}
+        def plan_of(choices: Choices) -> CompressionPlan:
+            taken = zip(decisions, offers, choices, strict=True)
+            keep = {d.name: widths[c] for d, widths, c in taken if c < len(widths) - 1}
+            return CompressionPlan(keep, default_precision="auto")
 
-    def predict_ms(choices: Choices) -> float:
-        key = np.asarray(choices, np.int64).tobytes()
-        if key not in cache:
-            cache[key] = network.predict(keep_of(choices), lambda _: "int8")
-        return cache[key]
+        return Problem(graph.blocks, tuple(decisions), uncut_ms, times.predict, plan_of)
 
-    return Problem(
-        graph.blocks,
-        tuple(decisions),
-        uncut_ms,
-        predict_ms,
-        lambda choices: CompressionPlan(keep_of(choices), default_precision="auto"),
-    )
+    return problem_of(single_losses(pipeline, removed, {u.name: offered[u.name] for u in units}, problem_of))
+
+
+def single_losses(
+    pipeline: Pipeline,
+    removed: Mapping[str, NDArray[np.float64]],
+    offered: Mapping[str, tuple[int, ...]],
+    problem_of: Callable[[Mapping[str, NDArray[np.float64]]], Problem],
+) -> dict[str, NDArray[np.float64]]:
+    """Return unit to the (widths,) rise of the loss when only it is cut, measured where it matters.
+
+    With few pairs all are measured. With many, the narrowest and the middle width of each unit come first, the rest is
+    interpolated (`interpolated_losses`); then the problem is solved at PROBED_BUDGETS, and what the solutions take or
+    have beside them is measured too, until they stand on measured losses alone.
+    """
+    measured: dict[str, dict[int, float]] = {unit: {} for unit in offered}
+
+    def measure(pairs: Sequence[tuple[str, int]]) -> None:
+        new = [(unit, index) for unit, index in pairs if index not in measured[unit]]
+        for unit, index in pipeline.progress.track(new, "loss of each option alone", len(new)):
+            plan = CompressionPlan({unit: offered[unit][index]}, default_precision="auto")
+            outcome = pipeline.outcome(plan, "F1")
+            measured[unit][index] = outcome.loss if isinstance(outcome, Measured) else FAILED_LOSS
+
+    def losses() -> dict[str, NDArray[np.float64]]:
+        return {unit: interpolated_losses(removed[unit], known) for unit, known in measured.items()}
+
+    pairs = [(unit, index) for unit, widths in offered.items() for index in range(len(widths) - 1)]
+    if len(pairs) <= MEASURED_SINGLES:
+        measure(pairs)
+        return losses()
+    measure([(unit, index) for unit, widths in offered.items() for index in {0, (len(widths) - 1) // 2}])
+    while True:
+        problem, near = problem_of(losses()), set[tuple[str, int]]()
+        shortest_ms = smallest(problem)[1]
+        for share in PROBED_BUDGETS:
+            answer = solve(problem, shortest_ms + share * (problem.uncut_ms - shortest_ms))
+            for decision, choice in zip(problem.decisions, answer, strict=True):
+                beside = range(max(0, choice - 1), min(len(decision.options) - 1, choice + 2))
+                near |= {(decision.name, index) for index in beside}
+        if all(index in measured[unit] for unit, index in near):
+            return losses()
+        measure(sorted(near))
+
+
+def removed_fisher(scores: NDArray[np.float64], widths: Sequence[int]) -> NDArray[np.float64]:
+    """Return (widths,) the summed Fisher importance of what each width removes: the least important elements."""
+    removed = np.append(0.0, np.cumsum(np.sort(scores)))
+    return np.asarray(removed[[len(scores) - width for width in widths]])
+
+
+def interpolated_losses(removed: NDArray[np.float64], measured: Mapping[int, float]) -> NDArray[np.float64]:
+    """Return (widths,) losses: measured where they are, else interpolated against the Fisher sum, both as logarithms.
+
+    Noise aside a narrower unit never loses less, so losses never rise with the width; the uncut width loses nothing.
+
+    Args:
+        removed: (widths,) Fisher sum of what each width removes; the last is 0.
+        measured: Index of a width, the uncut one not among them, to its loss.
+    """
+    known = sorted(measured, reverse=True)
+    least = 1e-9
+    x = np.log(np.maximum(removed, least))
+    y = np.log(np.maximum([measured[index] for index in known], least))
+    # One slope of 1 beyond the widest measured width: the loss of a small cut is proportional to its Fisher sum.
+    beyond = np.minimum(x - x[known[0]], 0.0)
+    loss = np.exp(np.interp(x, x[known], y) + beyond)
+    loss[known], loss[-1] = [measured[index] for index in known], 0.0
+    return np.asarray(np.maximum.accumulate(loss[::-1])[::-1])
 
 
 def smallest_ms(network: NetworkTime) -> float:
@@ -176,10 +360,10 @@ def smallest_bytes(graph: ModelGraph) -> int:
     return _weight_bytes(graph, {unit.name: unit.widths[0] for unit in graph.units})
 
 
-def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 6) -> int:
+def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 8) -> int:
     """Fill the layer table with every pair of widths the search can meet; returns how many entries it needed."""
     graph = pipeline.graph
-    offered = {unit.name: _thin(offered_widths(unit, network), options) for unit in graph.units}
+    offered = {unit.name: offered_widths(unit, network, options) for unit in graph.units}
     keys = set()
     for layer in graph.layers:
         ins = offered.get(layer.in_unit or "", (None,))
@@ -192,12 +376,6 @@ def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 6) ->
     for key in pipeline.progress.track(sorted(keys, key=str), "layer times", len(keys)):
         network.table.layer_ms(key.shape, key.in_features, key.out_features, key.precision)
     return len(keys)
-
-
-def _thin(widths: Sequence[int], most: int) -> tuple[int, ...]:
-    if len(widths) <= most:
-        return tuple(widths)
-    return tuple(widths[i] for i in np.unique(np.linspace(0, len(widths) - 1, most).round().astype(int)))
 
 
 def _weight_bytes(graph: ModelGraph, keep: dict[str, int]) -> int:

@@ -19,6 +19,7 @@ from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.pipeline import BLANKET, Effort, Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
+from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.testing.fake_backend import FakeBackend, Faults
 
 EFFORT = Effort(64, 32, 32, Recovery(epochs=3, batch_size=16, soft_weight=1.0), Effort().timing)
@@ -128,8 +129,9 @@ def test_predicted_network_time_follows_the_table_and_the_fit(pipeline: Pipeline
 def test_widths_that_buy_no_time_are_not_offered(pipeline: Pipeline):
     network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
     for unit in pipeline.graph.units:
-        offered = tables.offered_widths(unit, network)
+        offered = tables.offered_widths(unit, network, 5)
         assert offered[-1] == unit.size
+        assert len(offered) <= 5
         times = [
             sum(
                 network.layer_ms(layer, {unit.name: width}, "int8")
@@ -139,6 +141,56 @@ def test_widths_that_buy_no_time_are_not_offered(pipeline: Pipeline):
             for width in offered
         ]
         assert all(narrow < wide for narrow, wide in itertools.pairwise(times))
+
+
+def test_times_from_arrays_are_those_of_the_layer_table(pipeline: Pipeline):
+    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    problem = tables.build_problem(pipeline, network, options=3)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        choices = np.array([rng.integers(len(decision.options)) for decision in problem.decisions])
+        keep = dict(problem.plan_of(choices).keep)
+        assert problem.predict_ms(choices) == pytest.approx(network.predict(keep, lambda _: "int8"))
+
+
+def test_with_many_options_only_those_near_a_solution_are_measured(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    complete = tables.build_problem(pipeline, network, options=8)
+    every = {trial.plan.digest for trial in pipeline.run.trials if trial.fidelity == "F1"}
+    monkeypatch.setattr(tables, "MEASURED_SINGLES", 0)
+    asked: set[str] = set()
+    outcome = pipeline.outcome
+    monkeypatch.setattr(pipeline, "outcome", lambda plan, f: asked.add(plan.digest) or outcome(plan, f))
+    lazy = tables.build_problem(pipeline, network, options=8)
+    assert asked < every
+    for share in tables.PROBED_BUDGETS:
+        shortest_ms = smallest(lazy)[1]
+        answer = solve(lazy, shortest_ms + share * (lazy.uncut_ms - shortest_ms))
+        rows = range(len(answer))
+        taken = [lazy.decisions[i].loss[answer[i]] for i in rows]
+        assert taken == [complete.decisions[i].loss[answer[i]] for i in rows]
+
+
+def test_losses_between_measured_widths_follow_the_fisher_sum():
+    # One measured loss of 0.4 where 8 is removed: an eighth of it is removed for an eighth of the loss.
+    assert tables.interpolated_losses(np.array([8.0, 4.0, 1.0, 0.0]), {0: 0.4}) == pytest.approx([0.4, 0.2, 0.05, 0.0])
+    # Between 0.01 at 1 and 1.0 at 100 a straight line on logarithms: 0.1 at 10.
+    assert tables.interpolated_losses(np.array([100.0, 10.0, 1.0, 0.0]), {0: 1.0, 2: 0.01}) == pytest.approx(
+        [1.0, 0.1, 0.01, 0.0]
+    )
+
+
+def test_what_a_width_removes_is_the_least_important():
+    removed = tables.removed_fisher(np.array([5.0, 1.0, 3.0, 0.5]), (1, 2, 4))
+    assert removed == pytest.approx([4.5, 1.5, 0.0])
+
+
+def test_few_of_many_positions_are_chosen_evenly_with_both_ends():
+    assert tables.evenly_spaced(np.array([0.0, 1.0, 2.0, 9.0, 10.0, 20.0]), 3) == [0, 4, 5]
+    assert tables.evenly_spaced(np.array([0.0, 1.0]), 3) == [0, 1]
 
 
 def test_a_search_ships_a_plan_within_its_speed_limit(data_file: Path, tmp_path: Path):

@@ -148,9 +148,9 @@ def test_the_lowest_price_that_fits_is_found() -> None:
     problem = additive_problem(2)
     tables = tables_around(problem, uncut(problem))
     budget_ms = problem.uncut_ms - 2.0
-    choices, price = solve_price(tables.cheapest, problem.predict_ms, budget_ms, tables.typical_price)
+    choices, price = solve_price(tables.cheapest, problem, budget_ms, tables.typical_price)
     assert problem.predict_ms(choices) <= budget_ms
     assert problem.predict_ms(tables.cheapest(price / 1.002)) > budget_ms
-    free, nothing = solve_price(tables.cheapest, problem.predict_ms, problem.uncut_ms, 1.0)
+    free, nothing = solve_price(tables.cheapest, problem, problem.uncut_ms, 1.0)
     assert nothing == 0.0
     assert np.array_equal(free, uncut(problem))

@@ -38,9 +38,13 @@ class Toy:
     def keep(self, choices: Choices) -> np.ndarray:
         return np.array(WIDTHS)[choices] / WIDTHS[-1]
 
+    def times(self, choices: Choices) -> np.ndarray:
+        ends = np.ones((len(choices), 1))
+        widths = np.concatenate([ends, self.keep(choices), ends], axis=1)
+        return 0.5 + (self.cost * widths[:, :-1] * widths[:, 1:]).sum(axis=1)
+
     def ms(self, choices: Choices) -> float:
-        widths = np.concatenate([[1.0], self.keep(choices), [1.0]])
-        return float(0.5 + (self.cost * widths[:-1] * widths[1:]).sum())
+        return float(self.times(choices[None])[0])
 
     def loss(self, choices: Choices) -> float:
         cut = 1.0 - self.keep(choices)
@@ -75,7 +79,7 @@ class Toy:
                 )
             )
         return Problem(
-            self.block_names, tuple(decisions), uncut_ms, self.ms, lambda choices: plan_of(tuple(decisions), choices)
+            self.block_names, tuple(decisions), uncut_ms, self.times, lambda choices: plan_of(tuple(decisions), choices)
         )
 
 
@@ -131,7 +135,11 @@ def random_problem(seed: int) -> Problem:
             )
         )  # fmt: skip
     names = tuple(f"b{index}" for index in range(blocks))
-    return Problem(names, tuple(decisions), uncut_ms, predict_ms, lambda choices: plan_of(tuple(decisions), choices))
+
+    def predict_batch(choices: Choices) -> np.ndarray:
+        return np.array([predict_ms(one) for one in choices])
+
+    return Problem(names, tuple(decisions), uncut_ms, predict_batch, lambda choices: plan_of(tuple(decisions), choices))
 
 
 def additive_problem(seed: int, decisions: int = 5, options: int = 4) -> Problem:
@@ -145,7 +153,7 @@ def additive_problem(seed: int, decisions: int = 5, options: int = 4) -> Problem
         features = np.array([float(index)])
         rows.append(Decision(f"d{index}", "width", f"b{index % 2}", widths, loss, saved, np.zeros(options), features))
 
-    def predict_ms(choices: Choices) -> float:
-        return 15.0 + float(sum(d.ms[c] for d, c in zip(rows, choices, strict=True)))
+    def predict_batch(choices: Choices) -> np.ndarray:
+        return 15.0 + np.sum([d.ms[taken] for d, taken in zip(rows, choices.T, strict=True)], axis=0)
 
-    return Problem(("b0", "b1"), tuple(rows), 15.0, predict_ms, lambda choices: plan_of(tuple(rows), choices))
+    return Problem(("b0", "b1"), tuple(rows), 15.0, predict_batch, lambda choices: plan_of(tuple(rows), choices))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.outcome import Measured, Outcome
-from hirelc_deploy.search.hierarchy import Hierarchy
+from hirelc_deploy.search.hierarchy import MEMBERS, Hierarchy, Parts
 from hirelc_deploy.search.knapsack import (
     check_feasible,
     project,
@@ -130,7 +130,7 @@ class Knapsack:
         step = 10 ** self._rng.uniform(-1.0, 0.0)
         log_weights = self._log_weights + step * self._rng.normal(size=len(self._log_weights))
         tables = replace(self._tables, loss=self._tables.loss * np.exp(log_weights)[:, None])
-        priced, _ = solve_price(tables.cheapest, self._problem.predict_ms, self._budget_ms, tables.typical_price)
+        priced, _ = solve_price(tables.cheapest, self._problem, self._budget_ms, tables.typical_price)
         choices = project(self._problem, priced, self._budget_ms)
         self._weights_of.setdefault(choices.tobytes(), log_weights)
         return choices
@@ -149,26 +149,47 @@ def _new_ones(draw: Callable[[], Choices], count: int, proposed: set[bytes]) -> 
     return found
 
 
+PARTS: dict[str, Parts] = {
+    "hirelc": Parts(),
+    "flat": Parts(MEMBERS[:1], high_level=False, surrogate=False),
+    "untrained": Parts(surrogate=False, warm_start=False, learns=False),
+}
+"""Strategies that are a hierarchy, whole, without its upper level and what supports it, and with nothing it knows."""
+
+ABLATIONS: dict[str, Parts] = {
+    "hirelc without HLA": Parts(high_level=False),
+    "hirelc without surrogate": Parts(surrogate=False),
+    "hirelc without warm start": Parts(warm_start=False),
+    "hirelc with one agent": Parts(MEMBERS[:1]),
+    "hirelc without learning": Parts(learns=False),
+}
+"""The hierarchy without one of its parts, for comparisons only."""
+
+
+def _hierarchy(name: str, parts: Parts) -> Callable[[Problem, float, int], Strategy]:
+    return lambda problem, budget_ms, seed: Hierarchy(problem, budget_ms, seed, name=name, parts=parts)
+
+
 STRATEGIES: dict[str, Callable[[Problem, float, int], Strategy]] = {
-    "hirelc": Hierarchy,
+    "hirelc": _hierarchy("hirelc", PARTS["hirelc"]),
     "knapsack": Knapsack,
     "random": RandomChoices,
     "uniform": lambda problem, budget_ms, seed: Uniform(problem, budget_ms),
-    "untrained": lambda problem, budget_ms, seed: Hierarchy(
-        problem, budget_ms, seed, name="untrained", with_prior=False, learns=False
-    ),
+    "untrained": _hierarchy("untrained", PARTS["untrained"]),
+    "flat": _hierarchy("flat", PARTS["flat"]),
 }
 
 
 def make_strategy(name: str, problem: Problem, budget_ms: float, seed: int) -> Strategy:
-    """Return the strategy called `name`.
+    """Return the strategy called `name`, one of STRATEGIES or of ABLATIONS.
 
     Raises:
         InputError: No such strategy, or a problem with nothing to decide.
         ConstraintError: Even the smallest options miss the budget.
     """
-    if name not in STRATEGIES:
+    if name not in STRATEGIES | ABLATIONS:
         raise InputError(f"strategy {name!r} is unknown; use one of {', '.join(STRATEGIES)}.")
     if not problem.decisions:
         raise InputError("search: nothing in this model can be cut on this target; `inspect` lists the reasons.")
-    return STRATEGIES[name](problem, budget_ms, seed)
+    make = STRATEGIES.get(name) or _hierarchy(name, ABLATIONS[name])
+    return make(problem, budget_ms, seed)

@@ -1,192 +1,300 @@
-"""In: a problem and a time budget. Out: the strategy `hirelc`: prices per block, options at them, learned by PPO."""
+"""In: a problem and a time budget. Out: the strategy `hirelc`: agents draw plans, a surrogate chooses of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hirelc_deploy.outcome import Outcome
-from hirelc_deploy.search.high_level import MULTIPLIERS, PricePolicy, block_budgets, block_features, block_of
-from hirelc_deploy.search.knapsack import check_feasible, project, solve, solve_price, tables_around
-from hirelc_deploy.search.low_level import OptionPolicy, option_features, temperature_for
-from hirelc_deploy.search.ppo import ActionBatch, Ppo, PpoSettings
+from hirelc_deploy.outcome import Measured, Outcome
+from hirelc_deploy.search.agent import Agent, Draws, Member, Scene
+from hirelc_deploy.search.high_level import block_budgets, block_of
+from hirelc_deploy.search.knapsack import check_feasible, project, solve, tables_around
+from hirelc_deploy.search.ppo import A2C, PpoSettings
 from hirelc_deploy.search.problem import Choices, Problem
-from hirelc_deploy.search.reward import Goal, Reward, reward_of
+from hirelc_deploy.search.reward import FAILED_REWARD, Goal, Reward, reward_of
+from hirelc_deploy.search.surrogate import Surrogate, expected_improvement
+from hirelc_deploy.search.votes import vote
 
-EXPECTED_CHANGES = 4.0
-"""Decisions in which an untaught draw differs from the solver's answer; of 2, 4 and 6 the best on made-up problems."""
+MEMBERS = (Member(PpoSettings()), Member(A2C, expected_changes=2.5), Member(PpoSettings(), 6.0, size_weight=0.1))
+"""They differ in algorithm, in how far they begin to look, and in what they care for."""
 
-DRAWS_PER_PROPOSAL = 4
-"""Draws of known plans teach again for free; past this many per new plan asked for, draws are made wilder instead."""
+DRAWS = 24
+"""Plans that each member draws per batch; the surrogate chooses of them."""
+
+IMAGINED = 32
+"""Draws of one step of learning from the surrogate."""
+
+IMAGINED_STEPS = 2
+"""Such steps per member and batch."""
+
+WILDER = 4
+"""Times that noisier draws are made when too few are new."""
+
+POOL = 400
+"""Plans of the pool that are looked at closely: those of the least expected loss."""
+
+CLIMBS = 8
+"""Steps of the climb from the best plan to one that the surrogate expects to be better than its neighbours."""
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One joint action of both levels, with the probabilities it was drawn with.
+class Parts:
+    """What a hierarchy consists of; every part can be left out, to see what it is worth.
 
     Attributes:
-        multipliers: (blocks,) index into MULTIPLIERS.
-        options: (decisions,) drawn; `choices` is what the projection made of them.
-        price: Common price of time, nats of loss per ms.
-        high_log_probs, low_log_probs: (blocks,), (decisions,).
+        high_level: A price per block, not one for all.
+        surrogate: Guides what is evaluated, and teaches the agents between evaluations.
+        warm_start: Agents begin at the solver's answer; else at random networks that know no losses.
+        learns: Agents learn from outcomes.
     """
 
-    multipliers: Choices
-    options: Choices
-    choices: Choices
-    price: float
-    high_log_probs: NDArray[np.float64]
-    low_log_probs: NDArray[np.float64]
+    members: tuple[Member, ...] = MEMBERS
+    high_level: bool = True
+    surrogate: bool = True
+    warm_start: bool = True
+    learns: bool = True
+
+
+@dataclass
+class Round:
+    """What happened between two batches, for the log.
+
+    Attributes:
+        foreseen: Predicted log losses of the plans of this batch before they were measured; `found` the measured ones.
+        correlation, error: Of held-out predictions; see `Surrogate`.
+        trusted: Whether the surrogate guides the next batch.
+        weights: (members,) in votes.
+        budgets_ms: (blocks,) that the vote's plan hands out on top of what nobody can avoid.
+        feedback: (blocks,) log loss that each block was found to cost more than the tables said.
+        updates: Statistics of each member's last step.
+    """
+
+    foreseen: list[float] = field(default_factory=list)
+    found: list[float] = field(default_factory=list)
+    correlation: float = 0.0
+    error: float = float("nan")
+    trusted: bool = False
+    weights: list[float] = field(default_factory=list)
+    budgets_ms: list[float] = field(default_factory=list)
+    feedback: list[float] = field(default_factory=list)
+    updates: list[dict[str, float]] = field(default_factory=list)
 
 
 class Hierarchy:
-    """HLA and LLA over one problem.
+    """An ensemble of agents over one problem.
 
-    A draw fixes the noise of every option first (Gumbel), then bisects the common price until what is drawn fits the
-    budget: feasible by construction, and the projection has only the last slack to give back.
+    Each batch, every member draws feasible plans and the ensemble votes on one. Until the surrogate's held-out
+    predictions rank plans well, the vote and draws of each member in turn are evaluated; from then on those plans of
+    the pool (draws, vote, neighbours of the best) from which it expects the most. Outcomes teach the surrogate and the
+    members that drew them; the surrogate teaches the members further, and tells the HLA which blocks cost more than
+    the tables said.
 
     Args:
         problem: The tables, and the prediction that decides what fits.
         budget_ms: Limit on the predicted time.
         seed: Equal seeds and equal outcomes give equal proposals.
-        name: `hirelc`, or `untrained` for the null.
-        with_prior: Start at the solver's answer. The null starts at random networks and projects blindly.
-        learns: Update from outcomes.
-        settings: Of PPO.
+        name: `hirelc`, or that of a strategy without some of the parts.
+        parts: What is there.
 
     Raises:
         ConstraintError: Even the smallest options miss the budget.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        budget_ms: float,
-        seed: int,
-        *,
-        name: str = "hirelc",
-        with_prior: bool = True,
-        learns: bool = True,
-        settings: PpoSettings | None = None,
+        self, problem: Problem, budget_ms: float, seed: int, *, name: str = "hirelc", parts: Parts | None = None
     ) -> None:
         check_feasible(problem, budget_ms)
         self.name = name
         self.rewards: list[Reward] = []
-        self.updates: list[dict[str, float]] = []
+        self.rounds: list[Round] = []
+        self.parts = parts = parts or Parts()
         self._problem, self._budget_ms = problem, budget_ms
-        self._with_prior, self._learns = with_prior, learns
-        self._rng = np.random.default_rng(seed)
-        self._answer = solve(problem, budget_ms)
-        self._tables = tables_around(problem, self._answer)
+        answer = solve(problem, budget_ms)
+        tables = tables_around(problem, answer)
+        self._scene = Scene(problem, budget_ms, answer, tables)
+        self._goal = Goal(budget_ms, max(tables.additive_loss(answer), 1e-6))
         self._block = block_of(problem)
-        self._goal = Goal(budget_ms, max(self._tables.additive_loss(self._answer), 1e-6))
-        _, price = solve_price(self._tables.cheapest, problem.predict_ms, budget_ms, self._tables.typical_price)
-        self._start_price = price or self._tables.typical_price
-        generator = torch.Generator().manual_seed(seed)
-        features = torch.from_numpy(block_features(problem, self._tables, self._answer))
-        self._high = PricePolicy(features, generator, with_prior)
-        temperature = temperature_for(self._tables, self._start_price, EXPECTED_CHANGES)
-        features = torch.from_numpy(option_features(problem, self._tables, self._answer))
-        self._low = OptionPolicy(features, self._tables, temperature, generator, with_prior)
-        self._ppo = Ppo([*self._high.parameters(), *self._low.parameters()], settings)
-        self._known: dict[bytes, float] = {}
-        self._pending: list[Draw] = []
+        self.agents = [
+            Agent(
+                self._scene,
+                member,
+                seed * len(parts.members) + index,
+                warm_start=parts.warm_start,
+                high_level=parts.high_level,
+            )
+            for index, member in enumerate(parts.members)
+        ]
+        self.surrogate = Surrogate(tables)
+        self._proposed: dict[bytes, float] = {}
+        self._measured: dict[bytes, tuple[Choices, Measured]] = {}
+        self._failed: set[bytes] = set()
+        self._pending: list[Draws] = []
+        self._merit = np.zeros(len(self.agents))
 
     def budgets(self, choices: Choices) -> tuple[float, NDArray[np.float64]]:
         """Return the unavoidable ms and the (blocks,) ms handed out on top; together they are the budget."""
         return block_budgets(self._problem, choices, self._budget_ms)
 
+    def vote(self) -> Choices:
+        """Return what the members find best together, made to fit."""
+        weights = np.exp(self._merit - self._merit.max())
+        elected = vote(self._problem.decisions, np.stack([agent.mode() for agent in self.agents]), weights)
+        return project(self._problem, elected, self._budget_ms)
+
     def propose(self, count: int) -> list[Choices]:
-        """Return up to `count` feasible choices that were not proposed before.
-
-        The first ever is the solver's answer, the first of each later batch what the agents now find most likely.
-        """
-        fresh: dict[bytes, Choices] = {}
-
-        def offer(choices: Choices) -> None:
-            if choices.tobytes() not in self._known:
-                fresh.setdefault(choices.tobytes(), choices)
-
-        if self._with_prior:
-            offer(self._answer if not self._known else self._draw(noise=0.0).choices)
-        for attempt in range(2 * DRAWS_PER_PROPOSAL * count):
-            if len(fresh) >= count:
+        """Return up to `count` feasible choices that are new; the first ever is the solver's answer."""
+        self._pending = [agent.draw(DRAWS) for agent in self.agents]
+        first = self._scene.answer if self.parts.warm_start and not self._proposed else self.vote()
+        # One draw of each member after the other, so that every one is heard when all are taken in this order.
+        drawn = [draws.choices[index] for index in range(DRAWS) for draws in self._pending]
+        pool = self._unseen([first, *drawn] if self.parts.warm_start else drawn)
+        if self._guided:
+            pool = self._unseen([*pool, *self._near_the_best()])
+            picked = self._most_expected(np.stack(pool), count) if pool else []
+        else:
+            picked = pool[:count]
+        for noise in range(2, 2 + WILDER):
+            if len(picked) >= count:
                 break
-            wilder = max(0, attempt - DRAWS_PER_PROPOSAL * count)
-            draw = self._draw(noise=1.0 + wilder / count)
-            if not wilder:
-                self._pending.append(draw)
-            offer(draw.choices)
-        return list(fresh.values())[:count]
+            wilder = [agent.draw(DRAWS, float(noise)).choices for agent in self.agents]
+            picked = self._unseen([*picked, *np.concatenate(wilder)])[:count]
+        if picked:
+            foreseen = self.surrogate.mean(np.stack(picked))
+            self._proposed |= {c.tobytes(): float(f) for c, f in zip(picked, foreseen, strict=True)}
+        return picked
 
     def observe(self, tried: Sequence[tuple[Choices, Outcome]]) -> None:
-        """Take one PPO step on the draws of the last proposal, known plans among them included."""
+        """Learn from outcomes: first the surrogate, then every member by its own draws, then by imagined ones."""
+        this = Round()
         for choices, outcome in tried:
-            if outcome.fidelity == "F1":
-                reward = reward_of(outcome, self._goal)
-                self.rewards.append(reward)
-                self._known[choices.tobytes()] = reward.total
-        batch = [draw for draw in self._pending if draw.choices.tobytes() in self._known]
-        self._pending = []
-        if self._learns and len(batch) > 1:
-            self.updates.append(self._update(batch))
-
-    def _draw(self, noise: float) -> Draw:
-        """Return a joint action; `noise` scales the Gumbel noise: 1 draws from the policies, 0 takes their mode."""
-        with torch.no_grad():
-            high = torch.log_softmax(self._high(), dim=-1).numpy()
-            multipliers = (high + noise * self._rng.gumbel(size=high.shape)).argmax(axis=1)
-            factor = torch.from_numpy(MULTIPLIERS[multipliers][self._block])[None]
-            residual = self._low.residual(factor.log2())
-            gumbel = noise * self._rng.gumbel(size=tuple(residual.shape[1:]))
-
-            def logits(price: float) -> NDArray[np.float64]:
-                priced: NDArray[np.float64] = self._low.priced(residual, price * factor)[0].numpy()
-                return priced
-
-            def pick(price: float) -> Choices:
-                return np.asarray((logits(price) + gumbel).argmax(axis=1), dtype=np.int64)
-
-            if self._with_prior:
-                options, price = solve_price(pick, self._problem.predict_ms, self._budget_ms, self._start_price)
-                choices = project(self._problem, options, self._budget_ms)
+            if outcome.fidelity != "F1":
+                continue
+            if self._goal.target_params is None and isinstance(outcome, Measured):
+                self._goal = replace(self._goal, target_params=outcome.params)
+            self.rewards.append(reward_of(outcome, self._goal))
+            if isinstance(outcome, Measured) and np.isfinite(outcome.loss):
+                self._measured[choices.tobytes()] = (choices, outcome)
+                this.foreseen.append(self._proposed.get(choices.tobytes(), float("nan")))
+                this.found.append(float(np.log(max(outcome.loss, 1e-9))))
             else:
-                options, price = pick(0.0), 0.0
-                choices = project(self._problem, options, self._budget_ms, self._rng)
-            low = torch.log_softmax(torch.from_numpy(logits(price)), dim=-1).numpy()
-        return Draw(
-            multipliers.astype(np.int64),
-            options,
-            choices,
-            price,
-            high[np.arange(len(high)), multipliers],
-            low[np.arange(len(low)), options],
-        )
+                self._failed.add(choices.tobytes())
+        if self.parts.surrogate and self._measured:
+            measured = self._measured.values()
+            losses = np.array([outcome.loss for _, outcome in measured])
+            self.surrogate.learn(np.stack([choices for choices, _ in measured]), losses)
+        if self.parts.learns:
+            this.updates = [self._teach(index, draws) for index, draws in enumerate(self._pending)]
+        self._pending = []
+        self._write_down(this)
 
-    def _update(self, batch: Sequence[Draw]) -> dict[str, float]:
-        multipliers = np.stack([draw.multipliers for draw in batch])
-        factors = torch.from_numpy(MULTIPLIERS[multipliers][:, self._block])
-        prices = torch.tensor([draw.price for draw in batch], dtype=torch.float64)[:, None] * factors
+    @property
+    def _guided(self) -> bool:
+        return self.parts.surrogate and self.surrogate.trusted
 
-        def high_logits() -> Tensor:
-            one: Tensor = self._high()
-            return one.expand(len(batch), -1, -1)
+    def _unseen(self, plans: Sequence[Choices]) -> list[Choices]:
+        """Return the plans, each once, that were not proposed before."""
+        return list({c.tobytes(): c for c in plans if c.tobytes() not in self._proposed}.values())
 
-        def low_logits() -> Tensor:
-            return self._low.priced(self._low.residual(factors.log2()), prices)
+    def _reward(self, choices: Choices, size_weight: float) -> float | None:
+        """Return what a member that weighs size so gets for a plan; None for one that was not evaluated."""
+        key = choices.tobytes()
+        if key in self._measured:
+            return reward_of(self._measured[key][1], replace(self._goal, size_weight=size_weight)).total
+        return FAILED_REWARD if key in self._failed else None
 
-        high = ActionBatch(
-            high_logits, torch.from_numpy(multipliers), torch.from_numpy(np.stack([d.high_log_probs for d in batch]))
-        )
-        low = ActionBatch(
-            low_logits,
-            torch.from_numpy(np.stack([draw.options for draw in batch])),
-            torch.from_numpy(np.stack([draw.low_log_probs for draw in batch])),
-        )
-        rewards = torch.tensor([self._known[draw.choices.tobytes()] for draw in batch], dtype=torch.float64)
-        return self._ppo.update([high, low], rewards)
+    def _teach(self, index: int, draws: Draws) -> dict[str, float]:
+        """Let a member learn from those of its draws that were evaluated, then from what the surrogate imagines."""
+        agent, statistics = self.agents[index], dict[str, float]()
+        rewards = [self._reward(choices, agent.member.size_weight) for choices in draws.choices]
+        known = np.array([row for row, reward in enumerate(rewards) if reward is not None], dtype=np.int64)
+        if len(known):
+            found = np.array([rewards[row] for row in known], dtype=np.float64)
+            self._merit[index] = 0.5 * (self._merit[index] + found.mean())
+            if len(known) > 1:
+                statistics = agent.update(draws.take(known), found)
+        if self._guided and self.parts.warm_start:
+            for _ in range(IMAGINED_STEPS):
+                statistics = agent.imagine(self.surrogate, IMAGINED)
+        return statistics
+
+    def _best(self) -> Choices:
+        return min(self._measured.values(), key=lambda known: known[1].loss)[0]
+
+    def _near_the_best(self) -> list[Choices]:
+        """Return the neighbours of the best measured plan, and of the plans on the climb from it by the surrogate."""
+        current, found = self._best(), list[Choices]()
+        expected = float(self.surrogate.mean(current[None])[0])
+        for _ in range(CLIMBS):
+            near = neighbours(self._problem, current, self._budget_ms)
+            if not len(near):
+                break
+            found += list(near)
+            means = self.surrogate.mean(near)
+            if means.min() >= expected:
+                break
+            current, expected = near[means.argmin()], float(means.min())
+        return found
+
+    def _most_expected(self, pool: Choices, count: int) -> list[Choices]:
+        """Return the plans of the most expected improvement, each as if those before had come out as expected."""
+        picked: list[Choices] = []
+        surrogate = self.surrogate
+        mean, _ = surrogate.predict(pool)
+        pool = pool[np.argsort(mean, kind="stable")[:POOL]]
+        while len(picked) < count and len(pool):
+            mean, deviation = surrogate.predict(pool)
+            chosen = int(expected_improvement(mean, deviation, surrogate.best).argmax())
+            picked.append(pool[chosen])
+            surrogate = surrogate.believing(pool[chosen][None])
+            pool = np.delete(pool, chosen, axis=0)
+        return picked
+
+    def _write_down(self, this: Round) -> None:
+        this.correlation, this.error = self.surrogate.correlation, self.surrogate.error
+        this.trusted = self._guided
+        this.weights = np.exp(self._merit).tolist()
+        if self._measured:
+            best = self._best()
+            feedback = self.surrogate.excess_of_blocks(self._block, len(self._problem.blocks), best)
+            this.feedback = feedback.tolist()
+            this.budgets_ms = self.budgets(best)[1].tolist()
+            if self._guided and self.parts.learns:
+                for agent in self.agents:
+                    agent.high.feedback = torch.from_numpy(feedback)[:, None]
+        self.rounds.append(this)
+
+    def record(self) -> dict[str, Any]:
+        """Return what was learned, as JSON values: gate decisions, foreseen and found log losses, budgets per round."""
+        return {"strategy": self.name, "blocks": list(self._problem.blocks), "rounds": [vars(r) for r in self.rounds]}
+
+
+def neighbours(problem: Problem, choices: Choices, budget_ms: float) -> Choices:
+    """Return (n, decisions) the feasible plans one step away in one decision, or in two that move opposite ways.
+
+    A step is to the next option of a width and to any option of a nominal decision.
+    """
+    moves = [
+        (index, option, np.sign(option - choices[index]))
+        for index, decision in enumerate(problem.decisions)
+        for option in range(len(decision.options))
+        if option != choices[index] and (decision.kind != "width" or abs(option - choices[index]) == 1)
+    ]
+    plans = []
+    for first, (index, option, up) in enumerate(moves):
+        one = choices.copy()
+        one[index] = option
+        plans.append(one)
+        for other, second, way in moves[first + 1 :]:
+            if other != index and way != up:
+                two = one.copy()
+                two[other] = second
+                plans.append(two)
+    if not plans:
+        return np.empty((0, len(choices)), np.int64)
+    found = np.stack(plans)
+    return found[problem.predict_batch(found) <= budget_ms]

@@ -18,7 +18,10 @@ PRIOR_DEVIATION = 0.35
 
 
 class PricePolicy(nn.Module):
-    """The high-level agent: a distribution over MULTIPLIERS for each block, exp(prior + h(block features)).
+    """The high-level agent: a distribution over MULTIPLIERS for each block, exp(prior + h(block features, feedback)).
+
+    Attributes:
+        feedback: (blocks, 1) what measured plans have taught about each block since; 0 at the start.
 
     Args:
         features: (blocks, k).
@@ -29,13 +32,14 @@ class PricePolicy(nn.Module):
     def __init__(self, features: Tensor, rng: torch.Generator, with_prior: bool) -> None:
         super().__init__()
         self._features = features
+        self.feedback = torch.zeros(len(features), 1, dtype=torch.float64)
         octaves = torch.from_numpy(np.log2(MULTIPLIERS))
         self._prior = -0.5 * (octaves / PRIOR_DEVIATION).square() if with_prior else torch.zeros_like(octaves)
-        self._shared = small_network(features.shape[1], len(MULTIPLIERS), rng, zero=with_prior)
+        self._shared = small_network(features.shape[1] + 1, len(MULTIPLIERS), rng, zero=with_prior)
 
     def forward(self) -> Tensor:
         """Return (blocks, multipliers) logits."""
-        learned: Tensor = self._shared(self._features)
+        learned: Tensor = self._shared(torch.cat([self._features, self.feedback], dim=1))
         return self._prior + learned
 
 

@@ -75,16 +75,15 @@ def tables_of(problem: Problem) -> Tables:
 
 
 def tables_around(problem: Problem, choices: Choices) -> Tables:
-    """Return the tables with the time of every single change predicted at `choices` (one prediction per option)."""
+    """Return the tables with the time of every single change predicted at `choices`."""
+    tables = tables_of(problem)
+    index, option = np.nonzero(tables.offered)
+    changed = np.repeat(choices[None], len(index), axis=0)
+    changed[np.arange(len(index)), index] = option
     here = problem.predict_ms(choices)
-    rows = []
-    for index, decision in enumerate(problem.decisions):
-        row = np.zeros(len(decision.options))
-        for option in range(len(decision.options)):
-            if option != choices[index]:
-                row[option] = problem.predict_ms(_with(choices, index, option)) - here
-        rows.append(row)
-    return Tables(tables_of(problem).loss, _padded(rows, 0.0), choices.copy(), here)
+    ms = np.zeros_like(tables.ms)
+    ms[index, option] = problem.predict_batch(changed) - here
+    return Tables(tables.loss, ms, choices.copy(), here)
 
 
 def _with(choices: Choices, index: int, option: int) -> Choices:
@@ -263,38 +262,47 @@ def solve(problem: Problem, budget_ms: float) -> Choices:
 
 
 def solve_price(
-    pick: Callable[[float], Choices], predict_ms: Callable[[Choices], float], budget_ms: float, start: float
+    pick: Callable[[float], Choices], problem: Problem, budget_ms: float, start: float
 ) -> tuple[Choices, float]:
-    """Return the choices at the lowest price per millisecond that fits the budget, and that price.
+    """Return the choices at the lowest price per millisecond that fits, and that price; see `solve_prices`."""
+    choices, prices = solve_prices(lambda price: pick(float(price[0]))[None], problem, budget_ms, np.array([start]))
+    return choices[0], float(prices[0])
+
+
+def solve_prices(
+    pick: Callable[[NDArray[np.float64]], Choices], problem: Problem, budget_ms: float, start: NDArray[np.float64]
+) -> tuple[Choices, NDArray[np.float64]]:
+    """Return for each of n plans its choices at the lowest price that fits the budget, and that price, by bisection.
 
     Args:
-        pick: Price (loss per ms, 0 or more) to the choices made at it; their time falls as the price rises.
-        predict_ms: Choices to milliseconds.
+        pick: (n,) prices (loss per ms, 0 or more) to (n, decisions) choices; their times fall as the prices rise.
+        problem: Predicts the times.
         budget_ms: Limit on the predicted time.
-        start: A positive price to begin with, of the right order of magnitude.
+        start: (n,) positive prices to begin with, of the right order of magnitude.
 
     Returns:
-        The choices and the price. When no price fits, the choices at a very high one: the caller projects them.
+        (n, decisions) and (n,). Where no price fits, the choices at a very high one: the caller projects them.
     """
-    free = pick(0.0)
-    if predict_ms(free) <= budget_ms:
-        return free, 0.0
-    low, high = 0.0, start
+
+    def fit(choices: Choices) -> NDArray[np.bool_]:
+        return problem.predict_batch(choices) <= budget_ms
+
+    free = pick(np.zeros(len(start)))
+    costs_nothing = fit(free)
+    low, high = np.zeros(len(start)), start.astype(np.float64)
     chosen = pick(high)
     for _ in range(40):
-        if predict_ms(chosen) <= budget_ms:
+        too_long = ~fit(chosen) & ~costs_nothing
+        if not too_long.any():
             break
-        low, high = high, 4 * high
+        low, high = np.where(too_long, high, low), np.where(too_long, 4 * high, high)
         chosen = pick(high)
-    else:
-        return chosen, high
     for _ in range(30):
-        middle = (low * high) ** 0.5 if low else high / 4
-        candidate = pick(middle)
-        if predict_ms(candidate) <= budget_ms:
-            chosen, high = candidate, middle
-        else:
-            low = middle
-        if low and high / low < 1.001:
+        if (costs_nothing | ((low > 0) & (high < 1.001 * low))).all():
             break
-    return chosen, high
+        middle = np.where(low > 0, np.sqrt(low * high), high / 4)
+        candidate = pick(middle)
+        fits = fit(candidate)
+        chosen = np.where(fits[:, None], candidate, chosen)
+        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
+    return np.where(costs_nothing[:, None], free, chosen), np.where(costs_nothing, 0.0, high)

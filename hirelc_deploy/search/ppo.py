@@ -1,7 +1,8 @@
-"""In: drawn actions and their rewards. Out: policies moved a little towards the actions that did better (PPO)."""
+"""In: drawn actions and their rewards. Out: policies moved a little towards the actions that did better (PPO, A2C)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,11 +39,18 @@ class ActionBatch:
         logits: Computes (samples, decisions, options) from the policy's present parameters; -inf for no such option.
         actions: (samples, decisions) drawn options.
         log_probs: (samples, decisions) of those options when they were drawn.
+        credit: (samples, decisions) advantage of each single choice, where something can tell them apart; None for that
+            of the reward, which all choices of a sample share.
     """
 
     logits: Callable[[], Tensor]
     actions: Tensor
     log_probs: Tensor
+    credit: Tensor | None = None
+
+
+A2C = PpoSettings(learning_rate=0.1, epochs=1, clip=math.inf)
+"""Advantage actor-critic is the same update taken once and not clipped (Huang et al. 2022, arXiv 2205.09123)."""
 
 
 def advantages(rewards: Tensor, leave_one_out: bool = True) -> Tensor:
@@ -75,12 +83,13 @@ class Ppo:
         Returns:
             `entropy` (nats per decision), `clipped` (share of ratios outside the clip) after the last epoch.
         """
-        advantage = advantages(rewards, self.settings.leave_one_out)[:, None]
+        shared = advantages(rewards, self.settings.leave_one_out)[:, None]
         entropy_sum, clipped_sum, decisions = 0.0, 0.0, 0
         for _ in range(self.settings.epochs):
             loss = torch.zeros((), dtype=rewards.dtype)
             entropy_sum, clipped_sum, decisions = 0.0, 0.0, 0
             for batch in batches:
+                advantage = shared if batch.credit is None else batch.credit
                 log_probs = torch.log_softmax(batch.logits(), dim=-1)
                 chosen = log_probs.gather(-1, batch.actions[..., None]).squeeze(-1)
                 ratio = (chosen - batch.log_probs).exp()

@@ -13,7 +13,7 @@ from hirelc_deploy.outcome import Fidelity, Outcome
 from hirelc_deploy.plan import CompressionPlan
 
 Choices = NDArray[np.int64]
-"""(decisions,) index of the option taken for each decision; the last option of every decision is `uncut`."""
+"""(decisions,) or (n, decisions) index of the option taken for each decision; the last option of each is `uncut`."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Problem:
     """Everything a strategy may use. Torch, devices and files stay outside.
 
     Attributes:
-        predict_ms: Choices to predicted whole-network milliseconds, from the device's table with real layer shapes
-            (not the sum of `Decision.ms`: a layer's time depends on the widths at both of its ends).
+        predict_batch: (n, decisions) choices to (n,) predicted whole-network milliseconds, from the device's table with
+            real layer shapes (not sums of `Decision.ms`: a layer's time depends on the widths at both of its ends).
         uncut_ms: Prediction for the uncut model in its best precision.
         plan_of: Choices to the plan they mean.
     """
@@ -54,8 +54,12 @@ class Problem:
     blocks: tuple[str, ...]
     decisions: tuple[Decision, ...]
     uncut_ms: float
-    predict_ms: Callable[[Choices], float]
+    predict_batch: Callable[[Choices], NDArray[np.float64]]
     plan_of: Callable[[Choices], CompressionPlan]
+
+    def predict_ms(self, choices: Choices) -> float:
+        """Return the predicted milliseconds of one plan."""
+        return float(self.predict_batch(choices[None])[0])
 
 
 Evaluate = Callable[[CompressionPlan, Fidelity], Outcome]

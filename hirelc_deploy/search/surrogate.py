@@ -1,0 +1,195 @@
+"""In: plans that were measured. Out: the loss of plans that were not, with its uncertainty, and whether to trust it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hirelc_deploy.search.knapsack import Tables
+from hirelc_deploy.search.problem import Choices
+
+LEAST_PLANS = 8
+"""Fewer measured plans than this teach no more than the tables know."""
+
+TRUSTED_CORRELATION = 0.5
+"""Rank correlation of held-out predictions with measured losses, from which on a surrogate may guide."""
+
+NOISE = 0.02
+"""Deviation, in log loss, that no kernel is asked to explain."""
+
+Kernel = tuple[float, float, float, float]
+"""Variances of: an offset, a weight per decision, a weight per pair of decisions, anything smooth."""
+
+KERNELS: tuple[Kernel, ...] = tuple(
+    (0.25, weight, pair, smooth)
+    for weight, pair, smooth in itertools.product((0.03, 0.3, 3.0), (0.0, 0.3, 3.0), (0.003, 0.03, 0.3))
+)
+"""What the marginal likelihood chooses from."""
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A Gaussian process on n plans: with K their covariance, `factor` is its Cholesky factor, `weights` K^-1 y."""
+
+    kernel: Kernel
+    shares: NDArray[np.float64]
+    steps: NDArray[np.float64]
+    factor: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    likelihood: float
+
+
+class Surrogate:
+    """A Gaussian process on log(measured loss / summed loss of the tables); without data it says what the tables say.
+
+    What the tables cannot see is in its kernel: a decision may cost more or less beside others than alone (linear in
+    its share of the summed loss), pairs may (products of shares), and the rest is smooth in the option indices.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._loss = np.where(tables.offered, tables.loss, 0.0)
+        self._span = np.maximum(tables.offered.sum(axis=1) - 1, 1)
+        self._choices: Choices = np.empty((0, len(self._loss)), np.int64)
+        self._log_loss: NDArray[np.float64] = np.empty(0)
+        self._fit: _Fit | None = None
+        self.correlation = 0.0
+        """Spearman's rank correlation of leave-one-out predictions with the measured losses."""
+        self.error = math.nan
+        """Mean absolute error of these predictions, in log loss."""
+
+    @property
+    def trusted(self) -> bool:
+        """Return whether held-out predictions rank plans well enough to guide by."""
+        return self._fit is not None and self.correlation >= TRUSTED_CORRELATION
+
+    @property
+    def best(self) -> float:
+        """Return the least measured log loss."""
+        return float(self._log_loss.min())
+
+    def learn(self, choices: Choices, losses: NDArray[np.float64]) -> None:
+        """Take in (n, decisions) plans and their (n,) measured losses, all there are, in place of what was known."""
+        self._choices, self._log_loss = choices, np.log(np.maximum(losses, 1e-9))
+        if len(choices) < LEAST_PLANS:
+            return
+        shares, steps, prior = self._features(choices)
+        excess = self._log_loss - prior
+        fits = [fit for kernel in KERNELS if (fit := _fitted(kernel, shares, steps, excess))]
+        self._fit = max(fits, key=lambda fit: fit.likelihood)
+        held_out = self._log_loss - self._left_out(self._fit)
+        self.correlation = rank_correlation(held_out, self._log_loss)
+        self.error = float(np.abs(held_out - self._log_loss).mean())
+
+    def predict(self, choices: Choices) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the (n,) expected log losses of (n, decisions) plans and their standard deviations."""
+        shares, steps, prior = self._features(choices)
+        if self._fit is None:
+            return prior, np.full(len(choices), 0.5)
+        fit = self._fit
+        cross = _covariance(fit.kernel, shares, steps, fit.shares, fit.steps)
+        whitened = np.linalg.solve(fit.factor, cross.T)
+        own = _own_covariance(fit.kernel, shares)
+        return prior + cross @ fit.weights, np.sqrt(np.maximum(own - (whitened**2).sum(axis=0), 1e-8))
+
+    def mean(self, choices: Choices) -> NDArray[np.float64]:
+        """Return only the expected log losses; much cheaper than `predict`."""
+        shares, steps, prior = self._features(choices)
+        if self._fit is None:
+            return prior
+        return (
+            prior + _covariance(self._fit.kernel, shares, steps, self._fit.shares, self._fit.steps) @ self._fit.weights
+        )
+
+    def believing(self, choices: Choices) -> Surrogate:
+        """Return a surrogate that takes its own expectation of these plans for measured, with the same kernel."""
+        other = object.__new__(Surrogate)
+        other.__dict__.update(self.__dict__)
+        if self._fit is not None:
+            mean = self.mean(choices)
+            other._choices = np.concatenate([self._choices, choices])
+            other._log_loss = np.concatenate([self._log_loss, mean])
+            shares, steps, prior = self._features(other._choices)
+            other._fit = _fitted(self._fit.kernel, shares, steps, other._log_loss - prior) or self._fit
+        return other
+
+    def excess_of_blocks(self, block: NDArray[np.int64], count: int, around: Choices) -> NDArray[np.float64]:
+        """Return (count,) how much more, in log loss, each block is expected to cost at `around` than the tables say.
+
+        The expectation there, less that with the block uncut, minus the same difference by the tables.
+        """
+        top = self._span * np.ones(len(around), np.int64)
+        without = np.where(block[None] == np.arange(count)[:, None], top, around)
+        everything = np.concatenate([around[None], without])
+        excess = self.mean(everything) - self._features(everything)[2]
+        return np.asarray(excess[0] - excess[1:])
+
+    def _features(self, choices: Choices) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Return (n, decisions) shares of the summed loss, (n, decisions) options in [0, 1], (n,) log summed loss."""
+        loss = self._loss[np.arange(choices.shape[1]), choices]
+        total = np.maximum(loss.sum(axis=1, keepdims=True), 1e-9)
+        return loss / total, choices / self._span, np.log(total[:, 0])
+
+    def _left_out(self, fit: _Fit) -> NDArray[np.float64]:
+        """Return (n,) by how much each plan misses what the others predict (Rasmussen and Williams 2006, eq. 5.12)."""
+        inverse = np.linalg.solve(fit.factor.T, np.linalg.solve(fit.factor, np.eye(len(fit.weights))))
+        return np.asarray(fit.weights / np.diag(inverse))
+
+
+def _covariance(
+    kernel: Kernel,
+    shares: NDArray[np.float64],
+    steps: NDArray[np.float64],
+    other_shares: NDArray[np.float64],
+    other_steps: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    offset, weight, pair, smooth = kernel
+    product = shares @ other_shares.T
+    distance = (steps**2).sum(1)[:, None] + (other_steps**2).sum(1) - 2 * steps @ other_steps.T
+    # Plans half a step apart everywhere share about half of what is smooth.
+    return np.asarray(offset + weight * product + pair * product**2 + smooth * np.exp(-3.0 * distance / steps.shape[1]))
+
+
+def _own_covariance(kernel: Kernel, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    offset, weight, pair, smooth = kernel
+    product = (shares**2).sum(axis=1)
+    return np.asarray(offset + weight * product + pair * product**2 + smooth)
+
+
+def _fitted(
+    kernel: Kernel, shares: NDArray[np.float64], steps: NDArray[np.float64], excess: NDArray[np.float64]
+) -> _Fit | None:
+    """Return the process with its log marginal likelihood, or None where the covariance is not positive definite."""
+    covariance = _covariance(kernel, shares, steps, shares, steps) + NOISE**2 * np.eye(len(excess))
+    try:
+        factor = np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return None
+    weights = np.asarray(np.linalg.solve(factor.T, np.linalg.solve(factor, excess)), np.float64)
+    likelihood = -0.5 * float(excess @ weights) - float(np.log(np.diag(factor)).sum())
+    return _Fit(kernel, shares, steps, np.asarray(factor, np.float64), weights, likelihood)
+
+
+def expected_improvement(mean: NDArray[np.float64], deviation: NDArray[np.float64], best: float) -> NDArray[np.float64]:
+    """Return how far below `best` a normal value is expected to fall, 0 where it stays above (Jones et al. 1998)."""
+    z = (best - mean) / deviation
+    erf = np.array([math.erf(value / math.sqrt(2.0)) for value in z])
+    density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    return np.asarray(np.maximum((best - mean) * 0.5 * (1 + erf) + deviation * density, 0.0))
+
+
+def rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Return Spearman's rank correlation, ties sharing their mean rank; 0 where one of the two is constant."""
+    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
+    centred = [rank - rank.mean() for rank in ranks]
+    size = math.sqrt(float((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
+    return float((centred[0] * centred[1]).sum() / size) if size > 0 else 0.0
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse])
