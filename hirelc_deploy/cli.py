@@ -211,7 +211,9 @@ def search(
     speedup: Annotated[float | None, typer.Option(help="Times faster than the uncut float file.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of one inference on the target.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Size of the shipped file.")] = None,
-    strategy: Annotated[str, typer.Option(help="hirelc, knapsack, random, uniform, untrained or flat.")] = "hirelc",
+    strategy: Annotated[
+        str, typer.Option(help="hirelc, two-stage, knapsack, greedy, tpe, nsga2, flat, random, uniform or untrained.")
+    ] = "hirelc",
     budget: Annotated[
         str | None, typer.Option(help="Wall time, for example 30m; the last training may end after it.")
     ] = None,

@@ -18,7 +18,10 @@ from typing import Any
 from hirelc_deploy.errors import InputError
 
 SCHEMA_VERSION = 1
-STRATEGIES = ("hirelc", "knapsack", "random", "uniform", "untrained", "flat")
+STRATEGIES = (
+    *("hirelc", "two-stage", "knapsack", "greedy", "tpe", "nsga2"),
+    *("flat", "random", "uniform", "untrained"),
+)
 LARGEST_INPUT = 2**26
 """Values of one image (256 MiB in float32): what is larger is a slip of the pen, and would exhaust the memory."""
 LARGEST_SEED = 2**32 - 1

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.outcome import Measured, Outcome
-from hirelc_deploy.search.hierarchy import MEMBERS, Hierarchy, Parts
+from hirelc_deploy.search.hierarchy import MEMBERS, Hierarchy, Parts, neighbours
 from hirelc_deploy.search.knapsack import (
     check_feasible,
     project,
@@ -18,9 +18,12 @@ from hirelc_deploy.search.knapsack import (
     solve,
     solve_price,
     tables_around,
+    tables_of,
     uncut,
 )
 from hirelc_deploy.search.problem import Choices, Problem, Strategy
+from hirelc_deploy.search.sampled import Sampled
+from hirelc_deploy.search.two_stage import TwoStage
 
 ATTEMPTS = 20
 """Draws per new plan asked for, before a strategy admits that it finds no more."""
@@ -136,6 +139,41 @@ class Knapsack:
         return choices
 
 
+class Greedy:
+    """The least sensitive step first, from the uncut model down to the budget; then exchanges around the best plan.
+
+    Sensitivity is the tables' loss per saved millisecond. An exchange narrows one decision by a step and widens
+    another; those that the tables think best are measured first, and the best measured plan is the next start.
+    """
+
+    name = "greedy"
+
+    def __init__(self, problem: Problem, budget_ms: float) -> None:
+        check_feasible(problem, budget_ms)
+        self._problem, self._budget_ms = problem, budget_ms
+        self._tables = tables_of(problem)
+        self._best, self._best_loss = project(problem, uncut(problem), budget_ms), np.inf
+        self._proposed: set[bytes] = set()
+
+    def propose(self, count: int) -> list[Choices]:
+        """Return the greedy plan first, then untried exchanges around the best plan measured."""
+        if not self._proposed:
+            plans = [self._best]
+        else:
+            near = neighbours(self._problem, self._best, self._budget_ms)
+            rows = np.arange(near.shape[1])
+            order = np.argsort(self._tables.loss[rows, near].sum(axis=1), kind="stable")
+            plans = [near[index] for index in order if near[index].tobytes() not in self._proposed][:count]
+        self._proposed |= {choices.tobytes() for choices in plans}
+        return plans
+
+    def observe(self, tried: Sequence[tuple[Choices, Outcome]]) -> None:
+        """Move to the plan with the least measured loss."""
+        for choices, outcome in tried:
+            if isinstance(outcome, Measured) and outcome.fidelity == "F1" and outcome.loss < self._best_loss:
+                self._best, self._best_loss = choices, outcome.loss
+
+
 def _new_ones(draw: Callable[[], Choices], count: int, proposed: set[bytes]) -> list[Choices]:
     """Return up to `count` draws that are not among the `proposed`, and add them to those."""
     found: list[Choices] = []
@@ -177,6 +215,10 @@ STRATEGIES: dict[str, Callable[[Problem, float, int], Strategy]] = {
     "uniform": lambda problem, budget_ms, seed: Uniform(problem, budget_ms),
     "untrained": _hierarchy("untrained", PARTS["untrained"]),
     "flat": _hierarchy("flat", PARTS["flat"]),
+    "greedy": lambda problem, budget_ms, seed: Greedy(problem, budget_ms),
+    "two-stage": TwoStage,
+    "tpe": lambda problem, budget_ms, seed: Sampled("tpe", problem, budget_ms, seed),
+    "nsga2": lambda problem, budget_ms, seed: Sampled("nsga2", problem, budget_ms, seed),
 }
 
 
