@@ -312,6 +312,50 @@ def apply(
 
 
 @app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="The folder of a search: its model, data, target, tables and journal.")],
+    strategies: Annotated[str, typer.Option(help="Names with commas between them; the first is ours.")] = (
+        "hirelc,knapsack,greedy,tpe,nsga2,flat,two-stage,random,untrained,uniform"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Searches per strategy and budget.")] = 5,
+    speedups: Annotated[str, typer.Option(help="Budgets: times faster than the best unpruned file.")] = "1.3,1.8",
+    trials: Annotated[int, typer.Option(min=1, help="Cut models judged per search (F1).")] = 24,
+    files: Annotated[int, typer.Option(min=0, help="Of these, the best ones built and timed (F2).")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the results; RUN if not given.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let strategies search for the same budgets with equally many evaluations: one page, one JSON file.
+
+    \b
+    Example: hirelc-deploy compare runs/a --strategies hirelc,knapsack,random --seeds 5
+    """
+    from hirelc_deploy import job
+    from hirelc_deploy.config import JobConfig
+
+    try:
+        factors = [float(part) for part in speedups.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--speedups {speedups!r}: give numbers with commas between them, for example 1.3,1.8."
+        ) from None
+    config = JobConfig.read(run / "config.toml")
+    names = [name.strip() for name in strategies.split(",")]
+    job.check_comparison(config, names, factors)
+    command = shlex.join(["hirelc-deploy", *sys.argv[1:]])
+    workplace = job.open_workplace(config, run, command, Progress(quiet=quiet))
+    with workplace.run:
+        summary = job.run_compare(workplace, names, range(seeds), factors, trials, files, out or run)
+    lines = [f"{'strategy':<28} best loss  {names[0]} / it      p"]
+    for name, found in sorted(summary["strategies"].items(), key=lambda item: item[1]["best_loss_mean"]):
+        test = found.get("against_ours")
+        against = f"{math.exp(test['log_ratio']):10.3f}  {test['p']:10.4f}" if test else ""
+        lines.append(f"{name:<28} {found['best_loss_mean']:9.4f}  {against}")
+    lines.append(f"page: {(out or run) / job.COMPARISON_PAGE}")
+    _show(summary, as_json, "\n".join(lines))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder that is made for the results.")] = Path("runs/demo"),
     seed: Seed = 0,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
+from hirelc_deploy import comparison
 from hirelc_deploy.bundle import BundleContents, write_bundle
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.recovery import Recovery
@@ -38,8 +40,10 @@ from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.report import read_run, write_report
 from hirelc_deploy.runs import Run, write_atomic
+from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
 
 RESULT = "result.json"
+COMPARISON, COMPARISON_PAGE = "compare.json", "compare.html"
 SAMPLES = 8
 
 
@@ -168,6 +172,64 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
         raise ConstraintError(
             f"search: {error}{found or ''} Allow a larger drop, more time, more bytes or more recovery epochs."
         ) from None
+
+
+def check_comparison(config: JobConfig, strategies: Sequence[str], speedups: Sequence[float]) -> None:
+    """Raise InputError for what a comparison cannot use, before anything is loaded."""
+    if config.plan is not None:
+        raise InputError("compare: this run was made by `apply`; give the folder of a search.")
+    for name in strategies:
+        if name not in STRATEGIES | ABLATIONS:
+            raise InputError(f"--strategies {name!r} is unknown; use {', '.join(STRATEGIES | ABLATIONS)}.")
+    if len(set(strategies)) < len(strategies):
+        raise InputError("--strategies: a name is there twice; give each once.")
+    for speedup in speedups:
+        if not (math.isfinite(speedup) and speedup > 0):
+            raise InputError(f"--speedups {speedup:g}: give finite numbers above 0.")
+
+
+def run_compare(
+    workplace: Workplace,
+    strategies: Sequence[str],
+    seeds: Sequence[int],
+    speedups: Sequence[float],
+    f1_evaluations: int,
+    f2_evaluations: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Compare strategies on the problem of a run, write page and JSON to `out` and return the summary.
+
+    Every evaluation goes through the run's journal, so an interrupted comparison resumes where it was.
+    """
+    pipeline, config = workplace.pipeline, workplace.config
+    search = Search(
+        pipeline,
+        workplace.run,
+        LatencyTable(pipeline.backend, table_path(), pipeline.threads),
+        config.limits,
+        config.search,
+    )
+    problem = search.problem
+    budgets = [problem.uncut_ms / speedup for speedup in speedups]
+    searches = comparison.run_all(
+        problem,
+        budgets,
+        strategies,
+        seeds,
+        pipeline.outcome,
+        f1_evaluations=f1_evaluations,
+        f2_evaluations=f2_evaluations,
+        progress=pipeline.progress.say,
+    )
+    summary = comparison.summarise(searches, problem.uncut_ms, strategies[0])
+    summary |= {"command": workplace.command, "machine": workplace.run.machine, "model": workplace.source.spec}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        comparison.write_json(summary, out / COMPARISON)
+        comparison.write_page(summary, f"Strategies on {workplace.source.spec}", out / COMPARISON_PAGE)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); give another --out.") from None
+    return summary
 
 
 def unpruned_limits(pipeline: Pipeline, limits: Limits) -> Callable[[Contender, Timing], bool]:

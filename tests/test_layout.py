@@ -21,7 +21,7 @@ ORDER = (
     ("runs",),
     ("pipeline", "tables"),
     ("finalists", "delivery"),
-    ("bundle", "bundle_template", "report"),
+    ("bundle", "bundle_template", "report", "comparison"),
     ("job", "doctor"),
     ("cli", "__main__"),
 )

@@ -1,10 +1,15 @@
 import itertools
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_problem import WIDTHS, Toy
 
 from hirelc_deploy import delivery, finalists, tables
 from hirelc_deploy.compress import slicing
@@ -18,8 +23,10 @@ from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.pipeline import BLANKET, Effort, Pipeline
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
 from hirelc_deploy.search.knapsack import smallest, solve
+from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.testing.fake_backend import FakeBackend, Faults
 
 EFFORT = Effort(64, 32, 32, Recovery(epochs=3, batch_size=16, soft_weight=1.0), Effort().timing)
@@ -153,25 +160,38 @@ def test_times_from_arrays_are_those_of_the_layer_table(pipeline: Pipeline):
         assert problem.predict_ms(choices) == pytest.approx(network.predict(keep, lambda _: "int8"))
 
 
-def test_with_many_options_only_those_near_a_solution_are_measured(
-    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    pipeline = make_pipeline(data_file, tmp_path / "run")
-    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
-    complete = tables.build_problem(pipeline, network, options=8)
-    every = {trial.plan.digest for trial in pipeline.run.trials if trial.fidelity == "F1"}
+def test_with_many_options_only_those_near_a_solution_are_measured(monkeypatch: pytest.MonkeyPatch):
+    toy = Toy(0)
+    truth = {decision.name: decision.loss for decision in toy.problem.decisions}
+    offered = dict.fromkeys(truth, WIDTHS)
+    removed = {
+        name: np.array([0.64, 0.36, 0.16, 0.04, 0.0]) * weight for name, weight in zip(truth, toy.weight, strict=True)
+    }
+    asked: list[str] = []
+
+    def outcome(plan: CompressionPlan, fidelity: str) -> Measured:
+        ((name, width),) = plan.keep.items()
+        asked.append(plan.digest)
+        return Measured(plan.digest, "F1", float(truth[name][WIDTHS.index(width)]), None, 1, 1)
+
+    def problem_of(losses: Mapping[str, np.ndarray]) -> Problem:
+        decisions = tuple(replace(decision, loss=losses[decision.name]) for decision in toy.problem.decisions)
+        return replace(toy.problem, decisions=decisions)
+
+    stub: Any = SimpleNamespace(progress=Progress(quiet=True), outcome=outcome)
+    complete = tables.single_losses(stub, removed, offered, problem_of)
+    assert len(asked) == 4 * len(truth)
+    assert all(np.array_equal(complete[name], truth[name]) for name in truth)
+    asked.clear()
     monkeypatch.setattr(tables, "MEASURED_SINGLES", 0)
-    asked: set[str] = set()
-    outcome = pipeline.outcome
-    monkeypatch.setattr(pipeline, "outcome", lambda plan, f: asked.add(plan.digest) or outcome(plan, f))
-    lazy = tables.build_problem(pipeline, network, options=8)
-    assert asked < every
-    for share in tables.PROBED_BUDGETS:
-        shortest_ms = smallest(lazy)[1]
-        answer = solve(lazy, shortest_ms + share * (lazy.uncut_ms - shortest_ms))
-        rows = range(len(answer))
-        taken = [lazy.decisions[i].loss[answer[i]] for i in rows]
-        assert taken == [complete.decisions[i].loss[answer[i]] for i in rows]
+    monkeypatch.setattr(tables, "PROBED_BUDGETS", (0.5,))
+    found = tables.single_losses(stub, removed, offered, problem_of)
+    assert len(asked) == len(set(asked)) < 4 * len(truth)
+    problem = problem_of(found)
+    shortest_ms = smallest(problem)[1]
+    answer = solve(problem, shortest_ms + 0.5 * (problem.uncut_ms - shortest_ms))
+    for decision, choice in zip(problem.decisions, answer, strict=True):
+        assert decision.loss[choice] == truth[decision.name][choice]
 
 
 def test_losses_between_measured_widths_follow_the_fisher_sum():
