@@ -381,7 +381,7 @@ def _check_file(folder: Path, name: str, claim: Any) -> list[str]:
 
 def _check_weights(folder: Path) -> None:
     """Raise InputError unless the weights are readable and have the shapes of the shape manifest."""
-    wanted = _shapes(folder)
+    wanted = {name: shape for name, shape in _shapes(folder).items() if isinstance(shape, list)}
     found = {name: list(tensor.shape) for name, tensor in _weights(folder).items()}
     if odd := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise InputError(
@@ -521,9 +521,11 @@ def _preprocess(folder: Path) -> Preprocess:
     return Preprocess.from_dict(_json_object(folder / PREPROCESS))
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
+def _shapes(folder: Path) -> dict[str, list[int] | int]:
     value = _json_object(folder / SHAPES)
     for name, shape in value.items():
+        if type(shape) is int:
+            continue
         if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise InputError(f"{folder / SHAPES}: {name} has shape {shape!r}; give a list of whole numbers.")
     return value

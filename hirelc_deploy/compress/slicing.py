@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.errors import InputError, SliceError
 from hirelc_deploy.graph.model_graph import KeptWhole, ModelGraph, Unit
+from hirelc_deploy.graph.sizes import set_whole_number, whole_numbers
+from hirelc_deploy.graph.trace import drop_caches
 from hirelc_deploy.plan import CompressionPlan
 
 Kept = Mapping[str, NDArray[np.int64]]
@@ -72,6 +77,7 @@ def slice_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
         SliceError: An unknown unit, no element left, or numbers that are not ascending elements of the unit.
     """
     stays = _staying(model, graph, kept)
+    counts = _counts_left(model, graph, kept)
     memo: dict[int, object] = {}
     for name, tensor in _tensors(model):
         new = tensor.detach()
@@ -81,27 +87,82 @@ def slice_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
         memo[id(tensor)] = _like(tensor, new if name in stays else new.clone())
     # deepcopy takes tensors from the memo: it copies the structure only.
     small = copy.deepcopy(model, memo)
+    drop_caches(small)
+    for path, number in counts.items():
+        set_whole_number(small, path, number)
     _fix_attributes(small)
     return small
 
 
 def mask_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
-    """Return a copy of full size in which everything that `slice_model` would remove is zero."""
+    """Return a copy of full size in which everything that `slice_model` would remove is zero.
+
+    A layer or group norm of some features takes mean and variance over those that stay: over all of them it would
+    see the zeros.
+    """
     stays = _staying(model, graph, kept)
     masked = copy.deepcopy(model)
+    drop_caches(masked)
     with torch.no_grad():
         for name, tensor in _tensors(masked):
             for dim, index in stays.get(name, {}).items():
                 gone = np.setdiff1d(np.arange(tensor.shape[dim]), index)
                 tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
-    return masked
+    return _Masked(masked, {name: index[0] for name, index in stays.items() if 0 in index})
+
+
+class _Masked(nn.Module):
+    """Runs a masked model with norms over the kept features.
+
+    Args:
+        kept: Name of a norm's weight to the features that it keeps.
+    """
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, NDArray[np.int64]]) -> None:
+        super().__init__()
+        self.model = model
+        self.kept = {name: torch.from_numpy(index) for name, index in kept.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns."""
+        by_weight = {id(p): self.kept[n] for n, p in self.model.named_parameters() if n in self.kept}
+        with _NormsOverKept(by_weight):
+            return self.model(*args, **kwargs)
+
+
+class _NormsOverKept(TorchFunctionMode):
+    """Layer, RMS and group norms whose weight is in `kept` see these features only and give zeros for the others."""
+
+    def __init__(self, kept: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in (F.layer_norm, F.rms_norm, F.group_norm):
+            return func(*args, **kwargs)
+        call = inspect.signature(func).bind(*args, **kwargs).arguments
+        kept = self.kept.get(id(call["weight"]))
+        if kept is None:
+            return func(*args, **kwargs)
+        dim = 1 if func is F.group_norm else -1
+        whole = call["input"]
+        for name in ("weight", "bias"):
+            if call.get(name) is not None:
+                call[name] = call[name][kept]
+        if func is not F.group_norm:
+            call["normalized_shape"] = (len(kept),)
+        normed = func(**{**call, "input": whole.index_select(dim, kept)})
+        return torch.zeros_like(whole).index_copy(dim, kept, normed)
 
 
 def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[ModelGraph, float]:
     """Slice every unit to about half, compare with the masked twin, and keep units whole where the two differ.
 
     Tracing follows what it saw; a forward pass with sizes written into its code can still break when sliced. This
-    finds the units at fault by halving.
+    finds the units at fault by halving. It runs in double precision: what is left after rounding is no coincidence.
 
     Args:
         example: (n, channels, height, width) images.
@@ -154,19 +215,31 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
     return graph, difference(graph.units)
 
 
-def shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Return the shape manifest: every tensor of the state dict with its shape, as JSON values."""
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+def shapes(model: nn.Module) -> dict[str, list[int] | int]:
+    """Return the shape manifest, as JSON values: shapes of the state dict, and the numbers that modules keep.
+
+    A tensor has a list, a number (`blocks.0.attn.num_heads`) is one. Numbers that follow from a weight are left out.
+    """
+    sized = [path for path, module in model.named_modules() if any(applies(module) for applies, _ in ATTRIBUTE_FIXES)]
+    numbers = {
+        path: number
+        for path, number in whole_numbers(model).items()
+        if not any(path.startswith(f"{owner}.") for owner in sized)
+    }
+    return {**{name: list(tensor.shape) for name, tensor in model.state_dict().items()}, **numbers}
 
 
-def rebuild(model_uncut: nn.Module, shapes: Mapping[str, list[int]], state_dict: Mapping[str, Tensor]) -> nn.Module:
+def rebuild(
+    model_uncut: nn.Module, shapes: Mapping[str, list[int] | int], state_dict: Mapping[str, Tensor]
+) -> nn.Module:
     """Turn a freshly built uncut model into the sliced one, in place, and return it.
 
     Raises:
         InputError: The manifest, the weights and the model do not belong together.
     """
     expected = set(model_uncut.state_dict())
-    for what, names in (("shape manifest", set(shapes)), ("weights", set(state_dict))):
+    sizes = {name: shape for name, shape in shapes.items() if isinstance(shape, list)}
+    for what, names in (("shape manifest", set(sizes)), ("weights", set(state_dict))):
         if names != expected:
             odd = sorted(names ^ expected)[0]
             state = "lacks" if odd in expected else "has an unknown tensor"
@@ -175,13 +248,21 @@ def rebuild(model_uncut: nn.Module, shapes: Mapping[str, list[int]], state_dict:
     for path, module in model_uncut.named_modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                shape = shapes.get(f"{path}.{name}" if path else name)
-                if tensor is None or shape is None or list(tensor.shape) == list(shape):
+                shape = sizes.get(f"{path}.{name}" if path else name)
+                if tensor is None or shape is None or list(tensor.shape) == shape:
                     continue
                 if id(tensor) not in resized:
                     resized[id(tensor)] = _like(tensor, tensor.detach().new_empty(tuple(shape)))
                 table[name] = resized[id(tensor)]
     _fix_attributes(model_uncut)
+    for name, number in shapes.items():
+        if isinstance(number, int):
+            try:
+                set_whole_number(model_uncut, name, number)
+            except KeyError:
+                raise InputError(
+                    f"shape manifest: has an unknown number {name!r}; it belongs to another model."
+                ) from None
     try:
         model_uncut.load_state_dict(dict(state_dict))
     except RuntimeError as error:
@@ -210,36 +291,12 @@ def _fix_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> None:
         norm.num_features = len(sized)
 
 
-_HEAD_COUNTS = ("num_heads", "heads", "n_heads", "nhead", "num_attention_heads")
-_QUERY_KEY_VALUE = re.compile(r"(to_|w_?|in_)?(q|k|v|qkv|kv|qk|query|key|value)(_?proj|_?linear)?|in_proj")
-_INNER_WIDTHS = ("attn_dim", "inner_dim", "attention_dim", "all_head_size", "dim_attn")
-
-
-def _fix_heads(attention: nn.Module) -> None:
-    """Scale the head count of an attention module by how far its query, key and value projections shrank.
-
-    Runs before its layers are fixed: their attributes still tell the old width, their weights the new one.
-    """
-    linears = {name: child for name, child in attention.named_children() if isinstance(child, nn.Linear)}
-    named = [linear for name, linear in linears.items() if _QUERY_KEY_VALUE.fullmatch(name)]
-    shrunk = [linear for linear in named or linears.values() if len(linear.weight) < linear.out_features]
-    for name in (*_HEAD_COUNTS, *_INNER_WIDTHS) if shrunk else ():
-        old = getattr(attention, name, None)
-        if type(old) is int:
-            setattr(attention, name, old * len(shrunk[0].weight) // shrunk[0].out_features)
-
-
-def _has_heads(module: nn.Module) -> bool:
-    return any(type(getattr(module, name, None)) is int for name in _HEAD_COUNTS)
-
-
 ATTRIBUTE_FIXES: list[tuple[Callable[[nn.Module], bool], Callable[..., None]]] = [
-    (_has_heads, _fix_heads),
     (lambda module: isinstance(module, nn.Conv2d), _fix_conv),
     (lambda module: isinstance(module, nn.Linear), _fix_linear),
     (lambda module: isinstance(module, nn.modules.batchnorm._BatchNorm), _fix_batch_norm),
 ]
-"""Which modules keep sizes in attributes, and how to set these from sliced weights. Parents come before children."""
+"""Modules of torch whose sizes follow from their weights. What other modules count is in `Unit.counts`."""
 
 
 def _fix_attributes(model: nn.Module) -> None:
@@ -260,6 +317,18 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _like(tensor: Tensor, values: Tensor) -> Tensor:
     """Return `values` as the same kind of tensor: a parameter with the same requires_grad, or a plain tensor."""
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _counts_left(model: nn.Module, graph: ModelGraph, kept: Kept) -> dict[str, int]:
+    """Return attribute to its new value, for every number that counts something removed."""
+    gone: dict[str, list[NDArray[np.int64]]] = {}
+    for name, elements in kept.items():
+        unit = graph.unit(name)
+        removed = np.setdiff1d(np.arange(unit.size), elements)
+        for count in unit.counts if len(removed) else ():
+            gone.setdefault(count.attribute, []).append(count.index[removed].ravel())
+    numbers = whole_numbers(model)
+    return {path: numbers[path] - len(np.unique(np.concatenate(parts))) for path, parts in gone.items()}
 
 
 def _staying(model: nn.Module, graph: ModelGraph, kept: Kept) -> dict[str, dict[int, NDArray[np.int64]]]:

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hirelc_deploy.graph.trace import Op, TensorRef, Trace, refs
+from hirelc_deploy.graph.sizes import DimSource, Size
+from hirelc_deploy.graph.trace import BATCH, Op, TensorRef, Trace, refs
 
 Labels = NDArray[np.int64]
 
@@ -121,6 +122,8 @@ class WeightUse:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    called: bool = True
+    """Whether a layer module ran: others may use its weight in their own forward, where no hook sees the input."""
 
     @property
     def depthwise(self) -> bool:
@@ -130,7 +133,7 @@ class WeightUse:
 
 @dataclass
 class AttentionUse:
-    """The core of an attention: scores, softmax and mix, between the projections."""
+    """The core of an attention: scores, softmax and mix, between the projections. `queries` are those of an image."""
 
     name: str
     heads: int
@@ -144,10 +147,16 @@ class AttentionUse:
 
 @dataclass
 class Labelled:
-    """What the walk over a trace found. `parameters`: (name, dim) to the labels of that dimension's indices."""
+    """What the walk over a trace found.
+
+    Attributes:
+        parameters: (name, dim) to the labels of that dimension's indices.
+        attributes: Path of a whole number that a module keeps to the labels of what it counts.
+    """
 
     couplings: Couplings
     parameters: dict[tuple[str, int], Labels] = field(default_factory=dict)
+    attributes: dict[str, Labels] = field(default_factory=dict)
     uses: list[WeightUse | AttentionUse] = field(default_factory=list)
 
 
@@ -156,6 +165,8 @@ def label(model: nn.Module, traced: Trace) -> Labelled:
     walk = Walk(model)
     for op in traced.ops:
         handler = HANDLERS.get(op.function, _unknown)
+        if op.function not in READS_SIZES:
+            walk.freeze_numbers(op)
         result = handler(walk, op)
         outputs = [op.result] if isinstance(op.result, TensorRef) else list(refs(op.result))
         values = [result] if isinstance(result, Value) else list(result)
@@ -164,8 +175,12 @@ def label(model: nn.Module, traced: Trace) -> Labelled:
                 walk.values[ref.uid] = value
     for ref in refs(traced.output):
         walk.freeze_all(walk.value(ref), "its outputs are the model's answer")
-    walk.settle_splits()
+    walk.settle()
     return walk.found
+
+
+Axis = tuple[Labels, int]
+"""One axis of an array of labels: the indices along one dimension."""
 
 
 class Walk:
@@ -173,14 +188,25 @@ class Walk:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
+        saved = model.state_dict()
+        self._fixed = {
+            name
+            for name, buffer in model.named_buffers()
+            if name not in saved and bool((buffer != buffer.flatten()[:1].squeeze()).any())
+        }
         self.values: dict[int, Value] = {}
         self.found = Labelled(Couplings())
         self.couplings = self.found.couplings
         self._splits: list[Labels] = []
+        self._equal_sizes: list[tuple[Axis | None, Axis | None, str]] = []
 
     def value(self, ref: TensorRef) -> Value:
-        """Return the labels of a tensor; a parameter gets its own for each dim, a tensor of unknown origin has none."""
-        if ref.name is not None:
+        """Return the labels of a tensor.
+
+        A parameter or buffer gets its own for each dim. A tensor of unknown origin has none, nor has a buffer that is
+        not saved (a bundle could not bring back which part of it stayed) unless all its elements are alike.
+        """
+        if ref.name is not None and ref.name not in self._fixed:
             dims = (d for d, size in enumerate(ref.shape) if size > 1)
             return Value(ref.shape, tuple(Factor((d,), self._parameter(ref.name, d, ref.shape[d])) for d in dims))
         return self.values.get(ref.uid, Value(ref.shape))
@@ -189,6 +215,12 @@ class Walk:
         if (name, dim) not in self.found.parameters:
             self.found.parameters[name, dim] = self.couplings.fresh(size)
         return self.found.parameters[name, dim]
+
+    def attribute(self, path: str, size: int) -> Labels:
+        """Return the labels of what a module's attribute counts."""
+        if path not in self.found.attributes:
+            self.found.attributes[path] = self.couplings.fresh(size)
+        return self.found.attributes[path]
 
     def inputs(self, op: Op) -> list[Value]:
         """Return the values of all tensor arguments."""
@@ -289,7 +321,70 @@ class Walk:
                 del dims[axis]
         return [Factor(tuple(dims), labels)] if dims else []
 
-    def settle_splits(self) -> None:
+    def axis(self, size: Size) -> Axis | None:
+        """Return the labels that a number counts; None where it counts what cannot be cut."""
+        if size < 1:
+            return None
+        if isinstance(size.source, str):
+            return self.attribute(size.source, int(size)), 0
+        assert size.source is not None
+        return self._axis_of(self.value(size.source.ref), size.source.dim)
+
+    @staticmethod
+    def _axis_of(value: Value, dim: int) -> Axis | None:
+        factor = value.factor_of(dim)
+        return None if factor is None else (factor.labels, factor.dims.index(dim))
+
+    def written_size(self, value: Value, dim: int, size: int, op: Op) -> Value:
+        """Return `value`, whose `dim` was given this size by the model's code: where it came from must agree."""
+        if size < 0:
+            return value
+        if not isinstance(size, Size):
+            where = op.module or "the model's own forward"
+            return self.freeze(value, dim, f"its size is written as {size} in {where}")
+        if size.source is not None:
+            first, second = self._axis_of(value, dim), self.axis(size)
+            if first is None or second is None or first[0] is not second[0] or first[1] != second[1]:
+                self._equal_sizes.append((first, second, f"must be as many as what cannot be cut, by {_where(op)}"))
+        return value
+
+    def filled(self, value: Value, dim: int, size: int) -> Value:
+        """Return `value`, whose `dim` repeats one thing `size` times, with the labels of what was counted."""
+        axis = self.axis(size) if isinstance(size, Size) and size.source is not None else None
+        if axis is None or axis[0].ndim > 1 or value.shape[dim] == 1:
+            return value
+        return Value(value.shape, (*value.factors, Factor((dim,), axis[0])))
+
+    def freeze_numbers(self, op: Op) -> None:
+        """Keep whole what the numbers among the arguments count: the operation would do something else with fewer."""
+        for size in _sizes((op.args, op.kwargs)):
+            axis = None if size.source is None else self.axis(size)
+            if axis is not None:
+                self.couplings.pin(axis[0], f"its number is an argument of {_where(op)}")
+
+    def settle(self) -> None:
+        """Settle what could only be decided with all couplings known: axes of splits, and sizes that must agree."""
+        while True:
+            self._settle_splits()
+            changed = False
+            for first, second, reason in self._equal_sizes:
+                lines = [None if axis is None else self._line(*axis) for axis in (first, second)]
+                if all(line is not None for line in lines):
+                    roots = [self.couplings.roots(line) for line in lines if line is not None]
+                    changed = changed or not np.array_equal(*roots)
+                self.tie_or_pin(*lines, reason)
+            if not changed:
+                return
+
+    def _line(self, labels: Labels, axis: int) -> Labels | None:
+        """Return the labels along an axis of a settled split, or None if it is another axis that gets shorter."""
+        if labels.ndim == 1:
+            return labels
+        roots = self.couplings.roots(labels)
+        line = _only(axis, labels.ndim)
+        return labels[line].ravel() if (roots == roots[line]).all() else None
+
+    def _settle_splits(self) -> None:
         """Tie split dims so that what is removed stays a whole slice along one axis: the axis with most choices."""
         while True:
             changed = False
@@ -313,6 +408,17 @@ class Walk:
         dense = dense.reshape(roots.shape)
         trial.tie(dense, dense[_only(axis, roots.ndim)])
         return len(np.unique(trial.roots(dense)))
+
+
+def _sizes(value: Any) -> Iterable[Size]:
+    """Yield every number with a source inside nested arguments."""
+    if isinstance(value, Size):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _sizes(item)
+    elif isinstance(value, dict):
+        yield from _sizes(list(value.values()))
 
 
 def _with_rank(value: Value, rank: int) -> Value:
@@ -368,6 +474,14 @@ HANDLERS: dict[str, Handler] = {}
 everything it reads whole."""
 
 
+READS_SIZES = {
+    "reshape", "view", "unflatten", "view_as", "reshape_as", "expand", "expand_as", "broadcast_to", "zeros", "ones",
+    "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "layer_norm", "rms_norm", "group_norm", "conv2d", "split",
+    "split_with_sizes",
+}  # fmt: skip
+"""Functions whose rules follow the numbers they are given; elsewhere what a number counts stays whole."""
+
+
 def handles(*names: str) -> Callable[[Handler], Handler]:
     """Register a rule for these function names."""
 
@@ -387,7 +501,11 @@ def _result_shapes(op: Op) -> list[tuple[int, ...]]:
 
 
 def _unknown(walk: Walk, op: Op) -> Sequence[Value]:
-    for value in walk.inputs(op):
+    return _unfollowed(walk, op, walk.inputs(op))
+
+
+def _unfollowed(walk: Walk, op: Op, values: Iterable[Value]) -> Sequence[Value]:
+    for value in values:
         walk.freeze_all(value, f"read by {_where(op)}, an operation that this program does not follow")
     return [Value(shape) for shape in _result_shapes(op)]
 
@@ -478,15 +596,16 @@ def _linear(walk: Walk, op: Op) -> Value:
 def _weight_use(
     walk: Walk, op: Op, kind: str, features: tuple[int, int], labels: tuple[Labels | None, Labels | None]
 ) -> WeightUse:
-    """Note the layer, or keep what it touches where its weight is not the plain weight of a layer module."""
+    """Note the layer; keep what it touches where its weight is not a saved one."""
     x, weight = op.arg(0, "input"), op.arg(1, "weight")
     layer = walk.modules.get(op.module)
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or weight.name != f"{op.module}.weight":
+    if weight.name is None:
         for array in labels:
             if array is not None:
                 walk.couplings.pin(array, f"computed in {op.module or 'the model itself'}, not in a plain layer module")
     name = op.module if weight.name is None else weight.name.rpartition(".")[0]
     use = WeightUse(name, kind, weight.name or "", x, op.result, *features, *labels)
+    use.called = isinstance(layer, (nn.Conv2d, nn.Linear)) and weight.name == f"{op.module}.weight"
     walk.found.uses.append(use)
     return use
 
@@ -520,35 +639,71 @@ def _per_channel(walk: Walk, op: Op) -> Value:
 
 @handles("layer_norm", "rms_norm")
 def _layer_norm(walk: Walk, op: Op) -> Value:
+    """Mean and variance are those of the features that are there: the masked twin takes them over the kept ones."""
     x, *parameters = walk.inputs(op)
+    sizes = op.arg(1, "normalized_shape")
+    last = len(x.shape) - 1
     reason = f"normalised together with the other features by {op.module or 'the model'}"
-    for offset in range(1, len(op.arg(1, "normalized_shape")) + 1):
-        x = walk.freeze(x, len(x.shape) - offset, reason)
+    if len(sizes) > 1 or not parameters or op.arg(2, "weight") is None or op.arg(2, "weight").name is None:
+        for offset in range(len(sizes)):
+            x = walk.freeze(x, last - offset, reason)
+        for parameter in parameters:
+            walk.freeze_all(parameter, reason)
+        return x
+    x, features = walk.one_dim(x, last, reason)
     for parameter in parameters:
-        walk.freeze_all(parameter, reason)
-    return x
+        walk.tie_or_pin(
+            features, walk.one_dim(parameter, 0, reason)[1], f"meets features that cannot be cut at {_where(op)}"
+        )
+    return walk.written_size(x, last, sizes[0], op)
 
 
 @handles("group_norm")
 def _group_norm(walk: Walk, op: Op) -> Value:
+    """As a layer norm over each group: every group must stay as large as the others."""
     x, *parameters = walk.inputs(op)
+    groups, weight = op.arg(1, "num_groups"), op.arg(2, "weight")
     reason = f"normalised together with the other channels of its group by {op.module or 'the model'}"
+    x, channels = walk.one_dim(x, 1, reason)
+    if channels is None or weight is None or weight.name is None:
+        for parameter in parameters:
+            walk.freeze_all(parameter, reason)
+        return walk.freeze(x, 1, reason)
     for parameter in parameters:
-        walk.freeze_all(parameter, reason)
-    return walk.freeze(x, 1, reason)
+        walk.tie_or_pin(channels, walk.one_dim(parameter, 0, reason)[1], reason)
+    by_group = channels.reshape(groups, -1)
+    walk.couplings.tie(by_group, by_group[:1])
+    return x
 
 
 @handles("scaled_dot_product_attention")
 def _attention(walk: Walk, op: Op) -> Value:
-    q_ref, k_ref, v_ref = (op.arg(i, name) for i, name in enumerate(("query", "key", "value")))
+    q, k, v = (walk.value(op.arg(place, name)) for place, name in enumerate(("query", "key", "value")))
     mask = op.arg(3, "attn_mask")
-    if len(q_ref.shape) != 4 or q_ref.shape[:2] != v_ref.shape[:2] or k_ref.shape[:2] != v_ref.shape[:2]:
-        return _unknown(walk, op)[0]
-    scores = _product(walk, walk.value(q_ref), _swapped(walk.value(k_ref), -1, -2), op)
+    if op.arg(7, "enable_gqa", False) and q.shape[-3] != k.shape[-3]:
+        # Every head of keys and values serves the same number of query heads, which must stay so.
+        k, v = (_repeated(value, -3, q.shape[-3] // value.shape[-3]) for value in (k, v))
+    scores = _product(walk, q, _swapped(k, -1, -2), op)
     if mask is not None:
         scores = walk.elementwise([scores, walk.value(mask)], f"meets a mask that cannot be cut in {_where(op)}")
-    _note_attention(walk, op, scores, q_ref.shape[-1], products=2)
-    return _product(walk, scores, walk.value(v_ref), op)
+    _note_attention(walk, op, scores, q.shape[-1], products=2)
+    return _product(walk, scores, v, op)
+
+
+def _repeated(value: Value, dim: int, times: int) -> Value:
+    """Return the value with each index along `dim` in a row `times` times."""
+    dim %= len(value.shape)
+    shape = (*value.shape[:dim], value.shape[dim] * times, *value.shape[dim + 1 :])
+    factors = (Factor(f.dims, f.labels.repeat(times, f.dims.index(dim))) if dim in f.dims else f for f in value.factors)
+    return Value(shape, tuple(factors))
+
+
+@handles("repeat_interleave")
+def _repeat_interleave(walk: Walk, op: Op) -> Value:
+    x, times, dim = walk.value(op.arg(0, "input")), op.arg(1, "repeats"), op.arg(2, "dim")
+    if not isinstance(times, int) or dim is None:
+        return _unknown(walk, op)[0]
+    return _repeated(x, dim, times)
 
 
 @handles("matmul", "bmm")
@@ -586,11 +741,15 @@ def _permuted(value: Value, order: Sequence[int]) -> Value:
 
 def _note_attention(walk: Walk, op: Op, scores: Value, inner: int, products: int) -> None:
     """Note the core of an attention; the two products of a hand-written one are noted as one core."""
-    name, heads = op.module or "attention", math.prod(scores.shape[1:-2])
-    factor = scores.factor_of(1) if len(scores.shape) == 4 else None
-    labels = None
+    name = op.module or "attention"
+    leading = range(1, len(scores.shape) - 2)
+    dim = next((d for d in leading if scores.factor_of(d) is not None), 1)
+    heads = math.prod(scores.shape[d] for d in leading) if scores.factor_of(dim) is None else scores.shape[dim]
+    windows = math.prod(scores.shape[:-2]) // (BATCH * heads)
+    factor, labels = scores.factor_of(dim), None
     if factor is not None:
-        labels = factor.labels if len(factor.dims) == 1 else factor.labels.take([0], 1 - factor.dims.index(1)).ravel()
+        axis = factor.dims.index(dim)
+        labels = factor.labels if len(factor.dims) == 1 else factor.labels[_only(axis, factor.labels.ndim)].ravel()
         walk.couplings.mark(labels, "attention heads")
     before = next((u for u in walk.found.uses if isinstance(u, AttentionUse) and u.name == name), None)
     if before is not None and products == 1 and before.products == 1:
@@ -598,7 +757,7 @@ def _note_attention(walk: Walk, op: Op, scores: Value, inner: int, products: int
     else:
         source = next(iter(refs((op.args, op.kwargs))))
         walk.found.uses.append(
-            AttentionUse(name, heads, inner, scores.shape[-2], scores.shape[-1], labels, products, source)
+            AttentionUse(name, heads, inner, scores.shape[-2] * windows, scores.shape[-1], labels, products, source)
         )
 
 
@@ -663,7 +822,23 @@ def _reshape(walk: Walk, op: Op) -> Value:
     x = walk.value(next(iter(refs((op.args, op.kwargs)))))
     if any(isinstance(arg, torch.dtype) for arg in op.args):
         return _unknown(walk, op)[0]
-    return walk.reshape(x, op.result.shape, f"reshaped together with other dimensions by {_where(op)}")
+    result = walk.reshape(x, op.result.shape, f"reshaped together with other dimensions by {_where(op)}")
+    for dim, size in enumerate(_given_sizes(op, len(x.shape))):
+        result = walk.written_size(result, dim, size, op)
+    return result
+
+
+def _given_sizes(op: Op, rank: int) -> Sequence[int]:
+    """Return the size that the code gave each dimension of a new shape, negative where it gave none."""
+    given = list(op.args[1:]) or list(op.kwargs.values())
+    if op.function in ("view_as", "reshape_as", "expand_as"):
+        return [Size(size, DimSource(given[0], dim)) for dim, size in enumerate(given[0].shape)]
+    if op.function == "unflatten":
+        dim, sizes = op.arg(1, "dim") % rank, op.arg(2, "sizes")
+        return [*([-1] * dim), *sizes]
+    if op.function in ("reshape", "view", "expand", "broadcast_to"):
+        return list(given[0]) if isinstance(given[0], (tuple, list)) else given
+    return []
 
 
 @handles("permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim")
@@ -684,7 +859,24 @@ def _expand(walk: Walk, op: Op) -> Value:
     for dim, size in enumerate(x.shape):
         if size != shape[dim + offset]:
             x = walk.freeze(x, dim, f"repeated by {_where(op)}")
-    return x.moved(shape, lambda d: d + offset)
+    result = x.moved(shape, lambda d: d + offset)
+    for dim, size in enumerate(_given_sizes(op, len(x.shape))):
+        if dim < offset or x.shape[dim - offset] != shape[dim]:
+            result = walk.filled(result, dim, size)
+        else:
+            result = walk.written_size(result, dim, size, op)
+    return result
+
+
+@handles("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+def _constant(walk: Walk, op: Op) -> Value:
+    """A tensor whose elements are alike: it has as many as its sizes say, and any may go."""
+    given = [arg for arg in op.args if not isinstance(arg, TensorRef)]
+    shape = op.kwargs.get("size", given[0] if given and isinstance(given[0], (tuple, list)) else given)
+    result = Value(op.result.shape)
+    for dim, size in enumerate(shape[: len(result.shape)]):
+        result = walk.filled(result, dim, size)
+    return result
 
 
 @handles("cat")
@@ -752,13 +944,26 @@ def _chunk(walk: Walk, op: Op) -> Sequence[Value]:
     rest = tuple(f for f in x.factors if f.dims != (dim,))
     if labels is None:
         return [Value(shape, rest) for shape in shapes]
-    sizes = [shape[dim] for shape in shapes]
-    pieces = np.split(labels, np.cumsum(sizes)[:-1])
-    if len(set(sizes)) > 1:
-        walk.couplings.pin(labels, f"divided into parts of fixed sizes by {_where(op)}")
-    for piece in pieces[1:] if len(set(sizes)) == 1 else []:
-        walk.couplings.tie(pieces[0], piece)  # equal parts must stay equal
-    return [Value(shape, (*rest, Factor((dim,), piece))) for shape, piece in zip(shapes, pieces, strict=True)]
+    pieces = np.split(labels, np.cumsum([shape[dim] for shape in shapes])[:-1])
+    values = [Value(shape, (*rest, Factor((dim,), piece))) for shape, piece in zip(shapes, pieces, strict=True)]
+    written = _part_sizes(op, len(shapes))
+    if len({len(piece) for piece in pieces}) == 1 and written is None:
+        for piece in pieces[1:]:
+            walk.couplings.tie(pieces[0], piece)  # equal parts must stay equal
+    elif written is None:
+        walk.couplings.pin(labels, f"divided into parts that are not equal by {_where(op)}")
+    else:
+        values = [walk.written_size(value, dim, size, op) for value, size in zip(values, written, strict=True)]
+    return values
+
+
+def _part_sizes(op: Op, parts: int) -> Sequence[int] | None:
+    """Return the size that the code gave each part of a split, or None where it is computed from others."""
+    given = op.arg(1, "split_size_or_sections", op.kwargs.get("split_size", op.kwargs.get("split_sizes")))
+    if op.function in ("chunk", "tensor_split") or given is None:
+        return None
+    sizes = [given] * parts if isinstance(given, int) else list(given)
+    return None if any(isinstance(size, Size) and size.source is None for size in sizes) else sizes
 
 
 @handles("getitem", "select", "narrow")
@@ -771,16 +976,22 @@ def _getitem(walk: Walk, op: Op) -> Value:
         start = op.arg(2, "start")
         key = (slice(None),) * (op.arg(1, "dim") % len(x.shape)) + (slice(start, start + op.arg(3, "length")),)
     keys = list(key) if isinstance(key, tuple) else [key]
-    if not all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in keys):
+    picked = [k for k in keys if isinstance(k, TensorRef)]
+    if not all(k is None or k is Ellipsis or isinstance(k, (int, slice, TensorRef)) for k in keys):
+        return _unknown(walk, op)[0]
+    if picked and any(isinstance(k, int) for k in keys):
         return _unknown(walk, op)[0]
     if Ellipsis in keys:
         place = keys.index(Ellipsis)
         missing = len(x.shape) - sum(k is not None and k is not Ellipsis for k in keys)
         keys[place : place + 1] = [slice(None)] * missing
-    dim = 0
+    dim, by_tensor = 0, list[int]()
     for k in keys:
         if k is None:
             x = x.moved((*x.shape[:dim], 1, *x.shape[dim:]), lambda d, at=dim: d + (d >= at))  # type: ignore[misc]
+            dim += 1
+        elif isinstance(k, TensorRef):
+            by_tensor.append(dim)
             dim += 1
         elif isinstance(k, int):
             x = _selected(walk, x, dim, k % x.shape[dim], op)
@@ -790,4 +1001,29 @@ def _getitem(walk: Walk, op: Op) -> Value:
                 x = walk.freeze(x, dim, f"picked by its number in {_where(op)}")
                 x = Value((*x.shape[:dim], size, *x.shape[dim + 1 :]), x.factors)
             dim += 1
-    return x
+    return _picked(walk, x, by_tensor, picked, op) if picked else x
+
+
+def _picked(walk: Walk, x: Value, dims: Sequence[int], indices: Sequence[TensorRef], op: Op) -> Value:
+    """Return x with `dims` replaced by those of the index tensors, at the place of the first of them."""
+    for index in indices:
+        walk.freeze_all(walk.value(index), f"they are numbers of what is picked in {_where(op)}")
+    for dim in dims:
+        x = walk.freeze(x, dim, f"picked by its number in {_where(op)}")
+    try:
+        new = np.broadcast_shapes(*(index.shape for index in indices))
+    except ValueError:
+        return _unfollowed(walk, op, [x])[0]
+    shape = (*x.shape[: dims[0]], *new, *x.shape[dims[-1] + 1 :])
+    if list(dims) != list(range(dims[0], dims[-1] + 1)) or shape != op.result.shape:
+        return _unfollowed(walk, op, [x])[0]
+    return x.moved(shape, lambda d: d if d < dims[0] else d - len(dims) + len(new))
+
+
+@handles("index_select", "embedding")
+def _index_select(walk: Walk, op: Op) -> Value:
+    if op.function == "embedding":
+        table, dim, index = op.arg(1, "weight"), 0, op.arg(0, "input")
+    else:
+        table, dim, index = op.arg(0, "input"), op.arg(1, "dim"), op.arg(2, "index")
+    return _picked(walk, walk.value(table), [dim % len(table.shape)], [index], op)

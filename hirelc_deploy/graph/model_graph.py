@@ -23,6 +23,17 @@ class TensorSlice:
 
 
 @dataclass(frozen=True)
+class Count:
+    """A whole number kept by a module (`blocks.0.attn.num_heads`) that counts what a unit removes.
+
+    `index` are positions among the things it counts, as in a `TensorSlice`.
+    """
+
+    attribute: str
+    index: IndexRows
+
+
+@dataclass(frozen=True)
 class Reader:
     """A layer that reads a unit's output: `index` are positions among its input features."""
 
@@ -41,6 +52,7 @@ class Unit:
         widths: Legal numbers of kept elements, ascending, the last one is `size`.
         slices: Everything that is removed with an element. Zeroing it gives the masked twin.
         readers: Layers whose input features come from this unit.
+        counts: Numbers that modules keep and that shrink with the unit.
     """
 
     name: str
@@ -50,6 +62,7 @@ class Unit:
     widths: tuple[int, ...]
     slices: tuple[TensorSlice, ...]
     readers: tuple[Reader, ...]
+    counts: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)

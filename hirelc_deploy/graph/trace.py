@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.sizes import DimSource, Size, traced_numbers
 
 BATCH = 2
 """Images in the traced batch: more than one, so that a size of 1 always means a dimension that carries nothing."""
@@ -70,8 +71,9 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     """
     images = example[:1].expand(BATCH, *example.shape[1:]).clone()
     recorder = _Recorder(model)
+    drop_caches(model)
     try:
-        with eval_mode(model), torch.no_grad(), recorder.module_names(), recorder:
+        with eval_mode(model), torch.no_grad(), traced_numbers(model), recorder.module_names(), recorder:
             output = model(images)
     except Exception as error:  # the model is the user's code and may raise anything
         shape = "x".join(str(size) for size in example.shape[1:])
@@ -104,6 +106,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def drop_caches(model: nn.Module) -> None:
+    """Make modules forget what they keep between runs in eval mode until they are trained (timm: attention biases)."""
+    training = {module: module.training for module in model.modules()}
+    model.train()
+    for module, flag in training.items():
+        module.training = flag
 
 
 class _Recorder(TorchFunctionMode):
@@ -145,6 +155,13 @@ class _Recorder(TorchFunctionMode):
             # An in-place result gets a reference of its own, so that its users are seen as users of the new value.
             result_refs = self.refs_in(result, renew=True)
             self.ops.append(Op(_plain_name(func), arg_refs, kwarg_refs, result_refs, self._paths[-1]))
+            return result
+        ref = arg_refs[0] if arg_refs else None
+        if isinstance(ref, TensorRef) and isinstance(result, torch.Size):
+            return torch.Size([Size(size, DimSource(ref, dim)) for dim, size in enumerate(result)])
+        if isinstance(ref, TensorRef) and func is Tensor.size:
+            dim = args[1] if len(args) > 1 else kwargs["dim"]
+            return Size(result, DimSource(ref, dim % len(ref.shape)))
         return result
 
     def refs_in(self, value: Any, renew: bool = False) -> Any:

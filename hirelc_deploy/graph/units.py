@@ -15,6 +15,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.blocks import block_of_layers, stage_of
 from hirelc_deploy.graph.labels import AttentionUse, Labelled, Labels, WeightUse, label
 from hirelc_deploy.graph.model_graph import (
+    Count,
     IndexRows,
     KeptWhole,
     Layer,
@@ -110,6 +111,7 @@ class _Group:
 
     roots: Labels
     slices: tuple[TensorSlice, ...]
+    counts: tuple[Count, ...]
 
 
 def _groups(found: Labelled, layers: Sequence[WeightUse | AttentionUse]) -> list[_Group]:
@@ -118,10 +120,10 @@ def _groups(found: Labelled, layers: Sequence[WeightUse | AttentionUse]) -> list
     keys = list(found.parameters)
     if not keys:
         return []
-    roots = [couplings.roots(found.parameters[key]) for key in keys]
+    roots = [couplings.roots(labels) for labels in (*found.parameters.values(), *found.attributes.values())]
     top = max(int(array.max()) for array in roots) + 1
-    # Each (tensor, dim) gets a random 64-bit weight: classes whose sums agree touch the same ones equally often.
-    weights = np.random.default_rng(0).integers(1, 2**63, len(keys), dtype=np.uint64)
+    # Each (tensor, dim) and attribute gets a random 64-bit weight: classes whose sums agree touch the same ones equally often.
+    weights = np.random.default_rng(0).integers(1, 2**63, len(roots), dtype=np.uint64)
     sums = np.zeros(top, np.uint64)
     for array, weight in zip(roots, weights, strict=True):
         np.add.at(sums, array, weight)
@@ -137,7 +139,12 @@ def _groups(found: Labelled, layers: Sequence[WeightUse | AttentionUse]) -> list
         mine = first[sums[first] == np.uint64(signature)]
         elements = mine[np.sort(np.unique(mine, return_index=True)[1])]
         slices = [TensorSlice(*keys[i], _rows(roots[i], elements)) for i in touched]
-        groups.append(_Group(elements, tuple(slices)))
+        counts = [
+            Count(path, _rows(array, elements))
+            for path, array in zip(found.attributes, roots[len(keys) :], strict=True)
+            if np.isin(elements[0], array)
+        ]
+        groups.append(_Group(elements, tuple(slices), tuple(counts)))
     return groups
 
 
@@ -169,7 +176,7 @@ def _units(
     read = {
         use.name: couplings.roots(use.in_labels)
         for use in weights.values()
-        if use.in_labels is not None and not use.depthwise
+        if use.in_labels is not None and use.called and not use.depthwise
     }
     readers_of: dict[int, list[str]] = {}
     for name, roots in read.items():
@@ -200,7 +207,16 @@ def _units(
         name, block = _name_and_block(kind, [use.name for use in main], block_of)
         taken = sum(unit.name == name or unit.name.startswith(f"{name}#") for unit in units)
         units.append(
-            Unit(f"{name}#{taken + 1}" if taken else name, kind, size, block, widths, group.slices, tuple(readers))
+            Unit(
+                f"{name}#{taken + 1}" if taken else name,
+                kind,
+                size,
+                block,
+                widths,
+                group.slices,
+                tuple(readers),
+                group.counts,
+            )
         )
     return units, why
 
