@@ -108,3 +108,17 @@ class FixedSizes(nn.Module):
         x = self.middle(F.relu(self.free(x)))
         x = x.reshape(len(x), 16, -1).reshape(len(x), 16, 12, 12)
         return self.last(x).mean((2, 3))
+
+
+class HiddenNumber(nn.Module):
+    """A forward pass that divides by the number of its channels, which leaves no trace, beside a part without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = nn.Conv2d(3, 16, 3)
+        self.middle = nn.Conv2d(16, 16, 3)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(F.relu(self.free(x)))
+        return self.last(x / float(x.shape[1])).mean((2, 3))

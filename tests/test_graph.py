@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hand_written_nets import FixedSizes, HandTransformer, MixedNet
+from hand_written_nets import FixedSizes, HandTransformer, HiddenNumber, MixedNet
 from torch import nn
 
 from hirelc_deploy.compress.slicing import provable
@@ -103,10 +103,9 @@ def test_fused_qkv_gives_heads_and_each_head_has_its_rows_of_q_k_and_v():
 def test_what_stays_whole_has_a_reason_in_words():
     graph = build_graph(HandTransformer(), SMALL_IMAGE)
     reasons = {kept.layer: kept.reason for kept in graph.kept_whole}
-    assert "the model's answer" in reasons["head"]
-    assert reasons["patches"] == "normalised together with the other features by norm"
-    assert reasons["attention.out"] == reasons["back"] == reasons["patches"]
-    assert set(reasons) == {"head", "patches", "attention.out", "back"}
+    assert reasons == {"head": "its outputs are the model's answer"}
+    reasons = {kept.layer: kept.reason for kept in build_graph(FixedSizes(), SMALL_IMAGE).kept_whole}
+    assert reasons["middle"] == "its size is written as 16 in the model's own forward"
 
 
 def test_hand_written_couplings_are_seen():
@@ -214,9 +213,10 @@ def test_a_model_with_nothing_to_cut_is_an_empty_graph_not_an_error():
     assert build_graph(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), SMALL_IMAGE).layers == ()
 
 
-def test_fixed_sizes_in_code_are_not_visible_to_the_trace():
-    # `compress.slicing.provable` is what catches this; the graph alone believes that both units can be cut.
-    assert len(build_graph(FixedSizes(), SMALL_IMAGE).units) == 2
+def test_numbers_written_into_code_are_seen_and_computed_ones_are_not():
+    # `compress.slicing.provable` is what catches the others; the graph alone believes that they can be cut.
+    assert [unit.name for unit in build_graph(FixedSizes(), SMALL_IMAGE).units] == ["free"]
+    assert [unit.name for unit in build_graph(HiddenNumber(), SMALL_IMAGE).units] == ["free", "middle"]
 
 
 ODD_WAYS = {
@@ -246,6 +246,7 @@ ODD_WAYS = {
     "where": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
     "reversed operands": lambda x: 1 - (2.0 / (1 + x.abs())),
     "rolled": lambda x: torch.roll(x, (1, 1), dims=(2, 3)),
+    "number of channels as a float": lambda x: x / float(x.shape[1]),
     "numbers from shapes": lambda x: x * x.size(1) + x.shape[-1],
 }
 
@@ -272,5 +273,5 @@ def test_whatever_happens_between_two_layers_is_followed_exactly_or_kept_whole(w
     proven, difference = provable(model, graph, images)
     assert difference <= 1e-5
     # What only the proof finds: code whose numbers depend on the width in ways that leave no trace.
-    expected = {"first"} if way in ("numbers from shapes", "even split", "shuffle") else set()
+    expected = {"first"} if way in ("shuffle", "number of channels as a float") else set()
     assert followed - {unit.name for unit in proven.units} <= expected

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hand_written_nets import FixedSizes, FlatBlock, HandTransformer, MixedNet
+from hand_written_nets import FlatBlock, HandTransformer, HiddenNumber, MixedNet
 from torch import Tensor, nn
 
 from hirelc_deploy.compress.slicing import (
@@ -275,7 +275,7 @@ def test_keeping_no_or_impossible_elements_is_refused(numbers):
 
 
 def test_units_with_sizes_written_into_code_are_found_and_kept_whole():
-    model, images = randomised(FixedSizes()), torch.randn(2, 3, 16, 16)
+    model, images = randomised(HiddenNumber()), torch.randn(2, 3, 16, 16)
     graph, difference = provable(model, build_graph(model, images), images)
     assert [unit.name for unit in graph.units] == ["free"]
     assert {kept.layer for kept in graph.kept_whole} == {"middle", "last"}

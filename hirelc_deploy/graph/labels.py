@@ -368,11 +368,11 @@ class Walk:
             self._settle_splits()
             changed = False
             for first, second, reason in self._equal_sizes:
-                lines = [None if axis is None else self._line(*axis) for axis in (first, second)]
-                if all(line is not None for line in lines):
-                    roots = [self.couplings.roots(line) for line in lines if line is not None]
-                    changed = changed or not np.array_equal(*roots)
-                self.tie_or_pin(*lines, reason)
+                one = None if first is None else self._line(*first)
+                other = None if second is None else self._line(*second)
+                if one is not None and other is not None:
+                    changed |= not np.array_equal(self.couplings.roots(one), self.couplings.roots(other))
+                self.tie_or_pin(one, other, reason)
             if not changed:
                 return
 
@@ -476,8 +476,8 @@ everything it reads whole."""
 
 READS_SIZES = {
     "reshape", "view", "unflatten", "view_as", "reshape_as", "expand", "expand_as", "broadcast_to", "zeros", "ones",
-    "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "layer_norm", "rms_norm", "group_norm", "conv2d", "split",
-    "split_with_sizes",
+    "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "layer_norm", "rms_norm", "group_norm",
+    "conv2d", "split", "split_with_sizes",
 }  # fmt: skip
 """Functions whose rules follow the numbers they are given; elsewhere what a number counts stays whole."""
 

@@ -122,7 +122,8 @@ def _groups(found: Labelled, layers: Sequence[WeightUse | AttentionUse]) -> list
         return []
     roots = [couplings.roots(labels) for labels in (*found.parameters.values(), *found.attributes.values())]
     top = max(int(array.max()) for array in roots) + 1
-    # Each (tensor, dim) and attribute gets a random 64-bit weight: classes whose sums agree touch the same ones equally often.
+    # Each (tensor, dim) and number gets a random 64-bit weight: classes whose sums agree touch the same ones equally
+    # often.
     weights = np.random.default_rng(0).integers(1, 2**63, len(roots), dtype=np.uint64)
     sums = np.zeros(top, np.uint64)
     for array, weight in zip(roots, weights, strict=True):
