@@ -108,11 +108,14 @@ def mask_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
             for dim, index in stays.get(name, {}).items():
                 gone = np.setdiff1d(np.arange(tensor.shape[dim]), index)
                 tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
-    return _Masked(masked, {name: index[0] for name, index in stays.items() if 0 in index})
+    norms = _NormsOverKept(masked, {name: index[0] for name, index in stays.items() if 0 in index})
+    masked.register_forward_pre_hook(norms.begin)
+    masked.register_forward_hook(norms.end, always_call=True)
+    return masked
 
 
-class _Masked(nn.Module):
-    """Runs a masked model with norms over the kept features.
+class _NormsOverKept(TorchFunctionMode):
+    """While a masked model runs, its layer, RMS and group norms see the kept features and give zeros for the others.
 
     Args:
         kept: Name of a norm's weight to the features that it keeps.
@@ -122,20 +125,16 @@ class _Masked(nn.Module):
         super().__init__()
         self.model = model
         self.kept = {name: torch.from_numpy(index) for name, index in kept.items()}
+        self.by_weight: dict[int, Tensor] = {}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns."""
-        by_weight = {id(p): self.kept[n] for n, p in self.model.named_parameters() if n in self.kept}
-        with _NormsOverKept(by_weight):
-            return self.model(*args, **kwargs)
+    def begin(self, *_: Any) -> None:
+        """Start, as a forward pre-hook of the model."""
+        self.by_weight = {id(p): self.kept[name] for name, p in self.model.named_parameters() if name in self.kept}
+        self.__enter__()  # type: ignore[no-untyped-call]
 
-
-class _NormsOverKept(TorchFunctionMode):
-    """Layer, RMS and group norms whose weight is in `kept` see these features only and give zeros for the others."""
-
-    def __init__(self, kept: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.kept = kept
+    def end(self, *_: Any) -> None:
+        """Stop, as a forward hook of the model."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -144,11 +143,12 @@ class _NormsOverKept(TorchFunctionMode):
         if func not in (F.layer_norm, F.rms_norm, F.group_norm):
             return func(*args, **kwargs)
         call = inspect.signature(func).bind(*args, **kwargs).arguments
-        kept = self.kept.get(id(call["weight"]))
+        kept = self.by_weight.get(id(call.get("weight")))
         if kept is None:
             return func(*args, **kwargs)
         dim = 1 if func is F.group_norm else -1
         whole = call["input"]
+        kept = kept.to(whole.device)
         for name in ("weight", "bias"):
             if call.get(name) is not None:
                 call[name] = call[name][kept]
