@@ -529,6 +529,58 @@ def export(
         print(path)
 
 
+@app.command()
+def profile(
+    model: Model,
+    out: Out,
+    target: Target = "cpu",
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    exclude: Exclude = None,
+    threads: Threads = None,
+    steps: Annotated[int, typer.Option(min=2, help="Widths per unit, at most.")] = 12,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Believe no other machine's times, even if checks agree.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure milliseconds against width, per unit and precision, on a target; kept for every later search there.
+
+    \b
+    Example: hirelc-deploy profile --model resnet18 --target raspberrypi5 --out profiles/resnet18-pi5
+    """
+    import torch
+
+    from hirelc_deploy.compress.slicing import provable
+    from hirelc_deploy.graph.units import build_graph
+    from hirelc_deploy.job import profile_model
+    from hirelc_deploy.measure.targets import find_target, open_target
+    from hirelc_deploy.models import ModelSource, preprocess_of
+
+    device = find_target(target)
+    backend = open_target(device)
+    source = ModelSource(**_path_weights(_model_source(model, weights, model_arg, pretrained)))
+    network = source.load().eval()
+    size = preprocess_of(network, None, _preprocess(input_size, None, None).overrides()).input_size
+    images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
+    graph, _ = provable(network, build_graph(network, images, exclude=tuple(exclude or ())), images)
+    found = profile_model(
+        graph,
+        backend,
+        out,
+        f"{model} at {'x'.join(map(str, size))} on {target}",
+        threads=threads or device.threads,
+        steps=steps,
+        fresh=fresh,
+        progress=Progress(quiet=quiet),
+    )
+    lines = [f"{name}: {value}" for name, value in found["facts"].items()]
+    _show(found, as_json, "\n".join([*lines, f"drawn in {out / 'staircase.html'}"]))
+
+
 @targets_app.callback(invoke_without_command=True)
 def targets(context: typer.Context, as_json: Json = False) -> None:
     """List target profiles, built in and from your targets.toml; `targets add` adds a board.

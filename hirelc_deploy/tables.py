@@ -376,9 +376,8 @@ def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 8) ->
                 u: w for u, w in ((layer.in_unit, narrow), (layer.out_unit, wide)) if u is not None and w is not None
             }
             keys.add(LayerKey(layer.shape, *kept_features(layer, graph, keep), "int8"))
-    for key in pipeline.progress.track(sorted(keys, key=str), "layer times", len(keys)):
-        network.table.layer_ms(key.shape, key.in_features, key.out_features, key.precision)
-    return len(keys)
+    missing = network.table.measure_missing(sorted(keys, key=str))
+    return sum(1 for _ in pipeline.progress.track(missing, "layer times", len(keys)))
 
 
 def _weight_bytes(graph: ModelGraph, keep: dict[str, int]) -> int:

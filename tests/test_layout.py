@@ -19,9 +19,9 @@ ORDER = (
     ("compress",),
     ("search",),
     ("runs",),
-    ("pipeline", "tables"),
+    ("pipeline", "tables", "staircase"),
     ("finalists", "delivery"),
-    ("bundle", "bundle_template", "report", "comparison"),
+    ("bundle", "bundle_template", "report", "comparison", "staircase_page"),
     ("job", "doctor"),
     ("cli", "__main__"),
 )

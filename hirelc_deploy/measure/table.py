@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ LEAST_RUNS, MOST_RUNS = 10, 100
 MACS_PER_SECOND = 2e10
 """Only to choose the number of runs: about what one core does in float."""
 
+CHECKS = 10
+"""Fresh measurements that must agree before another machine's times are believed."""
+AGREEMENT = 0.05
+"""Median relative difference up to which they do: what times of single layers scatter by on one machine."""
+
 LAYER, BORDER = "layer/", "border/"
 """Prefixes of the names of nodes that count, and of conversions between float and integer at the file's two ends, which
 do not: inside a network the neighbours speak the same format."""
@@ -49,6 +55,24 @@ class LayerKey:
     precision: str
 
 
+@dataclass(frozen=True)
+class Adoption:
+    """Whether another machine's times hold here.
+
+    Attributes:
+        machine: Fingerprint of the other one.
+        checks: Fresh measurements that were compared.
+        median_difference, largest_difference: Of the checks, relative.
+        adopted: Entries taken over; 0 where the checks disagree.
+    """
+
+    machine: str
+    checks: int
+    median_difference: float
+    largest_difference: float
+    adopted: int
+
+
 class LatencyTable:
     """Times of single layers on one device.
 
@@ -63,6 +87,7 @@ class LatencyTable:
         self._precisions = {precision.name: precision for precision in backend.precisions()}
         self._machine = fingerprint(describe(backend))
         self._ms: dict[str, float] = {}
+        self._elsewhere: dict[str, dict[str, float]] = {}
         self._ends_mid_line = False
         self.measured = 0
         """Number of layers that this object has measured itself."""
@@ -78,19 +103,58 @@ class LatencyTable:
         key = LayerKey(shape, in_features, out_features, precision)
         text = self._key_text(key)
         if text not in self._ms:
-            self._ms[text] = self._measure(key)
-            self.measured += 1
-            self._append(text)
+            self._keep(text, self._measure(key))
         return self._ms[text]
+
+    def _keep(self, text: str, ms: float) -> None:
+        self._ms[text] = ms
+        self.measured += 1
+        self._append(text)
 
     def measure_many(self, keys: Sequence[LayerKey], progress: Callable[[int, int], None] | None = None) -> list[float]:
         """Return milliseconds of many layers; `progress` hears (done, all)."""
-        times = []
-        for done, key in enumerate(keys, 1):
-            times.append(self.layer_ms(key.shape, key.in_features, key.out_features, key.precision))
+        for done, _ in enumerate(self.measure_missing(keys), 1):
             if progress is not None:
                 progress(done, len(keys))
-        return times
+        return [self._ms[self._key_text(key)] for key in keys]
+
+    def measure_missing(self, keys: Sequence[LayerKey]) -> Iterator[LayerKey]:
+        """Measure what is not known yet and yield each key when its time is; boards of a pool share them out."""
+        texts = [self._key_text(key) for key in keys]
+        missing = {text: key for text, key in zip(texts, keys, strict=True) if text not in self._ms}
+        with ThreadPoolExecutor(getattr(self._backend, "side_by_side", 1)) as executor:
+            measured = executor.map(self._measure, missing.values())
+            for text, key in zip(texts, keys, strict=True):
+                if missing.pop(text, None) is not None:
+                    self._keep(text, next(measured))
+                yield key
+
+    def adopt(self, keys: Sequence[LayerKey]) -> Adoption | None:
+        """Take over what another machine has measured of `keys`, if CHECKS fresh measurements here agree with it.
+
+        The fresh ones are spread over the other's times, so that a board that is equal but for its memory or its clock
+        is told from an equal one. They are kept either way.
+
+        Returns:
+            What was found about the machine that has measured the most of what is missing here; None where no machine
+            has enough for a check.
+        """
+        texts = {self._key_text(key): key for key in keys if self._key_text(key) not in self._ms}
+        known = {machine: texts.keys() & times.keys() for machine, times in self._elsewhere.items()}
+        machine = max(known, key=lambda name: len(known[name]), default=None)
+        if machine is None or len(known[machine]) < CHECKS:
+            return None
+        theirs = self._elsewhere[machine]
+        by_time = sorted(known[machine], key=lambda text: theirs[text])
+        chosen = [by_time[index] for index in np.linspace(0, len(by_time) - 1, CHECKS).round().astype(int)]
+        ours = self.measure_many([texts[text] for text in chosen])
+        differences = [abs(ms / theirs[text] - 1) for text, ms in zip(chosen, ours, strict=True)]
+        # Half of the checks may be layers of microseconds, whose times scatter; none may be far off.
+        agrees = float(np.median(differences)) <= AGREEMENT and max(differences) <= 3 * AGREEMENT
+        taken = [text for text in by_time if text not in self._ms] if agrees else []
+        for text in taken:
+            self._ms[text] = theirs[text]  # in memory only: on disk, an entry belongs to the machine that measured it
+        return Adoption(machine, CHECKS, float(np.median(differences)), max(differences), len(taken))
 
     def _measure(self, key: LayerKey) -> float:
         model, image_shape, macs = layer_model(key, self._precisions[self._execution(key)])
@@ -123,8 +187,10 @@ class LatencyTable:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                if entry["schema_version"] == SCHEMA_VERSION and entry["machine"] == self._machine:
-                    self._ms[json.dumps(entry["layer"], sort_keys=True)] = float(entry["ms"])
+                if entry["schema_version"] == SCHEMA_VERSION:
+                    ours = entry["machine"] == self._machine
+                    times = self._ms if ours else self._elsewhere.setdefault(str(entry["machine"]), {})
+                    times[json.dumps(entry["layer"], sort_keys=True)] = float(entry["ms"])
             except (ValueError, KeyError, TypeError):
                 continue  # the line that was being written when the machine stopped; its layer is measured again
 

@@ -1,0 +1,105 @@
+"""Question: does the whole path work on an ARM board, and does it compute there what it computes here?
+
+    benchmarks/arm_sysroot.sh DIR
+    python benchmarks/arm_apply.py DIR [--cpu cortex-a76]
+
+The board is a real sshd on loopback whose Python is real aarch64 Python with real aarch64 ONNX Runtime under emulation.
+`hirelc-deploy apply` cuts and quantizes a small network for it, and builds, judges and times the file there. Then every
+file it made runs here and there on the same images. Milliseconds under emulation say nothing and are not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hirelc_backends.onnxruntime_arm import OnnxRuntimeArm
+from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
+from record import provenance
+
+from hirelc_deploy import cli
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.program import ProgramBackend
+from hirelc_deploy.testing.loopback import SSH, LoopbackBoard
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODEL = ("--model", "hirelc_deploy.demo.model:DemoNet", "--model-arg", "widths=[8,16,16,24]", "--model-arg")
+
+
+def main() -> int:
+    """Run it and write results/arm_apply_CPU.json; exit code 1 where the outputs do not agree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sysroot", type=Path)
+    parser.add_argument("--cpu", default="cortex-a76")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    board = LoopbackBoard(folder)
+    programs = folder / "bin"
+    programs.mkdir()
+    (programs / "ssh").write_text(f'#!/bin/sh\nexec {SSH} -F {board.config} "$@"\n')
+    (programs / "ssh").chmod(0o755)
+    os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
+    os.environ["HIRELC_DEPLOY_TARGETS"] = str(folder / "targets.toml")
+    os.environ["HIRELC_DEPLOY_CACHE"] = str(folder / "cache")
+    python = f"{options.sysroot.resolve()}/python {options.cpu}"
+    steps = {
+        "targets add": ["targets", "add", "emulated", "--like", "arm", "--host", "board", "--python", python],
+        "apply": [
+            *("apply", *MODEL, "blocks_per_stage=1", "--data", "synthetic:16", "--target", "emulated", "--quiet"),
+            *("--plan", "uniform:keep=0.5,precision=int8", "--recovery-epochs", "0", "--out", str(folder / "run")),
+        ],
+    }
+    seconds = {}
+    for name, command in steps.items():
+        started = time.monotonic()
+        code = cli.run(command)
+        seconds[name] = round(time.monotonic() - started, 1)
+        if code:
+            return code
+    device = board.connect(python=python)
+    arm, here = OnnxRuntimeArm(), OnnxRuntimeCpu()
+    there = ProgramBackend(arm.name, arm.program, arm.precisions_on, device)
+    images = np.random.default_rng(3).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    files = [*sorted((folder / "run/files").glob("*.onnx")), folder / "run/bundle/model.onnx"]
+    rows = [compared(file, here, there, images) for file in files]
+    record = {
+        **provenance("python benchmarks/arm_apply.py SYSROOT --cpu " + options.cpu),
+        "emulated_cpu": options.cpu,
+        "board": there.hardware(),
+        "board_versions": there.versions(),
+        "precisions": [vars(precision) for precision in there.precisions()],
+        "seconds": seconds,
+        "files": rows,
+    }
+    device.close()
+    RESULTS.joinpath(f"arm_apply_{options.cpu}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    print(json.dumps(rows, indent=1))
+    board.stop()
+    good = all(row["largest_difference"] <= 1e-5 * row["largest_output"] or row["integer_ops"] for row in rows)
+    return 0 if good else 1
+
+
+def compared(file: Path, here: OnnxRuntimeCpu, there: ProgramBackend, images: np.ndarray) -> dict[str, Any]:
+    """Return how far the outputs of one file differ between this CPU and the board."""
+    runners = here.build(file), there.build(file)
+    x86, arm = (runner.infer(images) for runner in runners)
+    count = accuracy.operators(runners[1], images[:1])
+    return {
+        "file": file.name,
+        "integer_ops": count.integer_ops,
+        "float_ops": count.float_ops,
+        "largest_output": float(np.abs(x86).max()),
+        "largest_difference": float(np.abs(x86 - arm).max()),
+        "bit_exact": bool((x86 == arm).all()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
