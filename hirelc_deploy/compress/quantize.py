@@ -20,6 +20,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
+from hirelc_deploy.compress import rewrite
 from hirelc_deploy.compress.export import WEIGHT_OPERATORS, layer_of_node, open_session
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import Precision
@@ -54,6 +55,9 @@ class Pattern:
     depthwise: bool
     float_outputs: bool
 
+
+BLANKET = "all"
+"""The pattern of a blanket INT8 file: everything the runtime's own quantizer would make integer, nothing rewritten."""
 
 _SAME_VALUES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 _ACTIVATIONS = frozenset({"Relu", "Clip"})  # folded into the layer before them, so they go where it goes
@@ -310,6 +314,14 @@ def quantize(
     if target.activation_type not in types or target.weight_type != "int8":
         raise InputError(f"precision {target.name!r} of this target has no integer arithmetic; use int8.")
     proto = onnx.shape_inference.infer_shapes(onnx.load(str(float_model)))
+    known = _known_ranges(proto, ranges)
+    if pattern != BLANKET:
+        rewrite.rewrite(proto)
+        layers = layer_of_node(proto)
+        first = next((node for node in proto.graph.node if proto.graph.input[0].name in node.input), None)
+        if first is not None and first.name in layers and precision_of(layers[first.name]) == "int8":
+            rewrite.pad_stem(proto)
+        proto = onnx.shape_inference.infer_shapes(proto)
     _give_each_layer_its_own_constants(proto)
     integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
     if not integer:
@@ -322,12 +334,14 @@ def quantize(
         reduce_range=target.weight_bits == 7,
         weight_qType=QuantType.QInt8,
         activation_qType=types[target.activation_type],
-        tensors_range=_tensor_ranges(proto, ranges),
+        tensors_range=_tensor_ranges(proto, known),
         nodes_to_quantize=integer,
         nodes_to_exclude=[],
         op_types_to_quantize=[*QLinearOpsRegistry, *QDQRegistry],
         extra_options={},
     )
+    image = proto.graph.input[0].name
+    padded = [node for node in proto.graph.node if node.output[0] == f"{image}{rewrite.PADDED}"]
     if PATTERNS[pattern].float_outputs:
         quantizer.float_tensors = _float_outputs(proto, set(integer))
     logger = logging.getLogger()
@@ -340,6 +354,8 @@ def quantize(
     finally:
         logger.setLevel(level)
     _keep_float(result, set(integer))
+    if padded:
+        _round_before_padding(result, padded[0].output[0])
     quantizer.model.topological_sort()
     out.write_bytes(result.SerializeToString())
 
@@ -359,6 +375,16 @@ def _give_each_layer_its_own_constants(proto: ModelProto) -> None:
                     copy.CopyFrom(constants[tensor])
                     copy.name = node.input[position] = f"{tensor}:{node.name}"
                     proto.graph.initializer.append(copy)
+
+
+def _round_before_padding(proto: ModelProto, padded: str) -> None:
+    """Let the image be rounded first, so that Pad moves bytes and not floats."""
+    (pad,) = (node for node in proto.graph.node if padded in node.output)
+    (rounding,) = (node for node in proto.graph.node if padded in node.input)
+    made = rounding.output[0]
+    rounding.input[0], rounding.output[0] = pad.input[0], f"{made}:image"
+    pad.input[:] = [rounding.output[0], pad.input[1], rounding.input[2]]
+    pad.output[0] = made
 
 
 def _keep_float(proto: ModelProto, integer: set[str]) -> None:
@@ -426,7 +452,9 @@ def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], patter
         elif pattern.operators is None:
             is_integer = node.op_type in supported and any(tensor in fed for tensor in node.input)
         else:
-            is_integer = node.op_type in pattern.operators and any(tensor in fed for tensor in node.input)
+            # Sums of tokens stay float: rounded, the residual stream of a transformer loses more than it gains in time.
+            tokens = any(tensor.endswith(rewrite.ROWS) for tensor in node.output)
+            is_integer = node.op_type in pattern.operators and not tokens and any(t in fed for t in node.input)
         if is_integer:
             names.append(node.name)
             fed.update(node.output)
@@ -451,14 +479,21 @@ def _float_outputs(proto: ModelProto, integer: set[str]) -> frozenset[str]:
     )
 
 
-def _tensor_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, TensorData]:
-    """Return ranges in the quantizer's form; a reshaped tensor that calibration did not see has its source's range."""
-    low, high = dict(ranges.low), dict(ranges.high)
+def _known_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, tuple[float, float]]:
+    """Return tensor name to range; a reshaped tensor that calibration did not see has its source's range."""
+    known = {name: (ranges.low[name], ranges.high[name]) for name in ranges.low}
     same_values = [(node.input[0], node.output[0]) for node in proto.graph.node if node.op_type in _SAME_VALUES]
     for source, result in (*same_values, *((b, a) for a, b in reversed(same_values))):
-        if source in low and result not in low:
-            low[result], high[result] = low[source], high[source]
-    return {name: TensorData(lowest=np.float32(low[name]), highest=np.float32(high[name])) for name in low}
+        if source in known and result not in known:
+            known[result] = known[source]
+    return known
+
+
+def _tensor_ranges(proto: ModelProto, known: Mapping[str, tuple[float, float]]) -> dict[str, TensorData]:
+    """Return the ranges of all tensors of a rewritten file in the quantizer's form."""
+    tensors = [proto.graph.input[0].name, *(tensor for node in proto.graph.node for tensor in node.output)]
+    found = {tensor: known[rewrite.source_of(tensor)] for tensor in tensors if rewrite.source_of(tensor) in known}
+    return {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in found.items()}
 
 
 def strip_for_shipping(path: Path) -> dict[str, str]:
