@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 
@@ -122,3 +123,52 @@ class HiddenNumber(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(F.relu(self.free(x)))
         return self.last(x / float(x.shape[1])).mean((2, 3))
+
+
+class Divided(nn.Module):
+    """Channels divided at numbers that modules keep: equal parts, parts of a list, half of a number, a prefix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.parts, self.expanded, self.first = 16, (24, 8, 8), 32, 24
+        self.stem = nn.Conv2d(3, 48, 3, padding=1)
+        self.steps = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)])
+        self.mixed = nn.Conv2d(48, 40, 1)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.expand = nn.Conv2d(40, 32, 1)
+        self.halved = nn.Conv2d(16, 16, 1)
+        self.short = nn.Conv2d(32, 24, 1)
+        self.long = nn.Conv2d(32, 40, 1)
+        self.fc = nn.Linear(40, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = torch.split(F.relu(self.stem(x)), self.width, 1)
+        second = F.relu(self.steps[0](second))
+        x = self.mixed(torch.cat([first, second, F.relu(self.steps[1](third + second))], 1))
+        left, middle, right = x.split(self.parts, dim=1)
+        x = F.relu(self.expand(torch.cat([left, self.middle(middle), right], 1)))
+        a, b = x.split(self.expanded // 2, dim=1)
+        x = torch.cat([self.halved(a), b], 1)
+        long = self.long(x)
+        x = torch.cat([long[:, : self.first] + self.short(x), long[:, self.first :]], 1)
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
+class WithResponseNorm(nn.Module):
+    """Two blocks with the norm of ConvNeXt V2, one with channels last, one with channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 2, 2)
+        self.wide = nn.Linear(24, 48)
+        self.last = GlobalResponseNorm(48)
+        self.narrow = nn.Linear(48, 24)
+        self.conv = nn.Conv2d(24, 32, 3, padding=1)
+        self.first = GlobalResponseNorm(32, channels_last=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).permute(0, 2, 3, 1)
+        x = x + self.narrow(self.last(F.gelu(self.wide(x))))
+        x = self.first(F.gelu(self.conv(x.permute(0, 3, 1, 2))))
+        return self.head(x.mean((2, 3)))

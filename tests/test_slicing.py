@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hand_written_nets import FlatBlock, HandTransformer, HiddenNumber, MixedNet
+from hand_written_nets import Divided, FlatBlock, HandTransformer, HiddenNumber, MixedNet, WithResponseNorm
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 from hirelc_deploy.compress.slicing import (
@@ -40,6 +41,8 @@ MODELS = {
     "mixed": MixedNet,
     "hand-written transformer": HandTransformer,
     "flat block": FlatBlock,
+    "divided": Divided,
+    "response norm": WithResponseNorm,
     "vit": small_vit,
     "vit with q/k norm and layer scale": lambda: small_vit(qk_norm=True, init_values=0.5),
     "deit distilled": lambda: timm.models.deit.VisionTransformerDistilled(
@@ -52,7 +55,7 @@ MODELS = {
 }
 
 
-HAND_WRITTEN = ("mixed", "hand-written transformer", "flat block")
+HAND_WRITTEN = ("mixed", "hand-written transformer", "flat block", "divided", "response norm")
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -212,7 +215,7 @@ def test_attributes_of_depthwise_and_grouped_convolutions_follow_their_weights()
     assert sliced.joined.in_channels == 24
 
 
-@pytest.mark.parametrize("name", ["demo", "mixed", "vit", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["demo", "mixed", "vit", "efficientnet_lite0", "divided", "response norm"])
 def test_a_sliced_model_is_rebuilt_from_uncut_builder_shapes_and_weights(name):
     model, graph, images = known(name)
     sliced = slice_model(model, graph, random_choice(graph, 7))
@@ -272,6 +275,38 @@ def test_keeping_no_or_impossible_elements_is_refused(numbers):
     model, graph, _ = known("demo")
     with pytest.raises(SliceError, match=r"keep at least one element, in ascending numbers from 0 to 63"):
         slice_model(model, graph, {"stages.1.0.conv1": np.array(numbers, np.int64)})
+
+
+def test_numbers_that_modules_keep_follow_what_they_count():
+    model, graph, _ = known("divided")
+    assert not [kept for kept in graph.kept_whole if kept.layer != "fc"]
+    stem = graph.unit("stem.residual")
+    assert stem.size == 16, "an element is one channel of each of the three equal parts"
+    kept = {u.name: np.arange(u.widths[0]) for u in graph.units}
+    sliced = slice_model(model, graph, kept)
+    assert (sliced.width, sliced.steps[0].in_channels) == (8, 8)
+    assert sliced.parts == (8, 8, 8)
+    assert sliced.expanded == sliced.expand.out_channels == 16
+    assert sliced.first == sliced.short.out_channels == 8
+    assert (model.width, model.parts, model.expanded, model.first) == (16, (24, 8, 8), 32, 24)
+
+
+def test_a_response_norm_takes_its_mean_over_the_channels_that_stay():
+    norm = GlobalResponseNorm(8)
+    model = nn.Sequential(nn.Linear(2, 8), norm, nn.Linear(8, 1))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].weight[:4] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+        model[0].bias.zero_()
+        norm.weight.fill_(1.0)
+        model[2].weight.fill_(1.0)
+        model[2].bias.zero_()
+    images = torch.tensor([[[[3.0, 4.0]]]])
+    graph = build_graph(model, images)
+    kept = {"0": np.arange(4)}
+    # Of (3, 4, 0, 0) the norms are 3, 4, 0 and 0, their mean 1.75: 3 + 3 * 3 / 1.75 + 4 + 4 * 4 / 1.75.
+    for small in (slice_model(model, graph, kept), mask_model(model, graph, kept)):
+        assert outputs(small, images).item() == pytest.approx(7 + 25 / 1.75, abs=1e-4)
 
 
 def test_units_with_sizes_written_into_code_are_found_and_kept_whole():

@@ -97,8 +97,8 @@ def slice_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
 def mask_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
     """Return a copy of full size in which everything that `slice_model` would remove is zero.
 
-    A layer or group norm of some features takes mean and variance over those that stay: over all of them it would
-    see the zeros.
+    A layer, group or response norm of some features takes its statistics over those that stay: over all of them it
+    would see the zeros.
     """
     stays = _staying(model, graph, kept)
     masked = copy.deepcopy(model)
@@ -108,6 +108,9 @@ def mask_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
             for dim, index in stays.get(name, {}).items():
                 gone = np.setdiff1d(np.arange(tensor.shape[dim]), index)
                 tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+                if name in graph.averaged:
+                    # It stands over the mean of all, which is smaller by this than the mean of those that stay.
+                    tensor.mul_(len(index) / tensor.shape[dim])
     norms = _NormsOverKept(masked, {name: index[0] for name, index in stays.items() if 0 in index})
     masked.register_forward_pre_hook(norms.begin)
     masked.register_forward_hook(norms.end, always_call=True)

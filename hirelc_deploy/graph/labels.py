@@ -152,11 +152,13 @@ class Labelled:
     Attributes:
         parameters: (name, dim) to the labels of that dimension's indices.
         attributes: Path of a whole number that a module keeps to the labels of what it counts.
+        averaged: Weights of global response norms, which divide by a mean over their channels.
     """
 
     couplings: Couplings
     parameters: dict[tuple[str, int], Labels] = field(default_factory=dict)
     attributes: dict[str, Labels] = field(default_factory=dict)
+    averaged: set[str] = field(default_factory=set)
     uses: list[WeightUse | AttentionUse] = field(default_factory=list)
 
 
@@ -343,10 +345,13 @@ class Walk:
             where = op.module or "the model's own forward"
             return self.freeze(value, dim, f"its size is written as {size} in {where}")
         if size.source is not None:
-            first, second = self._axis_of(value, dim), self.axis(size)
-            if first is None or second is None or first[0] is not second[0] or first[1] != second[1]:
-                self._equal_sizes.append((first, second, f"must be as many as what cannot be cut, by {_where(op)}"))
+            self.must_agree(self._axis_of(value, dim), self.axis(size), op)
         return value
+
+    def must_agree(self, first: Axis | None, second: Axis | None, op: Op) -> None:
+        """Let what two axes count stay equally many."""
+        if first is None or second is None or first[0] is not second[0] or first[1] != second[1]:
+            self._equal_sizes.append((first, second, f"must be as many as what cannot be cut, by {_where(op)}"))
 
     def filled(self, value: Value, dim: int, size: int) -> Value:
         """Return `value`, whose `dim` repeats one thing `size` times, with the labels of what was counted."""
@@ -771,13 +776,21 @@ def _along_dim(walk: Walk, op: Op) -> Value:
     return x
 
 
+RESPONSE_NORMS = ("GlobalResponseNorm", "GRN")
+"""Class names of the norm of ConvNeXt V2 (Woo et al. 2023), in timm and in its authors' code."""
+
+
 @handles("mean", "sum", "amax", "amin", "var", "std", "norm")
 def _reduction(walk: Walk, op: Op) -> Value:
     x = walk.value(op.arg(0, "input"))
-    rank, dims = len(x.shape), op.arg(1, "dim")
-    if op.function == "norm" or not isinstance(dims, (int, tuple, list, type(None))):
+    rank, dims = len(x.shape), op.arg(2 if op.function == "norm" else 1, "dim")
+    if not isinstance(dims, (int, tuple, list, type(None))):
         return _unknown(walk, op)[0]
     reduced = set(range(rank)) if dims is None else {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+    response_norm = walk.modules.get(op.module)
+    if op.function == "mean" and type(response_norm).__name__ in RESPONSE_NORMS and len(reduced) == 1:
+        walk.found.averaged.add(f"{op.module}.{'weight' if hasattr(response_norm, 'weight') else 'gamma'}")
+        x = Value(x.shape, tuple(f for f in x.factors if f.dims != tuple(reduced)))
     for dim in reduced:
         x = walk.freeze(x, dim, f"mixed with the others by {_where(op)}")
     if len(op.result.shape) == rank:
@@ -940,30 +953,37 @@ def _chunk(walk: Walk, op: Op) -> Sequence[Value]:
     x = walk.value(op.arg(0, "input"))
     dim = op.arg(2, "dim", 0) % len(x.shape)
     x, labels = walk.one_dim(x, dim, f"divided by {_where(op)}")
-    shapes = _result_shapes(op)
+    sizes = [shape[dim] for shape in _result_shapes(op)]
+    given = op.args[1] if len(op.args) > 1 else next(value for name, value in op.kwargs.items() if name != "dim")
+    if isinstance(given, Size) and given.quotient_of == x.shape[dim]:
+        x = walk.written_size(x, dim, given.quotient_of, op)
+    written = _written_parts(op.function, given, sizes)
+    if labels is not None and None in written:
+        # Their sizes follow from the whole, so equal parts must stay equal.
+        if len(set(sizes)) > 1:
+            walk.couplings.pin(labels, f"divided into parts of fixed sizes by {_where(op)}")
+        else:
+            walk.couplings.tie(labels.reshape(len(sizes), -1), labels[None, : sizes[0]])
     rest = tuple(f for f in x.factors if f.dims != (dim,))
-    if labels is None:
-        return [Value(shape, rest) for shape in shapes]
-    pieces = np.split(labels, np.cumsum([shape[dim] for shape in shapes])[:-1])
-    values = [Value(shape, (*rest, Factor((dim,), piece))) for shape, piece in zip(shapes, pieces, strict=True)]
-    written = _part_sizes(op, len(shapes))
-    if len({len(piece) for piece in pieces}) == 1 and written is None:
-        for piece in pieces[1:]:
-            walk.couplings.tie(pieces[0], piece)  # equal parts must stay equal
-    elif written is None:
-        walk.couplings.pin(labels, f"divided into parts that are not equal by {_where(op)}")
-    else:
-        values = [walk.written_size(value, dim, size, op) for value, size in zip(values, written, strict=True)]
-    return values
+    pieces, start = [], 0
+    for size, number in zip(sizes, written, strict=True):
+        shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        piece = Value(shape, (*rest, *_factors_at(dim, None if labels is None else labels[start : start + size])))
+        pieces.append(piece if number is None else walk.written_size(piece, dim, number, op))
+        start += size
+    return pieces
 
 
-def _part_sizes(op: Op, parts: int) -> Sequence[int] | None:
-    """Return the size that the code gave each part of a split, or None where it is computed from others."""
-    given = op.arg(1, "split_size_or_sections", op.kwargs.get("split_size", op.kwargs.get("split_sizes")))
-    if op.function in ("chunk", "tensor_split") or given is None:
-        return None
-    sizes = [given] * parts if isinstance(given, int) else list(given)
-    return None if any(isinstance(size, Size) and size.source is None for size in sizes) else sizes
+def _written_parts(function: str, given: Any, sizes: Sequence[int]) -> list[int | None]:
+    """Return for each part the size that the code gave it, or None where that follows from the size of the whole."""
+    if function in ("chunk", "tensor_split"):
+        return [None] * len(sizes)
+    numbers = given if isinstance(given, (tuple, list)) else [given] * len(sizes)
+    parts = zip(numbers, sizes, strict=True)
+    return [
+        None if isinstance(number, Size) and number.source is None else number if number == size else size
+        for number, size in parts
+    ]
 
 
 @handles("getitem", "select", "narrow")
@@ -996,12 +1016,26 @@ def _getitem(walk: Walk, op: Op) -> Value:
         elif isinstance(k, int):
             x = _selected(walk, x, dim, k % x.shape[dim], op)
         else:
-            size = len(range(*k.indices(x.shape[dim])))
-            if size != x.shape[dim]:
-                x = walk.freeze(x, dim, f"picked by its number in {_where(op)}")
-                x = Value((*x.shape[:dim], size, *x.shape[dim + 1 :]), x.factors)
+            x = _part(walk, x, dim, k, op)
             dim += 1
     return _picked(walk, x, by_tensor, picked, op) if picked else x
+
+
+def _part(walk: Walk, x: Value, dim: int, part: slice, op: Op) -> Value:
+    """Return a slice of `dim`; it can be cut where the slice's ends are numbers that a module or a shape gives."""
+    size, reason = x.shape[dim], f"picked by its number in {_where(op)}"
+    start, stop, step = part.indices(size)
+    shape = (*x.shape[:dim], len(range(start, stop, step)), *x.shape[dim + 1 :])
+    if shape == x.shape:
+        return x
+    ends = [end for end in (part.start, part.stop) if end is not None and end != 0]
+    if step != 1 or not all(isinstance(end, Size) and end.source is not None and 0 < end <= size for end in ends):
+        return Value(shape, walk.freeze(x, dim, reason).factors)
+    x, labels = walk.one_dim(x, dim, reason)
+    for end in ends:
+        walk.must_agree(None if labels is None else (labels[:end], 0), walk.axis(end), op)
+    rest = tuple(f for f in x.factors if f.dims != (dim,))
+    return Value(shape, (*rest, *_factors_at(dim, None if labels is None else labels[start:stop])))
 
 
 def _picked(walk: Walk, x: Value, dims: Sequence[int], indices: Sequence[TensorRef], op: Op) -> Value:

@@ -145,7 +145,10 @@ class KeptWhole:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """Blocks, units and layers of one model at one input size. `blocks` are in execution order."""
+    """Blocks, units and layers of one model at one input size. `blocks` are in execution order.
+
+    `averaged` names the weights of norms that divide by a mean over their features (ConvNeXt V2).
+    """
 
     input_shape: tuple[int, int, int]
     blocks: tuple[str, ...]
@@ -154,6 +157,7 @@ class ModelGraph:
     kept_whole: tuple[KeptWhole, ...]
     params: int
     macs: int
+    averaged: frozenset[str] = frozenset()
 
     def unit(self, name: str) -> Unit:
         """Return the unit called `name`; raises KeyError."""

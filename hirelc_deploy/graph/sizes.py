@@ -25,15 +25,17 @@ class Size(int):
     """A whole number in a traced forward pass.
 
     `source` is the dimension it was read from, the path of the module attribute that holds it, or None when it was
-    computed from such numbers. A plain `int` is a number written into the code.
+    computed from such numbers; `quotient_of` is the number that was divided to get it, if it was made so. A plain `int`
+    is a number written into the code.
     """
 
     source: DimSource | str | None
+    quotient_of: Size | None
 
-    def __new__(cls, value: int, source: DimSource | str | None = None) -> Size:
+    def __new__(cls, value: int, source: DimSource | str | None = None, quotient_of: Size | None = None) -> Size:
         """Return `value` with its source."""
         size = super().__new__(cls, value)
-        size.source = source
+        size.source, size.quotient_of = source, quotient_of
         return size
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -50,7 +52,9 @@ def _computed(name: str) -> Any:
 
     def operate(self: Size, *others: Any) -> Any:
         result = plain(self, *others)
-        return Size(result) if type(result) is int else result
+        if type(result) is not int:
+            return result
+        return Size(result, quotient_of=self if name == "__floordiv__" else None)
 
     return operate
 

@@ -64,6 +64,7 @@ def build_graph(
         kept_whole=_kept_whole(units, why, layers),
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs=sum(layer.macs for layer in table),
+        averaged=frozenset(found.averaged),
     )
 
 
