@@ -25,7 +25,10 @@ from hirelc_deploy.errors import COMMAND, HirelcError, InputError
 from hirelc_deploy.progress import Progress
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hirelc_deploy.config import JobConfig, PreprocessConfig
+    from hirelc_deploy.graph.model_graph import ModelGraph, Unit
 
 app = typer.Typer(
     name="hirelc-deploy",
@@ -372,6 +375,24 @@ def demo(
     _run(demo_config(seed), out, None, as_json, quiet)
 
 
+def _unit_record(network: nn.Module, graph: ModelGraph, unit: Unit) -> dict[str, Any]:
+    """Return what `inspect` says of a unit; parameters and multiply-accumulates are those that it takes part in."""
+    from hirelc_deploy.pipeline import cost_of
+
+    without = cost_of(network, graph, {unit.name: 0})
+    params = graph.params - without.params
+    return {
+        "name": unit.name,
+        "kind": unit.kind,
+        "size": unit.size,
+        "block": unit.block,
+        "widths": list(unit.widths),
+        "params": params,
+        "macs": graph.macs - without.macs,
+        "bytes": 4 * params,
+    }
+
+
 @app.command()
 def inspect(
     model: Model,
@@ -405,19 +426,22 @@ def inspect(
         graph = build_graph(network, images, exclude=tuple(exclude or ()), include=tuple(include or ()))
     graph, _ = provable(network, graph, images)
     matched = {pattern: [u.name for u in everything.units if matches(u, pattern)] for pattern in patterns}
-    record = {
+    record: dict[str, Any] = {
         "model": model,
         "params": graph.params,
         "macs": graph.macs,
         "blocks": list(graph.blocks),
-        "units": [{"name": u.name, "kind": u.kind, "size": u.size, "block": u.block} for u in graph.units],
+        "units": [_unit_record(network, graph, unit) for unit in graph.units],
         "kept_whole": [{"layer": k.layer, "reason": k.reason} for k in graph.kept_whole],
         "matched": matched,
     }
     lines = [
         f"{model}: {graph.params:,} parameters, {graph.macs:,} multiply-accumulates at {'x'.join(map(str, size))}",
-        f"{len(graph.blocks)} blocks, {len(graph.units)} units that can be cut:",
-        *(f"  {u.name:<40} {u.kind:<18} {u.size:>5}  in {u.block}" for u in graph.units),
+        f"{len(graph.blocks)} blocks, {len(graph.units)} units that can be cut (size, parameters, operations):",
+        *(
+            f"  {u['name']:<40} {u['kind']:<18} {u['size']:>5} {u['params']:>11,} {u['macs']:>14,}  in {u['block']}"
+            for u in record["units"]
+        ),
         f"{len(graph.kept_whole)} layers kept whole:" if graph.kept_whole else "nothing is kept whole",
         *(f"  {k.layer:<40} {k.reason}" for k in graph.kept_whole),
         *(f"pattern {p!r} matches {', '.join(names) or 'layers in no unit'}" for p, names in matched.items()),

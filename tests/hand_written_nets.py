@@ -130,12 +130,12 @@ class Divided(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.width, self.parts, self.expanded, self.first = 16, (24, 8, 8), 32, 24
+        self.width, self.parts, self.expanded, self.first = 16, (24, 16, 16), 32, 24
         self.stem = nn.Conv2d(3, 48, 3, padding=1)
         self.steps = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)])
-        self.mixed = nn.Conv2d(48, 40, 1)
-        self.middle = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.expand = nn.Conv2d(40, 32, 1)
+        self.mixed = nn.Conv2d(48, 56, 1)
+        self.middle = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.expand = nn.Conv2d(56, 32, 1)
         self.halved = nn.Conv2d(16, 16, 1)
         self.short = nn.Conv2d(32, 24, 1)
         self.long = nn.Conv2d(32, 40, 1)

@@ -202,6 +202,7 @@ def test_exclude_and_include_patterns_choose_units_and_give_the_reason():
         (16, 2, "channels", (4, 8, 12, 16)),
         (4, 19, "channels", (1, 2, 3, 4)),
         (3, 1, "channels", (3,)),
+        (8, 3, "channels", (4, 8)),
     ],
 )
 def test_legal_widths_follow_the_devices_step(size, positions, kind, widths):

@@ -286,9 +286,9 @@ def test_numbers_that_modules_keep_follow_what_they_count():
     sliced = slice_model(model, graph, kept)
     assert (sliced.width, sliced.steps[0].in_channels) == (8, 8)
     assert sliced.parts == (8, 8, 8)
-    assert sliced.expanded == sliced.expand.out_channels == 16
+    assert sliced.expanded == sliced.expand.out_channels == 8
     assert sliced.first == sliced.short.out_channels == 8
-    assert (model.width, model.parts, model.expanded, model.first) == (16, (24, 8, 8), 32, 24)
+    assert (model.width, model.parts, model.expanded, model.first) == (16, (24, 16, 16), 32, 24)
 
 
 def test_a_response_norm_takes_its_mean_over_the_channels_that_stay():

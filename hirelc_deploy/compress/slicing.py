@@ -194,30 +194,33 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
         return error if math.isfinite(error) else math.inf
 
     def faulty(units: tuple[Unit, ...]) -> list[Unit]:
-        if not units or difference(units) <= tolerance:
-            return []
+        """Return the units at fault among `units`, which together differ."""
         if len(units) == 1:
             return list(units)
         middle = len(units) // 2
-        return faulty(units[:middle]) + faulty(units[middle:])
+        return [
+            bad for half in (units[:middle], units[middle:]) if difference(half) > tolerance for bad in faulty(half)
+        ]
 
+    error = difference(graph.units)
+    if error <= tolerance:
+        return graph, error
     bad = faulty(graph.units)
-    if bad:
-        reasons = tuple(
-            KeptWhole(unit.slices[0].tensor.rpartition(".")[0], "its width is fixed in the model's own code")
-            for unit in bad
+    reasons = tuple(
+        KeptWhole(unit.slices[0].tensor.rpartition(".")[0], "its width is fixed in the model's own code")
+        for unit in bad
+    )
+    names = {unit.name for unit in bad}
+    layers = tuple(
+        replace(
+            layer,
+            reads=tuple(share for share in layer.reads if share.unit not in names),
+            writes=tuple(share for share in layer.writes if share.unit not in names),
         )
-        names = {unit.name for unit in bad}
-        layers = tuple(
-            replace(
-                layer,
-                reads=tuple(share for share in layer.reads if share.unit not in names),
-                writes=tuple(share for share in layer.writes if share.unit not in names),
-            )
-            for layer in graph.layers
-        )
-        units = tuple(unit for unit in graph.units if unit not in bad)
-        graph = replace(graph, units=units, layers=layers, kept_whole=(*graph.kept_whole, *reasons))
+        for layer in graph.layers
+    )
+    units = tuple(unit for unit in graph.units if unit not in bad)
+    graph = replace(graph, units=units, layers=layers, kept_whole=(*graph.kept_whole, *reasons))
     return graph, difference(graph.units)
 
 

@@ -955,8 +955,9 @@ def _chunk(walk: Walk, op: Op) -> Sequence[Value]:
     x, labels = walk.one_dim(x, dim, f"divided by {_where(op)}")
     sizes = [shape[dim] for shape in _result_shapes(op)]
     given = op.args[1] if len(op.args) > 1 else next(value for name, value in op.kwargs.items() if name != "dim")
-    if isinstance(given, Size) and given.quotient_of == x.shape[dim]:
-        x = walk.written_size(x, dim, given.quotient_of, op)
+    whole = given.quotient_of if isinstance(given, Size) else None
+    if whole is not None and whole == x.shape[dim]:
+        x = walk.written_size(x, dim, whole, op)
     written = _written_parts(op.function, given, sizes)
     if labels is not None and None in written:
         # Their sizes follow from the whole, so equal parts must stay equal.

@@ -77,7 +77,8 @@ def legal_widths(size: int, positions: int, kind: str) -> tuple[int, ...]:
     """Return the widths a unit may take, ascending, `size` last.
 
     Any number of heads; otherwise multiples of 8 channels, which is what integer kernels fill their registers with
-    (of 4 where there are fewer than 16 channels); any number where one element is 8 channels or more.
+    (of 4 where that leaves no choice or there are fewer than 16 channels); any number where one element is 8 channels
+    or more.
 
     Args:
         size: Elements of the unit.
@@ -86,8 +87,10 @@ def legal_widths(size: int, positions: int, kind: str) -> tuple[int, ...]:
     """
     if kind == "attention heads" or positions >= 8:
         return tuple(range(1, size + 1))
-    step = 8 if size * positions >= 16 else 4
-    return (*(width for width in range(1, size) if width * positions % step == 0), size)
+    for step in (8, 4) if size * positions >= 16 else (4,):
+        if narrower := [width for width in range(1, size) if width * positions % step == 0]:
+            return (*narrower, size)
+    return (size,)
 
 
 def _merged_uses(found: Labelled) -> list[WeightUse | AttentionUse]:
