@@ -395,6 +395,7 @@ def deliver(
         "layers": layer_records(pipeline.graph, shipped.plan),
         "candidates": candidates(pipeline, delivery, run),
         "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
+        "exports": {"filled in": pipeline.exporter.filled, "exported": dict(pipeline.exporter.exported)},
         "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
         "operators": operators,
         "placement": pipeline.placement.candidates,

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import export, quantize, recovery, slicing
+from hirelc_deploy.compress import quantize, recovery, slicing
+from hirelc_deploy.compress.refill import Exporter
 from hirelc_deploy.data import Data
 from hirelc_deploy.errors import ExportError, InputError, SliceError, TargetUnavailable
 from hirelc_deploy.graph.model_graph import Layer, ModelGraph, Share
@@ -364,8 +365,7 @@ class Pipeline:
     def _exported(self, model: nn.Module, folder: Path) -> Exported:
         """Export a model, checked against torch, and take its ranges on the calibration images."""
         batched, static = folder / "batched.onnx", folder / "static.onnx"
-        export.export_onnx(model, self.example, batched)
-        export.set_static_batch(batched, static)
+        self.exporter.write(model, batched, static)
         return Exported(static, quantize.calibrate(batched, (batch.numpy() for batch in self.calibration_batches)))
 
     def _quantize(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
@@ -377,6 +377,11 @@ class Pipeline:
             )
         layers = quantize.strip_for_shipping(path)
         write_atomic(self.files / f"{path.name.lstrip('.').partition('.')[0]}.layers.json", json.dumps(layers))
+
+    @cached_property
+    def exporter(self) -> Exporter:
+        """Writes float files; it learns from each export how to do without the next."""
+        return Exporter(self.example)
 
     @cached_property
     def _uncut(self) -> Exported:

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from hirelc_deploy.compress.folding import Arrays, Recipe, fold, tensors_of
 from hirelc_deploy.errors import ExportError, InputError
 
 OPSET = 20
@@ -31,6 +33,18 @@ PARITY_TOLERANCE = 1e-4
 """Largest difference between torch and ONNX Runtime, as a share of the largest output. Float kernels reach 1e-6."""
 
 WEIGHT_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported model.
+
+    Attributes:
+        recipe: How its constants come from the module's tensors; None where that is not known.
+    """
+
+    proto: ModelProto
+    recipe: Recipe | None
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: Path, *, dynamic_batch: bool = True) -> None:
@@ -48,24 +62,34 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, dynamic_batch:
     Raises:
         ExportError: a weight or output that is not finite, a model that cannot be exported, or outputs that differ.
     """
+    path.write_bytes(exported(model, example, dynamic_batch=dynamic_batch).proto.SerializeToString())
+
+
+def exported(model: nn.Module, example: Tensor, *, dynamic_batch: bool = True) -> Export:
+    """Return what `export_onnx` writes, with the recipe of its constants."""
+    failures: list[str] = []
+    with evaluating(model):
+        probes = probe(model, example, dynamic_batch)
+        for exporter in (_torchscript, _torch_export):
+            try:
+                export = exporter(model, example)
+                proto = _finish(export.proto, example, dynamic_batch)
+                check_parity(proto.SerializeToString(), probes)
+            except ExportError as error:
+                failures.append(str(error))
+            else:
+                return Export(proto, export.recipe)
+    raise ExportError(f"{type(model).__name__}: {'; the second exporter: '.join(failures)}")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; raises ExportError when its weights cannot be written."""
     _check_weights(model)
     was_training = model.training
     model.eval()
     try:
-        probes = _probes(example, dynamic_batch)
-        with torch.no_grad():
-            expected = [_single_output(model(probe)) for probe in probes]
-        failures: list[str] = []
-        for exporter in (_torchscript, _torch_export):
-            try:
-                proto = _finish(exporter(model, example), example, dynamic_batch)
-                _check_parity(proto, probes, expected)
-            except ExportError as error:
-                failures.append(str(error))
-            else:
-                path.write_bytes(proto.SerializeToString())
-                return
-        raise ExportError(f"{type(model).__name__}: {'; the second exporter: '.join(failures)}")
+        yield
     finally:
         model.train(was_training)
 
@@ -82,13 +106,20 @@ def set_static_batch(path_in: Path, path_out: Path, batch: int = 1) -> None:
     proto = onnx.load(str(path_in))
     if any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
         raise InputError(f"{path_in}: already quantized; set the batch of the float file, then quantize that.")
-    for value in (*proto.graph.input, *proto.graph.output):
+    path_out.write_bytes(static_batch(proto, batch).SerializeToString())
+
+
+def static_batch(proto: ModelProto, batch: int = 1) -> ModelProto:
+    """Return the float model for exactly `batch` images; see `set_static_batch`."""
+    static = ModelProto()
+    static.CopyFrom(proto)
+    for value in (*static.graph.input, *static.graph.output):
         dimensions = value.type.tensor_type.shape.dim
         if len(dimensions) > 0:
             dimensions[0].Clear()
             dimensions[0].dim_value = batch
-    del proto.graph.value_info[:]
-    path_out.write_bytes(_optimised(proto).SerializeToString())
+    del static.graph.value_info[:]
+    return _optimised(static)
 
 
 def layer_of_node(proto: ModelProto) -> dict[str, str]:
@@ -107,12 +138,12 @@ def layer_of_node(proto: ModelProto) -> dict[str, str]:
     }
 
 
-def open_session(model: ModelProto | Path, threads: int = 1) -> onnxruntime.InferenceSession:
+def open_session(model: ModelProto | Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
     """Load a model into ONNX Runtime on the CPU; raises ExportError with the runtime's own words."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    source = str(model) if isinstance(model, Path) else model if isinstance(model, bytes) else model.SerializeToString()
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exception classes share no base below Exception
@@ -136,12 +167,19 @@ def _single_output(output: object) -> NDArray[np.float32]:
     return output.numpy()
 
 
-def _probes(example: Tensor, dynamic_batch: bool) -> list[Tensor]:
-    """Return two batches unlike `example`; of two sizes where the batch is dynamic."""
+Probe = tuple[Tensor, NDArray[np.float32]]
+"""Images, and what torch answers to them."""
+
+
+def probe(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> list[Probe]:
+    """Return torch's answers to two batches unlike `example`: one of a single image and a larger one, if dynamic."""
     generator = torch.Generator().manual_seed(0)
     scale = float(example.std()) if example.numel() > 1 and float(example.std()) > 0 else 1.0
     sizes = (1, len(example) + 2) if dynamic_batch else (len(example),) * 2
-    return [torch.randn((size, *example.shape[1:]), generator=generator) * scale + example.mean() for size in sizes]
+    shapes = [(size, *example.shape[1:]) for size in sizes]
+    images = [torch.randn(shape, generator=generator) * scale + example.mean() for shape in shapes]
+    with torch.no_grad():
+        return [(one, _single_output(model(one))) for one in images]
 
 
 @contextlib.contextmanager
@@ -171,7 +209,7 @@ def _reason(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _torchscript(model: nn.Module, example: Tensor) -> ModelProto:
+def _torchscript(model: nn.Module, example: Tensor) -> Export:
     buffer = io.BytesIO()
     try:
         with _quiet():
@@ -184,16 +222,19 @@ def _torchscript(model: nn.Module, example: Tensor) -> ModelProto:
                 input_names=["input"],
                 output_names=["output"],
                 dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+                # Tensors arrive as the module has them; `fold` computes from them and remembers how.
+                training=torch.onnx.TrainingMode.PRESERVE,
+                do_constant_folding=False,
             )
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ExportError(f"cannot be exported ({_reason(error)})") from None
     proto = onnx.load_from_string(buffer.getvalue())
     modules = {name for name, _ in model.named_modules()}
     _name_nodes(proto, [_layer_on_path(node.name.split("/")[1:-1], modules) for node in proto.graph.node])
-    return proto
+    return Export(proto, fold(proto, tensors_of(model), WEIGHT_OPERATORS))
 
 
-def _torch_export(model: nn.Module, example: Tensor) -> ModelProto:
+def _torch_export(model: nn.Module, example: Tensor) -> Export:
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -219,7 +260,7 @@ def _torch_export(model: nn.Module, example: Tensor) -> ModelProto:
         candidates = [*filter(None, owners), *reversed(ast.literal_eval(scopes))]
         layers.append(next((name for name in candidates if name in modules), ""))
     _name_nodes(proto, layers)
-    return proto
+    return Export(proto, None)
 
 
 def _layer_on_path(path: list[str], modules: set[str]) -> str:
@@ -234,25 +275,12 @@ def _layer_on_path(path: list[str], modules: set[str]) -> str:
 
 
 def _name_nodes(proto: ModelProto, layers: list[str]) -> None:
-    """Call each node `layer/Operator` and its weight and bias `layer.weight` and `layer.bias`, all of them unique."""
+    """Call each node `layer/Operator`, and a second one of the same layer and operator `layer/Operator_2`."""
     used: Counter[str] = Counter()
-    graph = proto.graph
-    names = {initializer.name: initializer.name for initializer in graph.initializer}
-    taken = set(names)
-    for node, layer in zip(graph.node, layers, strict=True):
+    for node, layer in zip(proto.graph.node, layers, strict=True):
         name = f"{layer}/{node.op_type}"
         used[name] += 1
         node.name = name if used[name] == 1 else f"{name}_{used[name]}"
-        if node.op_type in WEIGHT_OPERATORS:
-            for tensor, kind in zip(node.input[1:], ("weight", "bias"), strict=False):
-                if tensor.startswith("onnx::") and names.get(tensor) == tensor and f"{layer}.{kind}" not in taken:
-                    names[tensor] = f"{layer}.{kind}"
-                    taken.add(names[tensor])
-    for initializer in graph.initializer:
-        initializer.name = names[initializer.name]
-    for node in graph.node:
-        for position, tensor in enumerate(node.input):
-            node.input[position] = names.get(tensor, tensor)
 
 
 def _finish(proto: ModelProto, example: Tensor, dynamic_batch: bool) -> ModelProto:
@@ -270,12 +298,15 @@ def _finish(proto: ModelProto, example: Tensor, dynamic_batch: bool) -> ModelPro
         graph.output[0].type.tensor_type.shape.dim[0].dim_value = len(example)
     _pool_instead_of_mean(proto)
     finished = _optimised(proto)
-    for initializer in finished.graph.initializer:
-        if initializer.data_type == TensorProto.FLOAT and not np.isfinite(numpy_helper.to_array(initializer)).all():
-            raise ExportError(
-                f"{initializer.name}: NaN or infinity after folding; its BatchNorm has a broken variance."
-            )
+    check_finite({i.name: numpy_helper.to_array(i) for i in finished.graph.initializer})
     return finished
+
+
+def check_finite(constants: Arrays) -> None:
+    """Raise ExportError when a float constant is not finite."""
+    for name, value in constants.items():
+        if value.dtype == np.float32 and not np.isfinite(value).all():
+            raise ExportError(f"{name}: NaN or infinity after folding; its BatchNorm has a broken variance.")
 
 
 def _pool_instead_of_mean(proto: ModelProto) -> None:
@@ -320,17 +351,18 @@ def _optimised(proto: ModelProto) -> ModelProto:
         return onnx.load(str(target))
 
 
-def _check_parity(proto: ModelProto, probes: list[Tensor], expected: list[NDArray[np.float32]]) -> None:
-    session = open_session(proto)
+def check_parity(file: bytes, probes: list[Probe]) -> None:
+    """Raise ExportError unless ONNX Runtime answers the probes as torch did."""
+    session = open_session(file)
     if not session.get_inputs():
         raise ExportError("the exported file does not read its input: the forward pass leaves torch on the way")
-    for probe, wanted in zip(probes, expected, strict=True):
-        (found,) = session.run(None, {session.get_inputs()[0].name: probe.numpy()})
+    for images, wanted in probes:
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         if found.shape != wanted.shape:
             raise ExportError(f"ONNX Runtime returns shape {found.shape}, torch {wanted.shape}")
         difference = float(np.abs(found - wanted).max()) / max(float(np.abs(wanted).max()), 1e-12)
         if not difference <= PARITY_TOLERANCE:
             raise ExportError(
-                f"on {len(probe)} images ONNX Runtime differs from torch by {difference:.1e} of the largest output, "
+                f"on {len(images)} images ONNX Runtime differs from torch by {difference:.1e} of the largest output, "
                 f"allowed is {PARITY_TOLERANCE:g}"
             )
