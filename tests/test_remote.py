@@ -102,6 +102,20 @@ def test_a_target_on_a_board_is_checked_written_and_opened(
 
 
 @needs_sshd
+def test_the_python_of_a_board_may_be_named_from_its_home_and_have_options(
+    board: loopback.LoopbackBoard, tmp_path: Path
+) -> None:
+    wrapper = board.home / "venv python"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    real, device = OnnxRuntimeCpu(), board.connect(python="~/'venv python' -X utf8")
+    backend = ProgramBackend(real.name, real.program, real.precisions_on, device)
+    assert backend.availability() is None
+    device.close()
+    wrapper.unlink()
+
+
+@needs_sshd
 def test_a_pool_answers_like_one_board_and_uses_all_of_them(board: loopback.LoopbackBoard, tmp_path: Path) -> None:
     real = OnnxRuntimeCpu()
     devices = [board.connect(), board.connect(folder=str(board.home / "second"))]

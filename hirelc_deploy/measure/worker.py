@@ -423,7 +423,8 @@ class Child:
 
     def __init__(self, keeper: Keeper, name: str, program: str) -> None:
         self.log = os.path.join(keeper.folder, name + ".log")
-        command = [*shlex.split(keeper.python), os.path.join(keeper.folder, "worker.py"), "serve"]
+        python = [os.path.expanduser(word) for word in shlex.split(keeper.python)]
+        command = [*python, os.path.join(keeper.folder, "worker.py"), "serve"]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [*command, program, keeper.cache, keeper.root],
