@@ -65,6 +65,12 @@ def availability() -> str | None:
     return None
 
 
+def version() -> str:
+    """Return the name and version of the compiler; raises Unusable where there is none."""
+    trt = _runtime()
+    return f"{trt.__name__} {trt.__version__}"
+
+
 def compile_kernels(model: Path, chip: str = ORIN_CLASS) -> list[Kernel]:
     """Return the kernels of a file in execution order.
 
