@@ -51,6 +51,9 @@ EVERYWHERE = ("resnet18", "mobilenetv2_100", "deit_tiny_patch16_224")
 """Compiled for the other chips too, and in FP8 for those that have it."""
 
 
+COMMAND = "python benchmarks/tensorrt_kernels.py --files float --out benchmarks/results/tensorrt_kernels.json"
+
+
 def float_file(name: str, folder: Path) -> tuple[Path, Ranges]:
     """Return the static float file of a network and the ranges of four random images, made where they are missing."""
     static, ranges = folder / f"{name}.onnx", folder / f"{name}.ranges.json"
@@ -122,7 +125,7 @@ def main() -> int:
             print(name, form, json.dumps({key: value for key, value in row.items() if key != "left_float"}), flush=True)
     record = {
         "question": "which kernels TensorRT-RTX compiles from our files ahead of time; nothing was timed or run",
-        **provenance("python benchmarks/tensorrt_kernels.py --files float --out benchmarks/results/tensorrt_kernels.json"),
+        **provenance(COMMAND),
         "compiler": tensorrt_ahead.version(),
         "models": results,
     }
