@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hirelc_deploy.compress.quantize import BLANKET
 from hirelc_deploy.errors import ConstraintError
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.images import Images
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.protocol import FULL, Timing, TimingLimits, compare
-from hirelc_deploy.pipeline import BATCH, BLANKET, Pipeline, batches, integer_or_float, kept_features, kept_share
+from hirelc_deploy.pipeline import BATCH, Pipeline, batches, kept_features, kept_share
 from hirelc_deploy.plan import CompressionPlan
 
 
@@ -52,7 +53,7 @@ def unpruned(pipeline: Pipeline) -> list[Contender]:
         Contender("fp32", pipeline.reference, CompressionPlan(default_precision="float")),
         Contender("int8 blanket", pipeline.blanket, CompressionPlan(default_precision="int8")),
     ]
-    if pipeline.placement.pattern != BLANKET:
+    if pipeline.placement.pattern != BLANKET or pipeline.placement.float_layers:
         files.append(Contender("int8 placed", pipeline.placed, CompressionPlan(default_precision="auto")))
     return files
 
@@ -121,9 +122,8 @@ def inputs(images: Images) -> Iterator[NDArray[np.float32]]:
         yield pictures.numpy()
 
 
-def layer_records(graph: ModelGraph, plan: CompressionPlan) -> list[dict[str, Any]]:
+def layer_records(graph: ModelGraph, plan: CompressionPlan, precision_of: Callable[[str], str]) -> list[dict[str, Any]]:
     """Return name, block, kind, widths before and after, size and precision of every layer, in execution order."""
-    precision_of = integer_or_float(plan)
     records = []
     for layer in graph.layers:
         narrow, wide = kept_features(layer, graph, plan.keep)

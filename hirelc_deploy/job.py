@@ -392,7 +392,7 @@ def deliver(
     result = {
         "bundle": str(bundle),
         **record,
-        "layers": layer_records(pipeline.graph, shipped.plan),
+        "layers": layer_records(pipeline.graph, shipped.plan, pipeline.precision_of(shipped.plan)),
         "candidates": candidates(pipeline, delivery, run),
         "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
         "exports": {"filled in": pipeline.exporter.filled, "exported": dict(pipeline.exporter.exported)},

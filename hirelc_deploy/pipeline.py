@@ -6,12 +6,13 @@ plan -> slice -> recover -> integer file -> built -> measured outcome: the searc
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import quantize, recovery, slicing
+from hirelc_deploy.compress import placement, quantize, recovery, slicing
+from hirelc_deploy.compress.placement import Placement
+from hirelc_deploy.compress.quantize import BLANKET
 from hirelc_deploy.compress.refill import Exporter
 from hirelc_deploy.data import Data
 from hirelc_deploy.errors import ExportError, InputError, SliceError, TargetUnavailable
@@ -43,8 +47,6 @@ from hirelc_deploy.runs import Run, atomic_path, write_atomic
 
 BATCH = 128
 FLOAT = "float"
-BLANKET = "all"
-"""The pattern of a blanket INT8 file: everything the runtime's own quantizer would make integer."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,6 @@ class Cost:
 
     params: int
     macs: int
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which operators around the integer layers become integer too, chosen by timing whole uncut files."""
-
-    pattern: str
-    ratio: float
-    candidates: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -220,28 +213,19 @@ class Pipeline:
     @cached_property
     def placed(self) -> Path:
         """The uncut model in the precision placement that was fastest on the target."""
-        return self._uncut_file(self.placement.pattern)
+        chosen = self.placement
+        return self._uncut_file(chosen.pattern, frozenset(chosen.float_layers))
 
     @cached_property
     def placement(self) -> Placement:
-        """The fastest integer pattern for the uncut model, timed as whole files on the target."""
-        files = {pattern: self._uncut_file(pattern) for pattern in quantize.PATTERNS}
+        """What becomes integer in the fastest file of the uncut model, timed as whole files on the target."""
 
-        def time_them() -> dict[str, Any]:
-            distinct: dict[bytes, str] = {}
-            for name, path in files.items():
-                distinct.setdefault(path.read_bytes(), name)
-            names = list(distinct.values())
+        def measure() -> dict[str, Any]:
+            tried = placement.changes(onnx.load(str(self._uncut.static)))
             with self.progress.stage("precision placement"):
-                timings = self.time([self.reference, *(files[name] for name in names)])
-            return {
-                name: {"ratio": timing.ratio, "ratio_low": timing.ratio_low, "ratio_high": timing.ratio_high}
-                for name, timing in zip(names, timings[1:], strict=True)
-            }
+                return placement.place(self.reference, tried, self._trial, self.time).to_dict()
 
-        candidates = self.run.remember(f"placement on {self.machine}", time_them)
-        pattern = min(candidates, key=lambda name: float(candidates[name]["ratio"]))
-        return Placement(pattern, candidates[pattern]["ratio"], candidates)
+        return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
 
     @cached_property
     def reference_ms(self) -> float:
@@ -320,7 +304,7 @@ class Pipeline:
         """Write the file that a plan means for this model and return its path."""
         path = self.file_of(plan, fidelity)
         with atomic_path(path) as partial:
-            self._write(model, partial, self.pattern_of(plan), integer_or_float(plan))
+            self._write(model, partial, self.pattern_of(plan), self.precision_of(plan))
         return path
 
     def pattern_of(self, plan: CompressionPlan) -> str:
@@ -330,6 +314,13 @@ class Pipeline:
         if plan.default_precision == "auto" or "int8" in plan.precision.values():
             return self.placement.pattern
         return FLOAT
+
+    def precision_of(self, plan: CompressionPlan) -> Callable[[str], str]:
+        """Return layer name to `int8` or `float`; where the plan leaves it to measurement, the placement says."""
+        if plan.default_precision != "auto":
+            return plan.precision_of
+        floats = frozenset(self.placement.float_layers)
+        return lambda layer: plan.precision.get(layer, "float" if layer in floats else "int8")
 
     def file_of(self, plan: CompressionPlan, fidelity: Fidelity) -> Path:
         """Return where the exported file of a plan is, or would be."""
@@ -351,7 +342,7 @@ class Pipeline:
         logits = self.backend.build(path, self.threads).infer(images.numpy())
         return accuracy.paired_drop(accuracy.correct(self.answers.numpy(), labels), accuracy.correct(logits, labels))
 
-    def time(self, files: list[Path]) -> list[Timing]:
+    def time(self, files: Sequence[Path]) -> list[Timing]:
         """Time files against the first of them, briefly, on the target."""
         return compare(files, self.backend, threads=self.threads, limits=self.effort.timing)
 
@@ -388,11 +379,25 @@ class Pipeline:
         with self.progress.stage("export and calibrate the uncut model"):
             return self._exported(self.model, Path(self._scratch.name))
 
-    def _uncut_file(self, pattern: str) -> Path:
-        path = self.files / f"uncut-{pattern}.onnx"
+    def _uncut_file(self, pattern: str, floats: frozenset[str] = frozenset()) -> Path:
+        path = self.files / (f"uncut-{pattern}.onnx" if not floats else f"uncut-{pattern}-{_digest(floats)}.onnx")
         if not path.exists():
             with atomic_path(path) as partial:
-                self._quantize(self._uncut, partial, pattern, lambda _layer: "int8")
+                self._quantize(self._uncut, partial, pattern, lambda layer: "float" if layer in floats else "int8")
+        return path
+
+    def _trial(self, pattern: str, floats: frozenset[str]) -> Path:
+        """Write a file that is only timed."""
+        path = Path(self._scratch.name) / f"{pattern}-{_digest(floats)}.onnx"
+        if not path.exists():
+            quantize.quantize(
+                self._uncut.static,
+                path,
+                self._uncut.ranges,
+                lambda layer: "float" if layer in floats else "int8",
+                target=self.integer,
+                pattern=pattern,
+            )
         return path
 
     def _judge_model(self, model: nn.Module) -> tuple[float, float | None]:
@@ -464,10 +469,8 @@ def forward(model: nn.Module, pictures: Tensor) -> Tensor:
         return torch.cat([model(batch).float() for batch in pictures.split(BATCH)])
 
 
-def integer_or_float(plan: CompressionPlan) -> Callable[[str], str]:
-    """Return layer name to `int8` or `float`, with `auto` read as int8 (its pattern says what else is integer)."""
-    default = "float" if plan.default_precision == "float" else "int8"
-    return lambda layer: plan.precision.get(layer, default)
+def _digest(layers: frozenset[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()[:12]
 
 
 def cost_of(model: nn.Module, graph: ModelGraph, keep: Mapping[str, int]) -> Cost:

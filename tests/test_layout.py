@@ -28,7 +28,13 @@ ORDER = (
 SEARCH_SEES = {"errors", "plan", "outcome", "search"}
 BACKENDS_SEE = {"errors", "measure", "hirelc_backends"}
 RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "nncf", "openvino"}
-ADAPTERS = {"hirelc_backends", "compress/quantize.py", "compress/export.py", "bundle_template/run.py"}
+ADAPTERS = {
+    "hirelc_backends",
+    "compress/quantize.py",
+    "compress/export.py",
+    "compress/nncf_engine.py",
+    "bundle_template/run.py",
+}
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 
 

@@ -13,6 +13,7 @@ from toy_problem import WIDTHS, Toy
 
 from hirelc_deploy import delivery, finalists, tables
 from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.quantize import BLANKET
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.data import load_data
@@ -21,7 +22,7 @@ from hirelc_deploy.errors import ConstraintError
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed, Measured
-from hirelc_deploy.pipeline import BLANKET, Effort, Pipeline
+from hirelc_deploy.pipeline import Effort, Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
@@ -295,7 +296,7 @@ def test_limits_hold_only_when_every_one_is_kept(drop: float, error: float, rati
 
 def test_layer_records_tell_widths_before_and_after(pipeline: Pipeline):
     plan = slicing.uniform_plan(pipeline.graph, 0.5, "int8")
-    records = {r["name"]: r for r in delivery.layer_records(pipeline.graph, plan)}
+    records = {r["name"]: r for r in delivery.layer_records(pipeline.graph, plan, pipeline.precision_of(plan))}
     first = records["conv1"]
     assert (first["in_full"], first["in_kept"], first["out_full"]) == (3, 3, 16)
     assert first["out_kept"] == plan.keep[next(u.name for u in pipeline.graph.units if "residual" in u.name)]

@@ -1,0 +1,152 @@
+"""In: a float file, a way to make integer files of it and a way to time them. Out: what becomes integer, by the clock.
+
+Blanket INT8 is a gamble, because a float layer between integer ones costs conversions and an integer layer may have no
+fast kernel. So whole files are timed: first the patterns of `quantize`, then, from the fastest of them, the first few
+layers and every class of equal layers the other way round. Pieces do not add up; what is chosen was timed as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto
+
+from hirelc_deploy.compress.export import layer_of_node
+from hirelc_deploy.compress.quantize import PATTERNS
+from hirelc_deploy.measure.protocol import Timing
+
+FIRST_LAYERS = 4
+"""So many layers at the image's end are also tried together: there few channels meet many pixels."""
+
+LEAST_GAIN = 0.005
+"""A change is taken only when the whole interval of its time is below the time without it by this share."""
+
+TOGETHER = 8
+"""Files timed side by side: each costs a warm-up in every process, and the comparison is with the first of them."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What becomes integer in the fastest file.
+
+    Attributes:
+        pattern: A key of `quantize.PATTERNS`.
+        float_layers: Weight layers that stay float although the pattern would make them integer.
+        ratio: Time of that file / time of the float file.
+        candidates: What else was timed: its name to `ratio`, `ratio_low`, `ratio_high` against the float file for
+            patterns, against the file it would change for single changes.
+    """
+
+    pattern: str
+    float_layers: tuple[str, ...]
+    ratio: float
+    candidates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the placement as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Placement:
+        """Rebuild what `to_dict` returned."""
+        return cls(value["pattern"], tuple(value["float_layers"]), value["ratio"], value["candidates"])
+
+
+def changes(proto: ModelProto) -> dict[str, frozenset[str]]:
+    """Return a name for each change that is tried, and the layers that it turns to the other precision.
+
+    Layers are equal, and decided together, when operator, weight shape, groups, strides and input size agree.
+    """
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    sizes = {
+        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        for value in (*inferred.value_info, *inferred.input)
+    }
+    weights = {initializer.name: tuple(initializer.dims) for initializer in proto.graph.initializer}
+    layers = layer_of_node(proto)
+    order: list[str] = []
+    classes: dict[tuple[Any, ...], list[str]] = {}
+    for node in proto.graph.node:
+        if node.name not in layers:
+            continue
+        layer = layers[node.name]
+        order.append(layer)
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name != "pads"}
+        key = (node.op_type, weights[node.input[1]], str(sorted(attributes.items())), sizes.get(node.input[0]))
+        classes.setdefault(key, []).append(layer)
+    found = {f"first {count} layers": frozenset(order[:count]) for count in range(2, min(FIRST_LAYERS, len(order)) + 1)}
+    for members in classes.values():
+        name = members[0] if len(members) == 1 else f"{members[0]} and {len(members) - 1} like it"
+        found[name] = frozenset(members)
+    return found
+
+
+def place(
+    reference: Path,
+    tried: Mapping[str, frozenset[str]],
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+) -> Placement:
+    """Return the fastest placement that was found.
+
+    Args:
+        reference: The float file.
+        tried: Of `changes`.
+        build: Writes the file of a pattern and the layers that stay float, and returns its path.
+        time: Times files side by side against the first of them.
+    """
+    candidates: dict[str, dict[str, float]] = {}
+    files: dict[bytes, tuple[str, Path]] = {}
+    for pattern in PATTERNS:
+        path = build(pattern, frozenset())
+        files.setdefault(path.read_bytes(), (pattern, path))
+    found = time([reference, *(path for _, path in files.values())])
+    for (pattern, _), timing in zip(files.values(), found[1:], strict=True):
+        candidates[pattern] = _summary(timing)
+    best = min(candidates, key=lambda name: candidates[name]["ratio"])
+    floats = frozenset[str]()
+    if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file
+        floats = frozenset().union(*tried.values())
+    current = build(best, floats)
+
+    gains: list[tuple[float, frozenset[str]]] = []
+    waiting = [(name, layers, build(best, floats ^ layers)) for name, layers in tried.items()]
+    for start in range(0, len(waiting), TOGETHER):
+        group = waiting[start : start + TOGETHER]
+        for (name, layers, _), timing in zip(group, time([current, *(path for *_, path in group)])[1:], strict=True):
+            candidates[name] = _summary(timing)
+            if timing.ratio_high < 1 - LEAST_GAIN:
+                gains.append((timing.ratio, layers))
+    if gains:
+        floats = _fastest_together(current, sorted(gains, key=lambda gain: gain[0]), floats, best, build, time)
+    final = time([reference, build(best, floats)])[1]
+    return Placement(best, tuple(sorted(floats)), final.ratio, candidates)
+
+
+def _fastest_together(
+    current: Path,
+    gains: list[tuple[float, frozenset[str]]],
+    floats: frozenset[str],
+    pattern: str,
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+) -> frozenset[str]:
+    """Add up changes from the greatest gain on, none that overlaps an earlier one, and return the fastest sum."""
+    sums: list[frozenset[str]] = []
+    turned = frozenset[str]()
+    for _, layers in gains:
+        if not layers & turned:
+            turned |= layers
+            sums.append(floats ^ turned)
+    sums = sums[-1 : -TOGETHER - 1 : -1]
+    timings = time([current, *(build(pattern, each) for each in sums)])[1:]
+    ratio, fastest = min(((t.ratio, s) for t, s in zip(timings, sums, strict=True)), key=lambda pair: pair[0])
+    return fastest if ratio < 1 else floats
+
+
+def _summary(timing: Timing) -> dict[str, float]:
+    return {"ratio": timing.ratio, "ratio_low": timing.ratio_low, "ratio_high": timing.ratio_high}

@@ -1,0 +1,97 @@
+"""In: made-up times of files. Out: proof that the fastest placement is found, and that wholes are timed, not sums."""
+
+from types import SimpleNamespace
+
+import onnx
+import pytest
+import torch
+
+from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
+from hirelc_deploy.compress.placement import Placement, changes, place
+from hirelc_deploy.compress.quantize import PATTERNS
+from hirelc_deploy.demo.model import DemoNet
+from tests.test_quantize import write
+
+CHANGES = {"a": frozenset("a"), "b": frozenset("bB"), "c": frozenset("c")}
+
+
+class Clockwork:
+    """Writes files that say what they are, and tells their times from a rule."""
+
+    def __init__(self, folder, milliseconds):
+        self.folder, self.milliseconds, self.timed = folder, milliseconds, []
+        (folder / "float").write_text("float")
+
+    def build(self, pattern, floats):
+        path = self.folder / f"{pattern}-{''.join(sorted(floats))}"
+        path.write_text(path.name)
+        return path
+
+    def time(self, files):
+        def ms(path):
+            pattern, _, floats = path.name.partition("-") if path.name != "float" else ("float", "", "")
+            if "depthwise" in path.name:
+                pattern, floats = path.name.rsplit("-", 1)
+            return self.milliseconds(pattern, floats)
+
+        self.timed += files
+        ratios = [ms(path) / ms(files[0]) for path in files]
+        return [SimpleNamespace(ratio=r, ratio_low=r * 0.999, ratio_high=r * 1.001) for r in ratios]
+
+    def place(self):
+        return place(self.folder / "float", CHANGES, self.build, self.time)
+
+
+def test_the_fastest_pattern_wins_where_no_change_helps(tmp_path):
+    times = {"float": 10.0, "weights": 4.0}
+    found = Clockwork(tmp_path, lambda pattern, floats: times.get(pattern, 5.0) + len(floats)).place()
+    assert (found.pattern, found.float_layers) == ("weights", ())
+    assert found.ratio == pytest.approx(0.4)
+    assert found.candidates["all"]["ratio"] == pytest.approx(0.5)
+
+
+def test_layers_that_are_slow_as_integers_stay_float_together(tmp_path):
+    gain = {"a": 1.0, "b": 0.5, "B": 0.5, "c": -1.0}
+    clock = Clockwork(
+        tmp_path, lambda pattern, floats: 10.0 if pattern == "float" else 6 - sum(gain[f] for f in floats)
+    )
+    found = clock.place()
+    assert found.float_layers == ("B", "a", "b")
+    assert found.ratio == pytest.approx(0.4)
+
+
+def test_changes_that_only_help_alone_are_not_added_up(tmp_path):
+    times = {"": 6.0, "a": 5.0, "Bb": 5.5, "Bab": 7.0, "c": 6.5}
+    found = Clockwork(tmp_path, lambda pattern, floats: 10.0 if pattern == "float" else times[floats]).place()
+    assert found.float_layers == ("a",)
+
+
+def test_where_every_integer_file_is_slower_single_layers_become_integer_in_the_float_one(tmp_path):
+    def milliseconds(pattern, floats):
+        return 10.0 if pattern == "float" else 10 + 3 * ("a" not in floats) - ("c" not in floats)
+
+    found = Clockwork(tmp_path, milliseconds).place()
+    assert found.float_layers == ("B", "a", "b")
+    assert found.ratio == pytest.approx(0.9)
+
+
+def test_a_placement_comes_back_from_its_json():
+    placement = Placement("weights", ("a", "b"), 0.5, {"all": {"ratio": 0.6}})
+    assert Placement.from_dict(placement.to_dict()) == placement
+
+
+def test_equal_layers_are_tried_together(tmp_path):
+    torch.manual_seed(0)
+    files = write(DemoNet(widths=(16, 32), blocks_per_stage=2), tmp_path)
+    found = changes(onnx.load(str(files[1])))
+    assert found["first 2 layers"] < found["first 4 layers"]
+    (twins,) = (layers for layers in found.values() if "stages.1.1.conv1" in layers)
+    assert twins == {"stages.1.0.conv2", "stages.1.1.conv1", "stages.1.1.conv2"}
+    every = frozenset().union(*(layers for name, layers in found.items() if not name.startswith("first")))
+    assert len(every) == sum(len(layers) for name, layers in found.items() if not name.startswith("first"))
+
+
+def test_every_pattern_is_timed(tmp_path):
+    clock = Clockwork(tmp_path, lambda pattern, floats: 1.0)
+    clock.place()
+    assert {path.name.rpartition("-")[0] for path in clock.timed if path.name.endswith("-")} == set(PATTERNS)
