@@ -290,7 +290,7 @@ def board_gone(bench: Bench) -> str:
     return error.sentence
 
 
-@case("the login hangs: no answer after the connection")
+@case("the login hangs: no answer after the connection", seconds=4)
 def login_hangs(bench: Bench) -> str:
     before, remote.CONNECT_SECONDS = remote.CONNECT_SECONDS, 1.0
     try:
@@ -396,7 +396,7 @@ def opset_too_new(bench: Bench) -> str:
     return error.sentence
 
 
-@case("the file is no model")
+@case("the file is no model", seconds=4)
 def not_a_model(bench: Bench) -> str:
     path = bench.folder / "text.onnx"
     path.write_text("not a model")
@@ -626,7 +626,7 @@ def throttled(bench: Bench) -> str:
     return timing.note
 
 
-@case("the clock of the board is set back by an hour in mid-run")
+@case("the clock of the board is set back by an hour in mid-run", seconds=4)
 def clock_set_back(bench: Bench) -> str:
     site = bench.folder / "site"
     site.mkdir()
@@ -860,7 +860,7 @@ def unequal_pool(bench: Bench) -> str:
     return reason
 
 
-@case("a real search's files: ONNX Runtime over a line that drops twice")
+@case("ONNX Runtime's answers come over a line that drops twice", seconds=5)
 def onnxruntime_over_a_bad_line(bench: Bench) -> str:
     backend = bench.ort()
     path = write_model(bench.folder / "model.onnx", integer=True)

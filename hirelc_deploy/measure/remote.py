@@ -93,8 +93,12 @@ class Line:
         self._threads = [threading.Thread(target=one, daemon=True) for one in (self._hear, self._overhear)]
         for thread in self._threads:
             thread.start()
-        self._write(source)
-        self._skip_until(f"\0{mark}\n".encode())
+        try:
+            self._write(source)
+            self._skip_until(f"\0{mark}\n".encode())
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, frame: bytes) -> None:
         """Write a frame; raises Dropped."""
