@@ -255,7 +255,7 @@ def load(bundle: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
         InputError: No bundle, altered files, or a source that does not build this model.
     """
     folder = Path(bundle)
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     if problems := [
         text for name in (WEIGHTS, SHAPES) for text in _check_file(folder, name, manifest["files"].get(name))
     ]:
@@ -327,7 +327,7 @@ def verify(
         raise InputError(f"{bundle}: not a bundle (no {MANIFEST} in it); give a folder that search or apply wrote.")
     findings = _Findings()
     try:
-        manifest = _manifest(bundle)
+        manifest = read_manifest(bundle)
         measurements = manifest["measurements"]
         findings.claimed_accuracy = _number(_record(measurements, "accuracy").get("test"))
         findings.problems += _check_all_files(bundle, manifest["files"])
@@ -488,7 +488,7 @@ def _latency_again(
 # Reading what may be anything
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest with all its keys, each of its type; raises InputError for anything else."""
     where = folder / MANIFEST
     value = _json_object(where)

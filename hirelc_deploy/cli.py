@@ -270,7 +270,10 @@ def apply(
     out: Out,
     plan: Annotated[
         str,
-        typer.Option(help="A plan file, or uniform:keep=0.5,precision=int8 (or float, or auto).", show_default=False),
+        typer.Option(
+            help="A plan file, uniform:keep=0.5,precision=int8 (or float, auto), or a bundle: its recovery goes on.",
+            show_default=False,
+        ),
     ],
     target: Target = "cpu",
     model_arg: ModelArg = None,

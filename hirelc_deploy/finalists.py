@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,8 +20,16 @@ from hirelc_deploy.runs import Run
 from hirelc_deploy.search.baselines import make_strategy
 from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.search.loop import SearchResult, Trial, extended_front, run_search
-from hirelc_deploy.search.problem import Choices
-from hirelc_deploy.tables import build_problem, fit_network_time, measure_table, smallest_bytes, smallest_ms
+from hirelc_deploy.search.priced import within_bytes
+from hirelc_deploy.search.problem import Choices, Problem
+from hirelc_deploy.tables import (
+    build_problem,
+    fit_network_time,
+    measure_table,
+    smallest_bytes,
+    smallest_ms,
+    weight_bytes,
+)
 
 SPEEDUPS = (1.2, 1.3, 1.4, 1.5, 1.65, 1.8, 2.0, 2.2, 2.5, 2.8, 3.2, 3.6, 4.0, 5.0, 6.0)
 """Ladder of speed-ups over the best unpruned file that a search without a latency limit climbs, about 1.1 apart."""
@@ -106,8 +115,10 @@ class Search:
         for rung, budget_ms in enumerate(budgets):
             if budget_ms < self.floor_ms:
                 break
-            plan = self.problem.plan_of(solve(self.problem, budget_ms))
-            outcome = self._evaluate(plan, "F1")
+            problem, budget = self._with_bytes(budget_ms)
+            if smallest(problem)[1] > budget:
+                break
+            outcome = self._evaluate(problem.plan_of(solve(problem, budget)), "F1")
             if not isinstance(outcome, Measured) or outcome.loss > ENTRY_LOSS:
                 break
             entry = rung
@@ -154,9 +165,12 @@ class Search:
         for _ in range(CORRECTIONS + 1):
             if aim_ms < self.floor_ms:
                 return best
+            problem, budget = self._with_bytes(aim_ms)
+            if smallest(problem)[1] > budget:
+                return best
             result = run_search(
-                self.problem,
-                make_strategy(self.config.strategy, self.problem, aim_ms, self.pipeline.seed),
+                problem,
+                make_strategy(self.config.strategy, problem, budget, self.pipeline.seed),
                 self._evaluate,
                 f1_evaluations=self.config.f1_evaluations,
                 f2_evaluations=1,
@@ -171,6 +185,18 @@ class Search:
                 return best
             aim_ms *= budget_ms / measured_ms
         return best
+
+    def _with_bytes(self, budget_ms: float) -> tuple[Problem, float]:
+        """Return the problem and the budget that stand for the time budget and the limit on bytes, if there is one."""
+        if self.limits.max_bytes is None:
+            return self.problem, budget_ms
+        graph, decisions = self.pipeline.graph, self.problem.decisions
+        uncut = np.array([[len(d.options) - 1 for d in decisions]], dtype=np.int64)
+        # What a file holds beside the weights (biases, scales, the graph) does not grow with a cut.
+        beside = self.pipeline.placed.stat().st_size - float(weight_bytes(graph, decisions, uncut)[0])
+        return within_bytes(
+            self.problem, budget_ms, self.limits.max_bytes - beside, partial(weight_bytes, graph, decisions)
+        )
 
 
 def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hirelc_deploy import comparison
-from hirelc_deploy.bundle import BundleContents, write_bundle
+from hirelc_deploy.bundle import BundleContents, read_manifest, write_bundle
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig, Limits
@@ -99,6 +99,7 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         threads=config.threads or target.threads,
         progress=progress,
         graph=graph,
+        start=earlier if config.plan and (earlier := Path(config.plan) / "weights.safetensors").is_file() else None,
     )
     return Workplace(config, pipeline, run, source, command)
 
@@ -313,9 +314,11 @@ def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:
 
 
 def read_plan(text: str, graph: ModelGraph) -> CompressionPlan:
-    """Return the plan of `uniform:...` or of a file; raises InputError where this model cannot take it."""
+    """Return the plan of `uniform:...`, a file or a bundle; raises InputError where this model cannot take it."""
     if text.startswith("uniform:"):
         plan = slicing.uniform_plan(graph, *parse_uniform(text))
+    elif Path(text).is_dir():
+        plan = CompressionPlan.from_dict(read_manifest(Path(text))["plan"], f"{text}: plan")
     else:
         plan = CompressionPlan.read(Path(text))
     try:

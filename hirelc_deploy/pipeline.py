@@ -89,6 +89,7 @@ class Pipeline:
 
     Attributes:
         run: Remembers what was measured; its `files/` receives exported files and recovered weights, whole or absent.
+        start: Weights of the cut model, recovered before, from which its recovery goes on.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Pipeline:
         threads: int = 1,
         progress: Progress | None = None,
         graph: ModelGraph | None = None,
+        start: Path | None = None,
     ) -> None:
         self.model = model.eval()
         self.data = data
@@ -116,6 +118,7 @@ class Pipeline:
         self.progress = progress or Progress(quiet=True)
         if graph is not None:
             self.graph = graph  # known from before the run was opened, so that a bad option leaves no run behind
+        self.start = start
         self.machine = fingerprint(describe(backend))
         self._scratch = tempfile.TemporaryDirectory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,7 +259,7 @@ class Pipeline:
                 with clocked(seconds, stage):
                     loss, correct = self._judge_model(model)
                 return Measured(plan.digest, fidelity, loss, correct, **found, seconds=seconds)
-            if fidelity == "F3" and self.effort.recovery:
+            if fidelity == "F3" and (self.effort.recovery or self.start):
                 stage = "recover"
                 with clocked(seconds, stage):
                     model = self._recovered(model, plan)
@@ -422,14 +425,25 @@ class Pipeline:
         if path.exists():
             model.load_state_dict(load_file(str(path)))
             return model.eval()
-        assert self.effort.recovery is not None
-        name = f"recovery of {plan.digest}"
-        self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
-        kept = slicing.keep_indices(self.graph, plan, self.scores)
-        reads = recovery.kept_inputs(self.graph, kept)
-        model = recovery.fine_tune(
-            model, self.teacher, self.effort.recovery, seed=self.seed, progress=self.progress, name=name, reads=reads
-        )
+        if self.start is not None:
+            try:
+                model.load_state_dict(load_file(str(self.start)))
+            except RuntimeError as error:
+                raise ExportError(f"{self.start}: these are not weights of this model cut to this plan.") from error
+            model.eval()
+        if self.effort.recovery is not None:
+            name = f"recovery of {plan.digest}"
+            self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
+            reads = recovery.kept_inputs(self.graph, slicing.keep_indices(self.graph, plan, self.scores))
+            model = recovery.fine_tune(
+                model,
+                self.teacher,
+                self.effort.recovery,
+                seed=self.seed,
+                progress=self.progress,
+                name=name,
+                reads=reads,
+            )
         # Clones, because safetensors refuses tensors that share memory, as tied layers do.
         state = {key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}
         with atomic_path(path) as partial:

@@ -125,7 +125,7 @@ def offered_widths(unit: Unit, network: NetworkTime, most: int) -> tuple[int, ..
         if (ms := ms_at(width)) <= times[-1] * (1 - MIN_STEP):
             offered.append(width)
             times.append(ms)
-    return tuple(reversed([offered[index] for index in evenly_spaced(np.log(times), most)]))
+    return tuple(reversed([offered[index] for index in evenly_spaced(np.array(times), most)]))
 
 
 def considered_widths(unit: Unit) -> list[int]:
@@ -135,7 +135,7 @@ def considered_widths(unit: Unit) -> list[int]:
         friendly = [width for width in legal if width % step == 0]
         # Half of what may be timed, or all there is: a coarser step would throw choices away.
         if len(friendly) >= min(len(legal), CONSIDERED // 2):
-            return [friendly[index] for index in evenly_spaced(np.log(friendly), CONSIDERED)]
+            return [friendly[index] for index in evenly_spaced(np.array(friendly, np.float64), CONSIDERED)]
     return legal
 
 
@@ -378,6 +378,23 @@ def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 8) ->
             keys.add(LayerKey(layer.shape, *kept_features(layer, graph, keep), "int8"))
     missing = network.table.measure_missing(sorted(keys, key=str))
     return sum(1 for _ in pipeline.progress.track(missing, "layer times", len(keys)))
+
+
+def weight_bytes(graph: ModelGraph, decisions: Sequence[Decision], choices: Choices) -> NDArray[np.float64]:
+    """Return (n,) bytes that the weights of the layers take as 8-bit integers at (n, decisions) choices."""
+    gone = {}
+    for index, decision in enumerate(decisions):
+        widths = np.array(decision.options, dtype=np.float64)
+        gone[decision.name] = (widths[-1] - widths)[choices[:, index]]
+
+    def kept(features: int, shares: Sequence[Share]) -> Any:
+        return features - sum(gone[share.unit] * share.per_element for share in shares if share.unit in gone)
+
+    total = np.zeros(len(choices))
+    for layer in graph.layers:
+        narrow, wide = kept(layer.in_features, layer.reads), kept(layer.out_features, layer.writes)
+        total += layer.params * narrow * wide / (layer.in_features * layer.out_features)
+    return total
 
 
 def _weight_bytes(graph: ModelGraph, keep: dict[str, int]) -> int:

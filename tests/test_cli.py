@@ -15,6 +15,7 @@ import pytest
 import typer
 from bad_input_cases import MODEL_FILE, contents, tiny_onnx
 from onnx import load as load_onnx
+from safetensors.numpy import load_file
 
 from hirelc_deploy import __version__, cli
 from hirelc_deploy.job import PRINTED
@@ -329,6 +330,22 @@ def test_a_run_is_not_resumed_with_other_images_of_the_same_name(
     np.savez("mine.npz", **{**arrays, "x_train": 255 - arrays["x_train"]})
     assert cli.run(command) == 2
     assert "made with other images under the same name" in capsys.readouterr().err
+
+
+def test_the_recovery_of_a_bundle_goes_on(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = APPLY[APPLY.index("--plan") + 1]
+    no_training = {"0.2": "0", plan: str(applied / "bundle"), "half": "again"}
+    assert cli.run([no_training.get(argument, argument) for argument in APPLY]) == 0
+    before, after = (load_file(Path(run, "bundle/weights.safetensors")) for run in (applied, "again"))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    more = {plan: str(applied / "bundle"), "half": "more"}
+    assert cli.run([more.get(argument, argument) for argument in APPLY]) == 0
+    further = load_file(Path("more/bundle/weights.safetensors"))
+    assert not any(np.array_equal(before[name], further[name]) for name in before if name.endswith("weight"))
+    other = [{plan: str(applied), "half": "none"}.get(argument, argument) for argument in APPLY]
+    capsys.readouterr()
+    assert cli.run(other) == 2
+    assert "is " in capsys.readouterr().err
 
 
 def test_a_search_finds_journals_and_resumes(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
