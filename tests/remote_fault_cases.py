@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -509,7 +510,7 @@ def killed_once(bench: Bench) -> str:
         assert len(timing.rounds(300)) == 300
         bench.recovered()
         assert timing.restarts == 1
-    return "note: 1 timing processes were lost and started again"
+    return "note: Timing processes lost and started again: 1."
 
 
 @case("the file kills the timing process every time")
@@ -561,7 +562,7 @@ def keeper_killed(bench: Bench) -> str:
         assert len(timing.rounds(300)) == 300
         bench.recovered()
         assert timing.restarts == 1
-    return " / ".join(bench.said) + " / note: 1 timing processes were lost and started again"
+    return " / ".join(bench.said) + " / note: Timing processes lost and started again: 1."
 
 
 @case("the board restarts in mid-run", seconds=5)
@@ -582,7 +583,7 @@ def restarted(bench: Bench) -> str:
         assert len(timing.rounds(300)) == 300
         bench.recovered()
         assert timing.restarts == 1
-    return " / ".join(bench.said) + " / note: 1 timing processes were lost and started again"
+    return " / ".join(bench.said) + " / note: Timing processes lost and started again: 1."
 
 
 def fake_root(path: Path) -> Path:
@@ -885,7 +886,9 @@ def run_case(one: Case, folder: Path) -> dict[str, Any]:
     return {
         "case": one.name,
         "what": one.what,
-        "user_saw": saw.replace(str(folder), "").replace(sys.executable, "python3"),
+        "user_saw": saw.replace(str(folder), "")
+        .replace(sys.executable, "python3")
+        .replace(socket.gethostname(), "desk"),
         "seconds_to_recover": None if bench.recovery_s is None else round(bench.recovery_s, 2),
         "seconds": round(seconds, 2),
         "leftovers": left,

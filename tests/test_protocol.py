@@ -281,7 +281,7 @@ def test_a_turn_in_which_the_device_throttled_is_taken_again_after_it_has_cooled
     assert timing.device is not None
     assert timing.device["repeated_turns"] >= 1
     assert timing.device["slowed_down"] == ["simulated heat"]
-    assert "taken again" in timing.note
+    assert "taken again after it had recovered: " in timing.note
     # Not one slow run is left in the samples.
     assert timing.samples.max() == cool.samples.max()
     assert backend.celsius < 80.0

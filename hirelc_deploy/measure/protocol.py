@@ -244,8 +244,8 @@ class Watch:
         """Return a sentence for the reader, or ``."""
         why = ", ".join(sorted(self.reasons))
         kept = f"The device slowed itself down while it was timed ({why}): cool or feed it better and repeat."
-        taken = f"The device slowed itself down ({why}); {self.repeats} turns were taken again after it had recovered."
-        lost = f"{self.restarts} timing processes were lost and started again."
+        taken = f"The device slowed itself down ({why}); turns taken again after it had recovered: {self.repeats}."
+        lost = f"Timing processes lost and started again: {self.restarts}."
         slowed = kept if self.unsteady else taken if self.repeats else ""
         return " ".join(filter(None, (slowed, lost if self.restarts else "")))
 
