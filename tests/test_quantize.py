@@ -266,9 +266,12 @@ def test_a_layer_that_the_plan_wants_float_runs_float(separable, tmp_path, layer
 
 def test_a_bias_shared_with_an_integer_layer_is_not_rounded_for_a_float_one(cnn, tmp_path):
     proto = onnx.load(str(cnn[1]))
-    biases = [node.input[2] for node in proto.graph.node if node.op_type == "Conv"]
-    assert len(set(biases)) < len(biases)  # the exporter keeps equal biases once
-    path = build(cnn, tmp_path / "q.onnx", "all", lambda name: "float" if name == "stages.1.0.conv2" else "int8")
+    convolutions = {node.name: node for node in proto.graph.node if node.op_type == "Conv"}
+    shared = convolutions["stages.1.0.conv1/Conv"].input[2]  # as files are that keep equal constants once
+    convolutions["stages.1.0.conv2/Conv"].input[2] = shared
+    onnx.save(proto, str(tmp_path / "shared.onnx"))
+    files = (cnn[0], tmp_path / "shared.onnx", *cnn[2:])
+    path = build(files, tmp_path / "q.onnx", "all", lambda name: "float" if name == "stages.1.0.conv2" else "int8")
     proto = onnx.load(str(path))
     floats = {i.name for i in proto.graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
     (node,) = (node for node in proto.graph.node if node.name == "stages.1.0.conv2/Conv")
