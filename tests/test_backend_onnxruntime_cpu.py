@@ -18,6 +18,7 @@ from hirelc_backends.onnxruntime_program import is_integer, mean_of_fastest_half
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure import worker
 from hirelc_deploy.measure.backend import Backend, Portable
+from hirelc_deploy.measure.device import LocalDevice
 from hirelc_deploy.testing.backend_contract import BackendContract, random_images, write_model
 
 
@@ -201,3 +202,30 @@ def test_what_runs_on_a_device_is_python_38_and_imports_nothing_of_ours() -> Non
 def test_several_threads_are_timed_too(tmp_path: Path) -> None:
     with OnnxRuntimeCpu().open_timing([write_model(tmp_path / "model.onnx")], 2, seed=0) as process:
         assert process.rounds(2).shape == (2, 1, 2)
+
+
+def test_a_process_started_ahead_serves_one_measurement_and_a_dead_one_none() -> None:
+    device = LocalDevice(ahead=1)
+    with device.open(OnnxRuntimeCpu.program) as first:
+        assert "onnxruntime" in first.ask("describe", limit_s=60)[0]["versions"]
+    ((_, ready),) = device._ready
+    with device.open(OnnxRuntimeCpu.program) as second:
+        assert second is ready
+        assert second.ask("describe", limit_s=60)[0]["availability"] is None
+    ((_, third),) = device._ready
+    assert third is not second
+    third.child.kill()
+    third.child.wait()
+    with device.open(OnnxRuntimeCpu.program) as fourth:
+        assert fourth is not third
+        assert fourth.ask("describe", limit_s=60)[0]["availability"] is None
+
+
+def test_nothing_that_was_started_ahead_outlives_its_device() -> None:
+    device = LocalDevice(ahead=2)
+    with device.open(OnnxRuntimeCpu.program):
+        pass
+    children = [process.child for _, process in device._ready]
+    assert len(children) == 2
+    del device
+    assert all(child.poll() is not None for child in children)

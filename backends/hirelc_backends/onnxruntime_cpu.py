@@ -29,7 +29,7 @@ class OnnxRuntimeCpu:
     program = Path(onnxruntime_program.__file__)
 
     def __init__(self, load_deadline_s: float = 300.0) -> None:
-        self._timed = ProgramBackend(self.name, self.program, self.precisions_on, LocalDevice(), load_deadline_s)
+        self._timed = ProgramBackend(self.name, self.program, self.precisions_on, LocalDevice(ahead=2), load_deadline_s)
 
     def availability(self) -> str | None:
         """Return None where ONNX Runtime can be imported."""

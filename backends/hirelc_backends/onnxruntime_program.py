@@ -11,6 +11,7 @@ import os
 import struct
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -98,8 +99,9 @@ class Session:
             return self._run(self._session, images)
         missing = -len(images) % batch
         padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
-        starts = range(0, len(padded), batch)
-        outputs = [self._run(self._session, padded[start : start + batch]) for start in starts]
+        pieces = [padded[start : start + batch] for start in range(0, len(padded), batch)]
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // self._threads)) as every_core:
+            outputs = list(every_core.map(lambda piece: self._run(self._session, piece), pieces))
         return np.concatenate(outputs)[: len(images)]
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[tuple[str, str, bool, float]]:

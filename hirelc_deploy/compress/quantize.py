@@ -184,7 +184,9 @@ CIFAR-10 ResNet-18, 17.5 / 13.4 / 18.8 on a ViT with everything integer, 6.0 / 3
 Better than the plain range on all three; accuracy could not tell the methods apart."""
 
 
-def calibrate(float_model: Path, images: Iterable[NDArray[np.float32]], method: str = DEFAULT_METHOD) -> Ranges:
+def calibrate(
+    float_model: Path, images: Iterable[NDArray[np.float32]], method: str = DEFAULT_METHOD, *, threads: int = 1
+) -> Ranges:
     """Run the float file on calibration images and return the range of every float tensor.
 
     One pass; memory depends on the size of a batch and not on how many there are.
@@ -204,7 +206,7 @@ def calibrate(float_model: Path, images: Iterable[NDArray[np.float32]], method: 
     if proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
         raise InputError(f"{float_model}: fixed batch; calibrate on the file with a dynamic batch.")
     tensors = _observe(proto, sample=method != "minmax")
-    session = open_session(proto)
+    session = open_session(proto, threads)
     name = session.get_inputs()[0].name
     wanted = [output.name for output in session.get_outputs()[-(3 if method != "minmax" else 2) * len(tensors) :]]
     low, high = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.measure import worker
+
+IMPORT_SECONDS = 60.0
+"""A process that was started ahead and has not imported its runtime by then is left."""
 
 
 class Refused(Exception):  # noqa: N818 - these four never leave measure/
@@ -80,25 +84,59 @@ class LocalDevice:
 
     name = "this machine"
 
+    def __init__(self, ahead: int = 0) -> None:
+        """Args: `ahead` processes are started when one ends, so that the next measurement does not wait for imports."""
+        self._ahead = ahead
+        self._ready: list[tuple[Path, LocalProcess]] = []
+        weakref.finalize(self, _end_all, self._ready)
+
     def hardware(self) -> dict[str, Any]:
         """Return what this machine says about itself."""
         return worker.hardware()
 
     def open(self, program: Path) -> AbstractContextManager[Process]:
-        """Start a child process."""
-        return _local_process(program)
+        """Start a child process, or take one that was started ahead; none serves twice."""
+        return self._process(program)
 
     def measuring(self) -> AbstractContextManager[None]:
         """Return at once: whoever starts two measurements here can see both."""
         return nullcontext()
 
+    @contextmanager
+    def _process(self, program: Path) -> Iterator[Process]:
+        process = self._taken(program) or LocalProcess(program)
+        try:
+            yield process
+        finally:
+            process.close()
+            while len(self._ready) < self._ahead:
+                self._ready.append((program, LocalProcess(program)))
+                self._ready[-1][1].send("describe")  # imports the runtime
+
+    def _taken(self, program: Path) -> LocalProcess | None:
+        """Return a process that was started ahead and is well, or None."""
+        for entry in [entry for entry in self._ready if entry[0] == program]:
+            self._ready.remove(entry)
+            with suppress(Refused, ProcessEnded, ProcessHung):
+                entry[1].receive(IMPORT_SECONDS)
+                return entry[1]
+            entry[1].close()
+        return None
+
+
+def _end_all(started: list[tuple[Path, LocalProcess]]) -> None:
+    for _, process in started:
+        process.child.kill()
+        process.close()
+
 
 class LocalProcess:
     """The parent's end of a child process. Every read has a deadline."""
 
-    def __init__(self, program: Path, cache: str) -> None:
+    def __init__(self, program: Path) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        command = [sys.executable, "-P", worker.__file__, "serve", str(program), cache, "/"]
+        self._cache = tempfile.TemporaryDirectory()
+        command = [sys.executable, "-P", worker.__file__, "serve", str(program), self._cache.name, "/"]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
         self._frames: queue.SimpleQueue[tuple[dict[str, Any], bytes] | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -114,6 +152,19 @@ class LocalProcess:
         **values: Any,
     ) -> tuple[dict[str, Any], bytes]:
         """Return the answer of the child; see Process."""
+        self.send(do, file=file, files=files, images=images, **values)
+        return self.receive(limit_s)
+
+    def send(
+        self,
+        do: str,
+        *,
+        file: Path | None = None,
+        files: Sequence[Path] = (),
+        images: NDArray[np.float32] | None = None,
+        **values: Any,
+    ) -> None:
+        """Hand the child a request and do not wait; as `ask` otherwise."""
         request = request_of(
             do, str(file.resolve()) if file else None, [str(one.resolve()) for one in files], images, values
         )
@@ -121,6 +172,9 @@ class LocalProcess:
         with suppress(BrokenPipeError):  # how it ended is found out below
             self.child.stdin.write(worker.pack(request, b"" if images is None else image_bytes(images)))
             self.child.stdin.flush()
+
+    def receive(self, limit_s: float) -> tuple[dict[str, Any], bytes]:
+        """Return the answer to the request that was sent first; raises as `ask` does."""
         try:
             frame = self._frames.get(timeout=limit_s)
         except queue.Empty:
@@ -146,6 +200,7 @@ class LocalProcess:
             self.child.kill()
             self.child.wait()
         self._errors.close()
+        self._cache.cleanup()
 
     def _listen(self) -> None:
         assert self.child.stdout is not None
@@ -153,16 +208,6 @@ class LocalProcess:
             while True:
                 self._frames.put(worker.read_frame(answers))
         self._frames.put(None)
-
-
-@contextmanager
-def _local_process(program: Path) -> Iterator[LocalProcess]:
-    with tempfile.TemporaryDirectory() as cache:
-        process = LocalProcess(program, cache)
-        try:
-            yield process
-        finally:
-            process.close()
 
 
 def request_of(
