@@ -227,7 +227,9 @@ class Pipeline:
         """What becomes integer in the fastest file of the uncut model, timed as whole files on the target."""
 
         def measure() -> dict[str, Any]:
-            tried = placement.changes(onnx.load(str(self._uncut.static)))
+            runner = self.backend.build(self.blanket, self.threads)
+            wholly_integer = not accuracy.operators(runner, self.calibration_batches[0][:1].numpy()).float_ops
+            tried = placement.changes(onnx.load(str(self._uncut.static)), wholly_integer=wholly_integer)
             with self.progress.stage("precision placement"):
                 return placement.place(self.reference, tried, self._trial, self.time).to_dict()
 

@@ -78,7 +78,7 @@ def fit_network_time(pipeline: Pipeline, table: LatencyTable, samples: int = 3) 
     """
     graph = pipeline.graph
     raw = NetworkTime(graph, table, 0.0, 1.0)
-    keeps = [uniform_keep(graph, ratio) for ratio in np.linspace(0.25, 1.0, samples + 1)]
+    keeps = [uniform_keep(graph, ratio) for ratio in np.linspace(0.375, 1.0, samples)]
 
     measured = np.full(len(keeps), np.nan)
     failed = None

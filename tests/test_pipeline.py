@@ -131,7 +131,7 @@ def test_predicted_network_time_follows_the_table_and_the_fit(pipeline: Pipeline
     predicted = network.predict(dict(plan.keep), lambda _: "int8")
     assert predicted == pytest.approx((measured.ratio or 0) * pipeline.reference_ms, rel=0.35)
     assert network.predict({}, lambda _: "int8") > predicted
-    assert fit["samples"] == 4
+    assert fit["samples"] == 3
 
 
 def test_widths_that_buy_no_time_are_not_offered(pipeline: Pipeline):

@@ -56,8 +56,11 @@ class Placement:
         return cls(value["pattern"], tuple(value["float_layers"]), value["ratio"], value["candidates"])
 
 
-def changes(proto: ModelProto) -> dict[str, frozenset[str]]:
+def changes(proto: ModelProto, *, wholly_integer: bool = False) -> dict[str, frozenset[str]]:
     """Return a name for each change that is tried, and the layers that it turns to the other precision.
+
+    Where a blanket file is wholly integer only the image's end is tried: amid integer layers a float one is slower
+    itself and costs two conversions more.
 
     Layers are equal, and decided together, when operator, weight shape, groups, strides and input size agree.
     """
@@ -79,7 +82,7 @@ def changes(proto: ModelProto) -> dict[str, frozenset[str]]:
         key = (node.op_type, weights[node.input[1]], str(sorted(attributes.items())), sizes.get(node.input[0]))
         classes.setdefault(key, []).append(layer)
     found = {f"first {count} layers": frozenset(order[:count]) for count in range(2, min(FIRST_LAYERS, len(order)) + 1)}
-    for members in classes.values():
+    for members in () if wholly_integer else classes.values():
         name = members[0] if len(members) == 1 else f"{members[0]} and {len(members) - 1} like it"
         found[name] = frozenset(members)
     return found
