@@ -47,14 +47,27 @@ class Delivery:
     best_unpruned: str
 
 
-def unpruned(pipeline: Pipeline) -> list[Contender]:
-    """Return the files anybody could have without cutting: float, blanket INT8, and our placement of INT8."""
+def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contender]:
+    """Return the files that can be had without cutting: float, blanket INT8, our placement, and that one guarded.
+
+    The last is there when the drop is limited and the placed file exceeds it: its worst layers are float again.
+    """
     files = [
         Contender("fp32", pipeline.reference, CompressionPlan(default_precision="float")),
         Contender("int8 blanket", pipeline.blanket, CompressionPlan(default_precision="int8")),
     ]
     if pipeline.placement.pattern != BLANKET or pipeline.placement.float_layers:
         files.append(Contender("int8 placed", pipeline.placed, CompressionPlan(default_precision="auto")))
+    if max_drop is not None and pipeline.data.labelled:
+        try:
+            plan, reverted = pipeline.guarded(max_drop)
+        except ConstraintError as error:
+            pipeline.progress.say(f"accuracy guard: {error}")
+        else:
+            if reverted:
+                worst = ", ".join(f"{step.layer} ({step.drop_points:.2f})" for step in reverted)
+                pipeline.progress.say(f"accuracy guard: back to float, with the points still lost: {worst}")
+                files.append(Contender("int8 guarded", pipeline.build(pipeline.cut(plan), plan, "F2"), plan))
     return files
 
 
@@ -63,6 +76,7 @@ def race(
     candidate: Contender | None,
     *,
     always: bool = False,
+    max_drop: float | None = None,
     keeps: Callable[[Contender, Timing], bool] = lambda contender, timing: True,
     limits: TimingLimits = FULL,
 ) -> Delivery:
@@ -71,12 +85,13 @@ def race(
     Args:
         candidate: None when the search found nothing that keeps the limits.
         always: Ship the candidate even if an unpruned file is faster (`apply` builds what it is told to).
+        max_drop: Points that an unpruned file may lose; where the placed one loses more, a guarded one takes part.
         keeps: Whether an unpruned file may be shipped; the candidate was judged before.
 
     Raises:
         ConstraintError: There is no candidate, and no unpruned file may be shipped.
     """
-    contenders = unpruned(pipeline) + ([candidate] if candidate else [])
+    contenders = unpruned(pipeline, max_drop) + ([candidate] if candidate else [])
     with pipeline.progress.stage("final timing"):
         found = compare([c.path for c in contenders], pipeline.backend, threads=pipeline.threads, limits=limits)
     timings = {c.name: timing for c, timing in zip(contenders, found, strict=True)}

@@ -214,7 +214,8 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
     }
     keeps = unpruned_limits(pipeline, config.limits)
     try:
-        return deliver(workplace, chosen.plan if chosen else None, facts, started, keeps=keeps)
+        plan = chosen.plan if chosen else None
+        return deliver(workplace, plan, facts, started, keeps=keeps, max_drop=config.limits.max_drop)
     except ConstraintError as error:
         closest = min(finalists, key=lambda f: f.drop_points, default=None)
         found = closest and (
@@ -351,12 +352,13 @@ def deliver(
     started: float,
     *,
     always: bool = False,
+    max_drop: float | None = None,
     keeps: Callable[[Contender, Timing], bool] = lambda contender, timing: True,
 ) -> dict[str, Any]:
     """Race the chosen plan against the unpruned files, write bundle, result and report, and return the result."""
     pipeline, run = workplace.pipeline, workplace.run
     candidate = Contender("ours", pipeline.file_of(plan, "F3"), plan) if plan is not None else None
-    delivery = race(pipeline, candidate, always=always, keeps=keeps)
+    delivery = race(pipeline, candidate, always=always, max_drop=max_drop, keeps=keeps)
     shipped = delivery.shipped
     warnings = [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
     if candidate is not None and shipped is not candidate:

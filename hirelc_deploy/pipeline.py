@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import placement, quantize, recovery, slicing
+from hirelc_deploy.compress import guard, placement, quantize, recovery, slicing
+from hirelc_deploy.compress.guard import Reverted
 from hirelc_deploy.compress.placement import Placement
 from hirelc_deploy.compress.quantize import BLANKET
 from hirelc_deploy.compress.refill import Exporter
@@ -234,6 +235,39 @@ class Pipeline:
                 return placement.place(self.reference, tried, self._trial, self.time).to_dict()
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
+
+    def guarded(self, max_drop: float) -> tuple[CompressionPlan, list[Reverted]]:
+        """Return the uncut model's plan whose integer file keeps `max_drop` points on the selection split.
+
+        Judged on that split, one standard error included, as finalists are. The list tells which layers went back to
+        float, worst first; it is empty where the placed file keeps the drop by itself.
+
+        Raises:
+            ConstraintError: Turning layers back does not help enough.
+        """
+        images = self.selection[0][: self.effort.search_images].numpy()
+
+        def plan_with(floats: frozenset[str]) -> CompressionPlan:
+            return CompressionPlan(precision=dict.fromkeys(floats, "float"), default_precision="auto")
+
+        def build(floats: frozenset[str]) -> Path:
+            return self._trial(self.placement.pattern, floats | frozenset(self.placement.float_layers))
+
+        def divergence(path: Path) -> float:
+            logits = self.backend.build(path, self.threads).infer(images)
+            return accuracy.kl_divergence(self.answers[: len(logits)].numpy(), logits)
+
+        def drop(path: Path) -> float:
+            found = self.file_drop(path)
+            return found.points + (found.high - found.low) / (2 * accuracy.Z_95)
+
+        def measure() -> list[dict[str, Any]]:
+            layers = [layer.name for layer in self.graph.layers if layer.name not in self.placement.float_layers]
+            with self.progress.stage("accuracy guard"):
+                return [asdict(step) for step in guard.guard(layers, build, divergence, drop, max_drop)]
+
+        steps = [Reverted(**step) for step in self.run.remember(f"guard at {max_drop:g} on {self.machine}", measure)]
+        return plan_with(frozenset(step.layer for step in steps)), steps
 
     @cached_property
     def reference_ms(self) -> float:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from hirelc_deploy.data import load_data
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ConstraintError
 from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.measure.accuracy import PairedDrop
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.pipeline import Effort, Pipeline
@@ -301,3 +303,27 @@ def test_layer_records_tell_widths_before_and_after(pipeline: Pipeline):
     assert (first["in_full"], first["in_kept"], first["out_full"]) == (3, 3, 16)
     assert first["out_kept"] == plan.keep[next(u.name for u in pipeline.graph.units if "residual" in u.name)]
     assert sum(r["macs"] for r in records.values()) == pytest.approx(pipeline.cost(plan).macs, rel=1e-6)
+
+
+def test_the_guard_turns_layers_back_until_the_drop_holds(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    """Every integer layer is made to cost a point here; one more is the standard error of nothing lost."""
+
+    def file_drop(path: Path) -> PairedDrop:
+        proto = onnx.load(str(path))
+        points = float(sum(node.op_type == "QuantizeLinear" for node in proto.graph.node))
+        return PairedDrop(points, points, points)
+
+    monkeypatch.setattr(pipeline, "file_drop", file_drop)
+    plain, none = pipeline.guarded(100.0)
+    assert none == []
+    assert plain.precision == {}
+    plan, reverted = pipeline.guarded(3.0)
+    assert 0 < len(reverted) < len(pipeline.graph.layers)
+    assert reverted[-1].drop_points <= 3.0 < reverted[-2].drop_points
+    assert set(plan.precision) == {step.layer for step in reverted}
+    assert plan.default_precision == "auto"
+    precision_of = pipeline.precision_of(plan)
+    assert {precision_of(step.layer) for step in reverted} == {"float"}
+    names = [contender.name for contender in delivery.unpruned(pipeline, 3.0)]
+    assert names[-1] == "int8 guarded"
+    assert "int8 guarded" not in [contender.name for contender in delivery.unpruned(pipeline, 100.0)]

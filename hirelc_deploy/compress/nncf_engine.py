@@ -24,8 +24,9 @@ def quantize_with_nncf(
     Args:
         float_model: A file with a batch of one.
         images: (1, channels, height, width) each; NNCF sees at most 300.
-        for_onnxruntime: One scale for each activation tensor. NNCF by itself gives the input of a depthwise convolution
-            one per channel, which ONNX Runtime loads and then refuses to run. False leaves every choice to NNCF.
+        for_onnxruntime: One scale for each activation tensor, unsigned activations, no smoothing. NNCF by itself gives
+            the input of a depthwise convolution one scale per channel, which ONNX Runtime loads and then refuses to
+            run, and puts a float multiplication in front of every linear layer. False leaves every choice to NNCF.
 
     Raises:
         InputError: NNCF is not installed.
@@ -33,7 +34,11 @@ def quantize_with_nncf(
     """
     try:
         import nncf
-        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+        from nncf.quantization.advanced_parameters import (
+            AdvancedQuantizationParameters,
+            AdvancedSmoothQuantParameters,
+            QuantizationParameters,
+        )
     except ImportError as error:
         raise InputError(
             f"NNCF cannot be imported ({error}); install it with `pip install hirelc-deploy[nncf]`."
@@ -45,12 +50,14 @@ def quantize_with_nncf(
     parameters = None
     if for_onnxruntime:
         parameters = AdvancedQuantizationParameters(
-            activations_quantization_params=QuantizationParameters(per_channel=False)
+            activations_quantization_params=QuantizationParameters(per_channel=False),
+            smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=-1),
         )
     try:
         quantized = nncf.quantize(
             proto,
             nncf.Dataset([{name: image} for image in images]),
+            preset=nncf.QuantizationPreset.MIXED if for_onnxruntime else None,
             model_type=nncf.ModelType.TRANSFORMER if transformer and for_onnxruntime else None,
             advanced_parameters=parameters,
         )
