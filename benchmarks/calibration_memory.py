@@ -51,7 +51,16 @@ def main() -> int:
         export.export_onnx(cifar_resnet18().eval(), torch.rand((2, 3, 32, 32)), file)
         records = []
         for count in options.images:
-            command = [sys.executable, __file__, "--images", str(count), "--method", options.method, "--file", str(file)]
+            command = [
+                sys.executable,
+                __file__,
+                "--images",
+                str(count),
+                "--method",
+                options.method,
+                "--file",
+                str(file),
+            ]
             records.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     peaks = [record["peak_bytes"] for record in records]
     print(json.dumps({"method": options.method, "runs": records, "ratio": max(peaks) / min(peaks)}, indent=1))
