@@ -39,7 +39,7 @@ class FakeDriver:
         self.milliseconds = 0.0
         self.live: dict[int, Any] = {}
         self.capturing = False
-        self.work: Callable[[], None] = lambda: None
+        self.recorded: list[Callable[[], None]] = []
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -108,10 +108,10 @@ class FakeDriver:
         self.capturing, graph._obj.value = False, 9
 
     def _cuGraphInstantiateWithFlags(self, made: Any, graph: Any, flags: int) -> None:
-        made._obj.value = 11
+        made._obj.value = len(self.recorded)
 
     def _cuGraphLaunch(self, graph: Any, stream: Any) -> None:
-        self.work()
+        self.recorded[graph.value - 1]()
 
 
 class Limited:
@@ -147,6 +147,7 @@ class FakeTensorrt(ModuleType):
         self.surface, self.driver = {name: set(names) for name, names in surface["names"].items()}, driver
         self.refuses_strong, self.refuses_all, self.builds = False, False, 0
         self.settings: dict[str, Any] = {}
+        self.parsed = b""
         self.profilers: list[Any] = []
 
     def limited(self, kind: str, behind: Any) -> Any:
@@ -190,7 +191,7 @@ class FakeTensorrt(ModuleType):
             if self.refuses_all or (self.refuses_strong and self.settings["flags"]):
                 log.log(1, "no implementation found")
                 return None
-            return b"plan"
+            return b"plan of " + self.parsed
 
         return self.limited(
             "Builder",
@@ -203,15 +204,21 @@ class FakeTensorrt(ModuleType):
 
     def _parser(self, network: Any, log: Any) -> Any:
         error = self.limited("ParserError", SimpleNamespace(desc=lambda: "zero point must be 0"))
-        parsed = SimpleNamespace(parse=lambda model: model != b"bad", num_errors=1, get_error=lambda at: error)
+
+        def parse(model: bytes) -> bool:
+            self.parsed = model
+            return model != b"bad"
+
+        parsed = SimpleNamespace(parse=parse, num_errors=1, get_error=lambda at: error)
         return self.limited("OnnxParser", parsed)
 
     def _runtime(self, log: Any) -> Any:
         return self.limited("Runtime", SimpleNamespace(deserialize_cuda_engine=self._engine))
 
     def _engine(self, plan: bytes) -> Any:
-        if plan != b"plan":
+        if not plan.startswith(b"plan of "):
             return None
+        milliseconds = {b"plan of fast": 1.0, b"plan of slow": 3.0}.get(plan, GPU_MILLISECONDS)
         shapes = {"x": SHAPE, "y": (1, OUTPUTS)}
         modes = {"x": self.TensorIOMode.INPUT, "y": self.TensorIOMode.OUTPUT}
         inspector = SimpleNamespace(execution_context=None, get_engine_information=lambda form: json.dumps(INSPECTED))
@@ -223,23 +230,23 @@ class FakeTensorrt(ModuleType):
                 get_tensor_mode=modes.__getitem__,
                 get_tensor_shape=shapes.__getitem__,
                 get_tensor_dtype=lambda name: np.float32,
-                create_execution_context=lambda: self._context(shapes),
+                create_execution_context=lambda: self._context(shapes, milliseconds),
                 create_engine_inspector=lambda: self.limited("EngineInspector", inspector),
             ),
         )
 
-    def _context(self, shapes: dict[str, tuple[int, ...]]) -> Any:
+    def _context(self, shapes: dict[str, tuple[int, ...]], milliseconds: float) -> Any:
         addresses: dict[str, int] = {}
 
         def work() -> None:
-            self.driver.milliseconds += GPU_MILLISECONDS
+            self.driver.milliseconds += milliseconds
             source = (ctypes.c_float * OUTPUTS).from_address(addresses["x"])
             result = (ctypes.c_float * OUTPUTS).from_address(addresses["y"])
             result[:] = [2 * value for value in source]
 
         def execute(stream: int) -> bool:
             if self.driver.capturing:
-                self.driver.work = work
+                self.driver.recorded.append(work)
             else:
                 work()
             return True

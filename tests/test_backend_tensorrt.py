@@ -72,7 +72,7 @@ def test_an_engine_is_built_once_per_file_runtime_and_gpu(trt: FakeTensorrt, tmp
 
 
 def test_types_come_from_the_file_and_tf32_is_off(trt: FakeTensorrt) -> None:
-    assert program.build_plan(trt, b"model") == (b"plan", "strong")
+    assert program.build_plan(trt, b"model") == (b"plan of model", "strong")
     assert trt.settings["flags"] == 1 << trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     assert trt.settings["cleared"] == [trt.BuilderFlag.TF32]
     assert "set" not in trt.settings
@@ -81,7 +81,7 @@ def test_types_come_from_the_file_and_tf32_is_off(trt: FakeTensorrt) -> None:
 def test_release_10_falls_back_to_weak_typing_and_says_so(trt: FakeTensorrt) -> None:
     trt.refuses_strong = True
     if trt.__version__.startswith("10."):
-        assert program.build_plan(trt, b"model") == (b"plan", "weak")
+        assert program.build_plan(trt, b"model") == (b"plan of model", "weak")
         assert trt.settings["set"] == [trt.BuilderFlag.FP16, trt.BuilderFlag.INT8]
         assert trt.settings["flags"] == 0
     else:
@@ -183,10 +183,10 @@ def test_layers_are_read_as_release_10_and_release_11_write_them() -> None:
 
 @pytest.fixture
 def folder(trt: FakeTensorrt, tmp_path: Path) -> Path:
-    (tmp_path / "model.onnx").write_bytes(b"model")
+    (tmp_path / "model.fp16.onnx").write_bytes(b"model")
     inputs = np.random.default_rng(0).standard_normal((3, *SHAPE[1:])).astype(np.float32)
     logits = 2 * inputs.reshape(3, -1)[:, :OUTPUTS]
-    np.savez(tmp_path / "inputs.npz", inputs=inputs, logits=logits)
+    np.savez(tmp_path / "inputs.npz", inputs=inputs, **{"model.fp16.onnx": logits})
     return tmp_path
 
 
@@ -195,14 +195,40 @@ def test_a_built_engine_is_found_and_checked_again(trt: FakeTensorrt, folder: Pa
     assert record == json.loads((folder / "engine.json").read_text("utf-8"))
     assert record["built_for"]["gpu"] == "Fake GPU"
     found = program.check(str(folder), cuda_of(trt))
-    assert found == {"reproduced": True, "furthest_share_of_range": 0.0, "same_class": 1.0, "samples": 3}
+    answers = {"reproduced": True, "furthest_share_of_range": 0.0, "same_class": 1.0}
+    assert found == {"model": "model.fp16.onnx", **answers, "samples": 3}
+
+
+def test_the_fastest_form_is_kept_and_a_refused_one_is_named(trt: FakeTensorrt, folder: Path) -> None:
+    (folder / "model.int8-all.onnx").write_bytes(b"fast")
+    (folder / "model.int8-weights.onnx").write_bytes(b"bad")
+    record = program.build(str(folder), cuda=cuda_of(trt))
+    assert record["model"] == "model.int8-all.onnx"
+    forms = record["forms"]
+    assert forms["model.fp16.onnx"]["gpu_ms"]["median"] == GPU_MILLISECONDS
+    assert forms["model.int8-all.onnx"]["gpu_ms"] == {"median": 1.0, "p99": 1.0, "runs": program.ROUNDS}
+    assert "zero point must be 0" in forms["model.int8-weights.onnx"]["refused"]
+    program.load(str(folder), cuda_of(trt)).close()
+
+
+def test_a_form_slower_than_fp16_is_not_kept(trt: FakeTensorrt, folder: Path) -> None:
+    (folder / "model.int8-all.onnx").write_bytes(b"slow")
+    assert program.build(str(folder), cuda=cuda_of(trt))["model"] == "model.fp16.onnx"
+
+
+def test_a_folder_without_a_usable_form_is_one_sentence(trt: FakeTensorrt, tmp_path: Path) -> None:
+    with pytest.raises(program.Unusable, match=r"holds no model\.NAME\.onnx"):
+        program.build(str(tmp_path), cuda=cuda_of(trt))
+    (tmp_path / "model.fp16.onnx").write_bytes(b"bad")
+    with pytest.raises(program.Unusable, match=r"every form was refused: .*zero point must be 0"):
+        program.build(str(tmp_path), cuda=cuda_of(trt))
 
 
 def test_wrong_answers_are_not_reproduced(trt: FakeTensorrt, folder: Path) -> None:
     with np.load(folder / "inputs.npz") as samples:
-        inputs, logits = samples["inputs"], samples["logits"]
+        inputs, logits = samples["inputs"], samples["model.fp16.onnx"]
     logits[1] = logits[1][::-1]
-    np.savez(folder / "inputs.npz", inputs=inputs, logits=logits)
+    np.savez(folder / "inputs.npz", inputs=inputs, **{"model.fp16.onnx": logits})
     program.build(str(folder), cuda=cuda_of(trt))
     assert not program.check(str(folder), cuda_of(trt))["reproduced"]
 
@@ -219,8 +245,8 @@ def test_an_engine_refuses_another_gpu_another_file_and_another_engine(trt: Fake
     with pytest.raises(program.Unusable, match=r"was built for runtime .*, but here is .* 12.0"):
         program.load(str(folder), cuda_of(trt))
     trt.__version__ = version
-    (folder / "model.onnx").write_bytes(b"edited")
-    with pytest.raises(program.Unusable, match=r"model\.onnx has changed"):
+    (folder / "model.fp16.onnx").write_bytes(b"edited")
+    with pytest.raises(program.Unusable, match=r"model\.fp16\.onnx has changed"):
         program.load(str(folder), cuda_of(trt))
     (folder / "model.engine").write_bytes(b"other")
     with pytest.raises(program.Unusable, match=r"not the file that engine\.json describes"):
@@ -269,7 +295,7 @@ def test_summary_is_the_median_and_the_99th_percentile() -> None:
 @pytest.mark.skipif(program.availability() is None, reason="a GPU with TensorRT is here")
 def test_the_program_without_a_gpu_is_one_sentence(tmp_path: Path) -> None:
     script = shutil.copy(TensorrtGpu.program, tmp_path / "engine.py")
-    (tmp_path / "model.onnx").write_bytes(b"model")
+    (tmp_path / "model.fp16.onnx").write_bytes(b"model")
     done = subprocess.run(
         [sys.executable, str(script), "build"], capture_output=True, text=True, timeout=60, check=False
     )

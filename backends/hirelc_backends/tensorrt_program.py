@@ -40,10 +40,12 @@ CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 SPIN, NON_BLOCKING, THREAD_LOCAL = 1, 1, 1
 """CU_CTX_SCHED_SPIN: waking up is not part of a latency. CU_STREAM_NON_BLOCKING: TensorRT would synchronise the default
 stream. CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads of this process may go on."""
-MODEL, ENGINE, RECORD = "model.onnx", "model.engine", "engine.json"
+ENGINE, RECORD, INPUTS = "model.engine", "engine.json", "inputs.npz"
 SAMPLE_TOLERANCE = 0.05
 """Of the range of an image's outputs, as in bundle.py: devices round a few integers differently."""
 WARM_UP_RUNS = 3
+ROUNDS = 100
+"""Of runs of each form of a model in turn, by which the fastest is chosen."""
 BENCH_SECONDS, BENCH_RUNS, BENCH_WARM_UP_SECONDS = 3.0, 50, 0.5
 """At least, as trtexec does: its 3 s, but more than its 10 runs and 200 ms of warming up."""
 
@@ -666,63 +668,116 @@ def fingerprint(trt: Any, gpu: dict[str, Any]) -> dict[str, str]:
 
 
 def build(folder: str, *, tf32: bool = False, cuda: Any = None) -> dict[str, Any]:
-    """Build `model.engine` from `model.onnx` in a folder, write `engine.json` beside it, and return what that says."""
-    gpu, trt = (Cuda() if cuda is None else cuda).describe(), load_tensorrt()
-    with open(os.path.join(folder, MODEL), "rb") as file:
-        model = file.read()
-    started = time.monotonic()
-    plan, typing = build_plan(trt, model, timing_cache=os.path.join(folder, "timing.cache"), tf32=tf32)
+    """Build every form of the model in a folder, time them in turn, keep the fastest; return what `engine.json` says.
+
+    The forms are the files `model.NAME.onnx`. FP16 is one of them, so that what is kept is never slower than it.
+
+    Raises:
+        Unusable: there is no form, or TensorRT refuses all of them.
+    """
+    driver, trt = Cuda() if cuda is None else cuda, load_tensorrt()
+    files = sorted(name for name in os.listdir(folder) if name.startswith("model.") and name.endswith(".onnx"))
+    if not files:
+        raise Unusable(f"{folder}: holds no model.NAME.onnx; run this beside the files it was exported with")
+    found: dict[str, dict[str, Any]] = {}
+    engines: dict[str, Engine] = {}
+    for name in files:
+        started = time.monotonic()
+        try:
+            model, timings = _read(os.path.join(folder, name)), os.path.join(folder, "timing.cache")
+            plan, typing = build_plan(trt, model, timing_cache=timings, tf32=tf32)
+            engines[name] = Engine(trt, plan, driver)
+        except Unusable as error:
+            found[name] = {"refused": str(error)}
+            continue
+        engines[name].capture()
+        seconds = round(time.monotonic() - started, 1)
+        found[name] = {"plan": plan, "typing": typing, "model_sha256": _sha256(model), "build_seconds": seconds}
+    if not engines:
+        raise Unusable(f"every form was refused: {'; '.join(one['refused'] for one in found.values())}")
+    for name, times in _in_turn(engines).items():
+        found[name]["gpu_ms"] = summary(times)
+        engines[name].close()
+    chosen = min(engines, key=lambda name: found[name]["gpu_ms"]["median"])
+    plans = {name: found[name].pop("plan") for name in engines}
+    gpu = driver.describe()
     record = {
+        "model": chosen,
         "built_for": fingerprint(trt, gpu),
-        "model_sha256": hashlib.sha256(model).hexdigest(),
-        "engine_sha256": hashlib.sha256(plan).hexdigest(),
-        "typing": typing,
+        "engine_sha256": _sha256(plans[chosen]),
+        "forms": found,
         "tf32": tf32,
-        "build_seconds": round(time.monotonic() - started, 1),
         "cuda_driver": gpu["cuda_driver"],
         "power_mode": _said("nvpmodel", "-q"),
     }
-    _write(os.path.join(folder, ENGINE), plan)
+    _write(os.path.join(folder, ENGINE), plans[chosen])
     _write(os.path.join(folder, RECORD), (json.dumps(record, indent=1) + "\n").encode())
     return record
+
+
+def _in_turn(engines: dict[str, Engine]) -> dict[str, list[int]]:
+    """Return the GPU nanoseconds of ROUNDS runs of each engine, one after the other, after as many to warm up."""
+    times: dict[str, list[int]] = {name: [] for name in engines}
+    for turn in range(2 * ROUNDS):
+        for name, engine in engines.items():
+            nanoseconds = engine.timed(copies=False)[1]
+            if turn >= ROUNDS:
+                times[name].append(nanoseconds)
+    return times
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def load(folder: str, cuda: Any = None) -> Engine:
     """Return the engine of a folder, ready to run; raises Unusable where it was built for something else."""
     driver, trt = Cuda() if cuda is None else cuda, load_tensorrt()
-    plan, text = _read(os.path.join(folder, ENGINE)), _read(os.path.join(folder, RECORD))
-    if not plan or not text:
-        raise Unusable(f"{folder}: holds no {ENGINE} with its {RECORD}; build it here: python3 engine.py build")
-    record, here = json.loads(text), fingerprint(trt, driver.describe())
+    plan, record = _read(os.path.join(folder, ENGINE)), _record(folder)
+    here = fingerprint(trt, driver.describe())
     for key, wanted in record["built_for"].items():
         if here.get(key) != wanted:
             raise Unusable(
                 f"{ENGINE} was built for {key} {wanted}, but here is {here.get(key)}; an engine runs only where it was "
                 "built: python3 engine.py build"
             )
-    model = _read(os.path.join(folder, MODEL))
-    if hashlib.sha256(plan).hexdigest() != record["engine_sha256"]:
+    name = record["model"]
+    if _sha256(plan) != record["engine_sha256"]:
         raise Unusable(f"{ENGINE} is not the file that {RECORD} describes; build it again: python3 engine.py build")
-    if hashlib.sha256(model).hexdigest() != record["model_sha256"]:
-        raise Unusable(f"{MODEL} has changed since {ENGINE} was built; build it again: python3 engine.py build")
+    if _sha256(_read(os.path.join(folder, name))) != record["forms"][name]["model_sha256"]:
+        raise Unusable(f"{name} has changed since {ENGINE} was built; build it again: python3 engine.py build")
     engine = Engine(trt, plan, driver)
     engine.capture()
     return engine
 
 
+def _record(folder: str) -> dict[str, Any]:
+    text = _read(os.path.join(folder, RECORD))
+    if not text:
+        raise Unusable(f"{folder}: holds no {ENGINE} with its {RECORD}; build it here: python3 engine.py build")
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
 def check(folder: str, cuda: Any = None) -> dict[str, Any]:
-    """Run the stored samples and return how far the engine's answers are from the stored ones."""
+    """Run the stored inputs and return how far the engine's answers are from those of the file on a CPU."""
     import numpy as np
 
-    engine = load(folder, cuda)
-    with np.load(os.path.join(folder, "inputs.npz"), allow_pickle=False) as samples:
-        inputs, expected = samples["inputs"], samples["logits"]
+    engine, name = load(folder, cuda), _record(folder)["model"]
+    with np.load(os.path.join(folder, INPUTS), allow_pickle=False) as samples:
+        inputs, expected = samples["inputs"], samples[name]
     found = np.concatenate([engine.run(one[None]) for one in inputs])
     span = np.ptp(expected, axis=1)
     furthest = float((np.abs(found - expected).max(axis=1) / span).max())
     agree = float((found.argmax(1) == expected.argmax(1)).mean())
     reproduced = bool(np.isfinite(found).all()) and furthest <= SAMPLE_TOLERANCE
-    return {"reproduced": reproduced, "furthest_share_of_range": furthest, "same_class": agree, "samples": len(found)}
+    return {
+        "model": name,
+        "reproduced": reproduced,
+        "furthest_share_of_range": furthest,
+        "same_class": agree,
+        "samples": len(found),
+    }
 
 
 def bench(engine: Engine, seconds: float = BENCH_SECONDS) -> dict[str, Any]:
@@ -779,10 +834,10 @@ def profile(engine: Engine, runs: int = 50) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str]) -> int:
     """Do one command in the folder of this file and print its answer as JSON."""
-    what = "Build, check and time the TensorRT engine of model.onnx."
+    what = "Build, check and time the TensorRT engine of the model beside this file."
     parser = argparse.ArgumentParser(prog="engine.py", description=what)
     commands = parser.add_subparsers(dest="command", required=True)
-    builder = commands.add_parser("build", help="build the engine on this GPU, for this GPU")
+    builder = commands.add_parser("build", help="build every form on this GPU and keep the fastest")
     builder.add_argument("--tf32", action="store_true", help="let float32 products be rounded to TF32")
     commands.add_parser("check", help="compare the engine's answers with the stored ones")
     timer = commands.add_parser("bench", help="time one inference, with and without CUDA graph and copies")
