@@ -24,7 +24,7 @@ from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig, Limits
 from hirelc_deploy.data import Data, load_data
 from hirelc_deploy.delivery import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
-from hirelc_deploy.errors import ConstraintError, ExportError, InputError, TargetUnavailable
+from hirelc_deploy.errors import ConstraintError, ExportError, InputError
 from hirelc_deploy.finalists import Finalist, Search, drop_error, keeps_limits
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.measure import accuracy
@@ -43,6 +43,7 @@ from hirelc_deploy.runs import Run, write_atomic
 from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
 from hirelc_deploy.staircase import stairs_of, wanted_keys
 from hirelc_deploy.staircase_page import staircase_page
+from hirelc_deploy.tensorrt_folder import write_folder
 
 RESULT = "result.json"
 COMPARISON, COMPARISON_PAGE = "compare.json", "compare.html"
@@ -484,23 +485,20 @@ EXPORTED = {
 
 
 def export_files(run: Path, form: str, out: Path) -> list[Path]:
-    """Copy the shipped model of a finished run into a new folder and return the files written."""
-    if form == "tensorrt":
-        raise TargetUnavailable(
-            "export --format tensorrt: an engine is built on the GPU that runs it, and no TensorRT backend is here. "
-            "Export --format onnx instead; TensorRT reads that file."
-        )
-    if form not in EXPORTED:
+    """Copy the shipped model of a finished run into a new folder, or write its TensorRT forms; return the files."""
+    if form not in (*EXPORTED, "tensorrt"):
         raise InputError(f"--format {form!r} is unknown; use {', '.join(EXPORTED)} or tensorrt.")
     bundle = run / "bundle"
     if not bundle.is_dir():
         raise InputError(f"{run}: holds no bundle; give the folder of a finished search or apply.")
-    if missing := [name for name in EXPORTED[form] if not (bundle / name).is_file()]:
+    if missing := [name for name in EXPORTED.get(form, EXPORTED["torch"]) if not (bundle / name).is_file()]:
         raise InputError(
             f"{bundle}: {missing[0]} is not there; `hirelc-deploy verify {bundle}` says what else is wrong."
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; give another --out.")
+    if form == "tensorrt":
+        return write_folder(run, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         return [Path(shutil.copy2(bundle / name, out / name)) for name in EXPORTED[form]]

@@ -1024,13 +1024,6 @@ RESULTS = [
     ),
     Case("export of a missing run", ["export", "gone", "--out", "deploy"], ("gone", "no bundle")),
     Case(
-        "export to TensorRT",
-        ["export", "out", "--format", "tensorrt", "--out", "deploy"],
-        ("tensorrt", "--format onnx"),
-        3,
-        prepare=finished_run,
-    ),
-    Case(
         "export to an unknown format",
         ["export", "out", "--format", "caffe", "--out", "deploy"],
         ("'caffe'", "onnx, torch"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import typer
 from bad_input_cases import MODEL_FILE, contents, tiny_onnx
@@ -297,6 +298,30 @@ def test_export_copies_what_runs_elsewhere(applied: Path, capsys: pytest.Capture
     assert Path("deploy/model.onnx").read_bytes() == (applied / "bundle/model.onnx").read_bytes()
     written = answer(capsys, "export", "half", "--format", "torch", "--out", "deploy-torch").split()
     assert {Path(name).name for name in written} >= {"weights.safetensors", "shapes.json"}
+
+
+def test_export_to_tensorrt_writes_forms_with_answers_and_the_program_that_builds_them(
+    applied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = answer(capsys, "export", "half", "--format", "tensorrt", "--out", "deploy-trt").split()
+    names = {Path(name).name for name in written}
+    assert names >= {"model.fp16.onnx", "engine.py", "inputs.npz", "forms.json", "preprocess.json", "labels.json"}
+    forms = json.loads(Path("deploy-trt/forms.json").read_text())
+    kept = {name for name, record in forms.items() if record.get("kept")}
+    assert kept == {name for name in names if name.startswith("model.")}
+    assert len(kept) > 1
+    assert forms["model.fp16.onnx"]["drop_points"] == 0.0
+    shapes = {name: [list(i.dims) for i in load_onnx(f"deploy-trt/{name}").graph.initializer] for name in kept}
+    assert [4, 3, 3, 3] in shapes["model.fp16.onnx"]  # the cut width: half of eight channels
+    with np.load("deploy-trt/inputs.npz") as samples:
+        assert set(samples) == {"inputs", *kept}
+        session = onnxruntime.InferenceSession("deploy-trt/model.fp16.onnx", providers=["CPUExecutionProvider"])
+        [logits] = session.run(None, {"input": samples["inputs"][:1]})
+        np.testing.assert_allclose(logits[0], samples["model.fp16.onnx"][0], atol=1e-3)
+    program = subprocess.run(
+        [sys.executable, "deploy-trt/engine.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "build" in program.stdout
 
 
 def test_report_writes_one_page(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
