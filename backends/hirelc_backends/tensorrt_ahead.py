@@ -20,7 +20,7 @@ from hirelc_deploy.errors import ExportError, TargetUnavailable
 
 ORIN_CLASS = "SM86"
 """The chip nearest to a Jetson Orin (SM 8.7) that it can compile for."""
-INTEGER_TYPES = frozenset({"int8", "fp8", "e4m3"})
+EIGHT_BITS = frozenset({"int8", "fp8_e4m3"})
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Kernel:
 
     @property
     def is_integer(self) -> bool:
-        """Whether it multiplies 8-bit numbers by 8-bit numbers."""
-        return self.is_product and len(self.input_types) >= 2 and set(self.input_types[:2]) <= INTEGER_TYPES
+        """Whether it multiplies 8-bit numbers by 8-bit numbers (FP8 counts)."""
+        return self.is_product and len(self.input_types) >= 2 and set(self.input_types[:2]) <= EIGHT_BITS
 
 
 def availability() -> str | None:
