@@ -22,6 +22,7 @@ ORDER = (
     ("pipeline", "tables", "staircase"),
     ("finalists", "delivery"),
     ("bundle", "bundle_template", "report", "comparison", "staircase_page"),
+    ("tensorrt_folder",),
     ("job", "doctor"),
     ("cli", "__main__"),
 )
