@@ -3,11 +3,12 @@
     python benchmarks/search_quality.py demo --run runs/quality-demo --name search_quality-demo
     python benchmarks/search_quality.py job.toml --run runs/quality-vit --name search_quality-vit
 
-MODEL is `demo` or the config.toml of a search. Every evaluation is kept in the journal of --run and shared: a study that
-was interrupted, or stopped after --seconds (exit code 75), goes on with the same command. To make it affordable F1 uses
---images selection images and half as many for batch-norm statistics; all strategies see the same ones.
+MODEL is `demo` or the config.toml of a search. Every evaluation is kept in the journal of --run and shared: a study
+that was interrupted, or stopped after --seconds (exit code 75), goes on with the same command. To make it affordable F1
+uses --images selection images and half as many for batch-norm statistics; all strategies see the same ones.
 
-The result, with machine, versions, command and date, goes to benchmarks/results/NAME.json, the page to the run's compare.html.
+The result, with machine, versions, command and date, goes to benchmarks/results/NAME.json, the page to the folder of
+the run as compare.html.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from hirelc_deploy import comparison, job, tables
+from hirelc_deploy.agreement import agreement
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.demo import demo_config
 from hirelc_deploy.measure.machine import describe
@@ -36,7 +38,6 @@ from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
-from hirelc_deploy.search.knapsack import tables_of
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.search.surrogate import rank_correlation
 
@@ -44,7 +45,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TO_BE_CONTINUED = 75
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """The seconds of this call are used; the journal holds what was done."""
 
 
@@ -70,28 +71,6 @@ def sensitivity(pipeline: Pipeline, problem: Problem) -> dict[str, Any]:
         "options": len(measured),
         "spearman_over_all": rank_correlation(np.array(fisher), np.array(measured)),
         "spearman_within_units_median": float(np.median(own)) if own else None,
-    }
-
-
-def additivity(problem: Problem, pipeline: Pipeline) -> dict[str, Any]:
-    """Return how far the tables' summed losses are from the measured ones, over all plans of the journal."""
-    additive = tables_of(problem)
-    options = {d.name: {option: index for index, option in enumerate(d.options)} for d in problem.decisions}
-    summed, measured = [], []
-    for trial in pipeline.run.trials:
-        if trial.fidelity != "F1" or len(trial.plan.keep) < 2 or not isinstance(trial.outcome, Measured):
-            continue
-        if any(w not in options.get(unit, {}) for unit, w in trial.plan.keep.items()):
-            continue
-        choices = [options[d.name].get(trial.plan.keep.get(d.name, -1), len(d.options) - 1) for d in problem.decisions]
-        summed.append(additive.additive_loss(np.array(choices)))
-        measured.append(trial.outcome.loss)
-    ratio = np.log(np.array(measured) / np.array(summed))
-    return {
-        "plans": len(measured),
-        "measured_over_summed_median": float(np.exp(np.median(ratio))),
-        "measured_over_summed_5_to_95": np.exp(np.quantile(ratio, (0.05, 0.95))).tolist(),
-        "spearman": rank_correlation(np.array(summed), np.array(measured)),
     }
 
 
@@ -140,7 +119,7 @@ def main() -> int:
 
     def evaluate(plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
         if time.monotonic() - started > options.seconds:
-            raise OutOfTime
+            raise OutOfTimeError
         return pipeline.outcome(plan, fidelity)
 
     with workplace.run:
@@ -158,7 +137,7 @@ def main() -> int:
                 f1_evaluations=options.trials,
                 progress=lambda text: print(text, flush=True),
             )
-        except OutOfTime:
+        except OutOfTimeError:
             print(f"{len(pipeline.run.trials)} evaluations in the journal; the same command goes on.")
             return TO_BE_CONTINUED
         summary = comparison.summarise(searches, problem.uncut_ms, "hirelc")
@@ -172,7 +151,7 @@ def main() -> int:
             "f1_seconds_each": seconds / max(1, sum(t.fidelity == "F1" for t in pipeline.run.trials)),
             "latency_model": fit,
             "sensitivity": sensitivity(pipeline, problem),
-            "additivity_of_losses": additivity(problem, pipeline),
+            "agreement": agreement(problem, pipeline.run.trials, pipeline.reference_ms),
             "surrogate": surrogate(searches),
         }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -198,7 +177,7 @@ def main() -> int:
             f"better {test['better']} worse {test['worse']}  volume {found['hypervolume']:.3f}  "
             f"thinking {found['thinking_seconds_per_search']:.2f} s"
         )
-    for key in ("sensitivity", "additivity_of_losses", "surrogate"):
+    for key in ("sensitivity", "agreement", "surrogate"):
         print(key, json.dumps(facts[key], indent=1))
     return 0
 

@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
 from hirelc_deploy.search.baselines import make_strategy
+from hirelc_deploy.search.hierarchy import Hierarchy
 from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.search.loop import SearchResult, Trial, extended_front, run_search
 from hirelc_deploy.search.priced import within_bytes
@@ -74,6 +76,7 @@ class Search:
         seconds = config.budget_seconds
         self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self.searches: list[SearchResult] = []
+        self.records: list[dict[str, Any]] = []
         least = smallest_bytes(pipeline.graph)
         if limits.max_bytes is not None and least > limits.max_bytes:
             raise ConstraintError(
@@ -169,15 +172,18 @@ class Search:
             problem, budget = self._with_bytes(aim_ms)
             if smallest(problem)[1] > budget:
                 return best
+            strategy = make_strategy(self.config.strategy, problem, budget, self.pipeline.seed)
             result = run_search(
                 problem,
-                make_strategy(self.config.strategy, problem, budget, self.pipeline.seed),
+                strategy,
                 self._evaluate,
                 f1_evaluations=self.config.f1_evaluations,
                 f2_evaluations=1,
                 deadline=self.deadline,
             )
             self.searches.append(result)
+            if isinstance(strategy, Hierarchy):
+                self.records.append({"budget_ms": aim_ms, **strategy.record()})
             if result.best is None:
                 return best
             best, outcome = result.best

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hirelc_deploy import comparison
+from hirelc_deploy.agreement import agreement
 from hirelc_deploy.bundle import BundleContents, read_manifest, write_bundle
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.recovery import Recovery
@@ -211,6 +212,8 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
             "seconds": sum(s.seconds for s in search.searches),
         },
         "latency_model": search.fit,
+        "agents": search.records,
+        "agreement": agreement(search.problem, run.trials, pipeline.reference_ms),
         "finalists": [finalist_record(f) for f in finalists],
     }
     keeps = unpruned_limits(pipeline, config.limits)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from toy_problem import Toy
 
+from hirelc_deploy.agreement import agreement, choices_of
 from hirelc_deploy.comparison import (
     Search,
     best_so_far,
@@ -19,6 +20,9 @@ from hirelc_deploy.comparison import (
     write_json,
     write_page,
 )
+from hirelc_deploy.outcome import Measured
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.runs import TrialRecord
 
 
 def search(losses: tuple[float, ...], ms: tuple[float, ...], name: str = "a", seed: int = 0) -> Search:
@@ -83,3 +87,35 @@ def test_every_strategy_is_charged_the_same_and_ours_is_tested_against_each(tmp_
     assert "src=" not in page
     assert "http" not in page.replace('"http://www.w3.org', "")
     assert write_json(summary, tmp_path / "compare.json").stat().st_size > 1000
+
+
+def test_a_plan_is_read_back_as_the_choices_it_came_from() -> None:
+    problem = Toy(0, blocks=1).problem
+    choices = np.array([0, 4, 2])
+    assert np.array_equal(choices_of(problem, problem.plan_of(choices)), choices)
+    assert choices_of(problem, CompressionPlan({"unit0": 3})) is None
+    assert choices_of(problem, CompressionPlan({"other": 2})) is None
+
+
+def test_agreement_by_hand() -> None:
+    toy = Toy(0, blocks=1)
+    problem = toy.problem
+    plans = [problem.plan_of(np.array(c)) for c in ([0, 4, 2], [3, 1, 4], [2, 2, 2])]
+    sums = [sum(d.loss[c] for d, c in zip(problem.decisions, choices_of(problem, plan), strict=True)) for plan in plans]
+    trials = []
+    for index, (plan, total) in enumerate(zip(plans, sums, strict=True)):
+        ms = problem.predict_ms(choices_of(problem, plan))
+        # Whole networks lose twice the sum, take 10 % more than predicted, and F3 turns the order round.
+        for fidelity, loss in (("F1", 2 * total), ("F3", 1 / total)):
+            ratio = 1.1 * ms / 50.0 if fidelity == "F3" else None
+            outcome = Measured(plan.digest, fidelity, float(loss), None, 1, 1, ratio=ratio)
+            # Plans of a search carry `auto`; the toy's do not.
+            placed = CompressionPlan(plan.keep, default_precision="auto")
+            trials.append(TrialRecord(index, "", placed, fidelity, "", outcome))
+    found = agreement(problem, trials, reference_ms=50.0)
+    assert found["loss"]["measured_over_summed_5_to_95"] == pytest.approx([2.0, 2.0])
+    assert found["loss"]["spearman"] == pytest.approx(1.0)
+    assert found["ms"]["files"] == 3
+    assert found["ms"]["largest_error"] == pytest.approx(1 - 1 / 1.1)
+    assert found["f1_f3"] == {"plans": 3, "spearman": pytest.approx(-1.0)}
+    assert agreement(problem, [], 50.0) == {"loss": None, "ms": None, "f1_f3": None}

@@ -20,7 +20,7 @@ ORDER = (
     ("search",),
     ("runs",),
     ("pipeline", "tables", "staircase"),
-    ("finalists", "delivery"),
+    ("finalists", "delivery", "agreement"),
     ("bundle", "bundle_template", "report", "comparison", "staircase_page"),
     ("tensorrt_folder",),
     ("job", "doctor"),

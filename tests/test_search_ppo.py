@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hirelc_deploy.outcome import Failed, Measured
-from hirelc_deploy.search.ppo import ActionBatch, Ppo, PpoSettings, advantages
+from hirelc_deploy.search.ppo import A2C, ActionBatch, Ppo, PpoSettings, advantages
 from hirelc_deploy.search.reward import FAILED_REWARD, Goal, reward_of
 
 
@@ -29,7 +29,14 @@ class Learned:
     entropies: list[float]
 
 
-def learn(seed: int, decisions: int, over_weight: float, updates: int, draws: int = 64) -> Learned:
+def learn(
+    seed: int,
+    decisions: int,
+    over_weight: float,
+    updates: int,
+    draws: int = 64,
+    settings: PpoSettings | None = None,
+) -> Learned:
     """Return what PPO and random draws reach on a knapsack of four options per decision, and its optimum."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +49,7 @@ def learn(seed: int, decisions: int, over_weight: float, updates: int, draws: in
 
     everything = np.array(list(itertools.product(range(4), repeat=decisions)))
     logits = torch.zeros(decisions, 4, dtype=torch.float64, requires_grad=True)
-    ppo = Ppo([logits], PpoSettings(epochs=4, entropy=0.1))  # type: ignore[list-item]
+    ppo = Ppo([logits], settings or PpoSettings(epochs=4, entropy=0.1))  # type: ignore[list-item]
     entropies, found = [], -math.inf
     for _ in range(updates):
         log_probs = torch.log_softmax(logits.detach(), dim=-1)
@@ -62,6 +69,24 @@ def test_it_finds_the_optimum_of_a_knapsack_for_19_of_20_seeds_where_random_draw
     assert sum(run.found == pytest.approx(run.optimum) for run in runs) >= 19
     assert sum(run.random == pytest.approx(run.optimum) for run in runs) <= 8
     assert all(run.entropies[-1] < 0.7 * run.entropies[0] for run in runs)
+
+
+def test_a2c_is_one_unclipped_step_and_finds_the_optimum_too() -> None:
+    runs = [
+        learn(seed, decisions=8, over_weight=3.0, updates=70, settings=replace(A2C, entropy=0.1)) for seed in range(4)
+    ]
+    assert all(run.found == pytest.approx(run.optimum) for run in runs)
+
+
+def test_credit_of_its_own_moves_one_decision_and_leaves_the_other() -> None:
+    logits = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+    learner = Ppo([logits], replace(A2C, entropy=0.0))  # type: ignore[list-item]
+    old = torch.full((2, 2), 0.5, dtype=torch.float64).log()
+    credit = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    batch = ActionBatch(lambda: logits.expand(2, -1, -1), torch.tensor([[0, 0], [1, 1]]), old, credit)
+    learner.update([batch], torch.tensor([5.0, -5.0], dtype=torch.float64))
+    assert logits[0, 0] > 0 > logits[0, 1]
+    assert logits[1].tolist() == [0.0, 0.0]
 
 
 def test_its_most_likely_actions_become_the_best_where_decisions_are_independent() -> None:
@@ -127,6 +152,12 @@ def test_every_term_is_named_and_the_total_is_their_sum() -> None:
     assert reward.ms == pytest.approx(-1.0)  # 10 % over the budget
     assert reward.failed == 0.0
     assert reward.total == pytest.approx(reward.loss + reward.ms)
+
+
+def test_more_parameters_than_the_target_cost_by_the_members_weight() -> None:
+    goal = Goal(budget_ms=2.0, loss_scale=0.1, target_params=5, size_weight=0.5)
+    assert reward_of(measured(0.0), goal).size == pytest.approx(-0.5 * math.log(2))
+    assert reward_of(measured(0.0), replace(goal, target_params=20)).size == 0.0
 
 
 def test_measured_time_counts_before_predicted_time() -> None:

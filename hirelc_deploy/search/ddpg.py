@@ -24,6 +24,7 @@ class DdpgSettings:
         random_episodes: First episodes with uniform actions.
         memory: Episodes that are remembered.
         batch: Steps of one update.
+        updates: Per episode.
     """
 
     actor_rate: float = 1e-3
@@ -33,6 +34,7 @@ class DdpgSettings:
     random_episodes: int = 16
     memory: int = 100
     batch: int = 64
+    updates: int = 8
 
 
 class Ddpg:
@@ -73,7 +75,7 @@ class Ddpg:
         return np.clip(action, 0.0, 1.0)
 
     def learn(self, states: NDArray[np.float64], actions: NDArray[np.float64], reward: float) -> None:
-        """Remember one episode of (steps, state_size) states and (steps,) actions, and take an update per step."""
+        """Remember one episode of (steps, state_size) states and (steps,) actions, and take its updates."""
         self._seen += 1
         self._episodes = [*self._episodes, (states, actions, reward)][-self.settings.memory :]
         self.baseline = reward if self.baseline is None else 0.95 * self.baseline + 0.05 * reward
@@ -85,7 +87,7 @@ class Ddpg:
         rewards = np.concatenate([np.full(len(a), r - self.baseline) for _, a, r in self._episodes])
         spread = float(rewards.std()) or 1.0
         targets = torch.from_numpy(rewards / spread)
-        for _ in range(len(actions)):
+        for _ in range(self.settings.updates):
             rows = torch.from_numpy(self._rng.integers(len(targets), size=self.settings.batch))
             self._update(all_states[rows], all_actions[rows], targets[rows])
 
