@@ -1,12 +1,12 @@
 """Question: what does a search on a board cost beyond the same search here?
 
+    python benchmarks/remote_demo.py line       # a round trip, one measurement here and there, connecting
     python benchmarks/remote_demo.py local
     python benchmarks/remote_demo.py remote
 
 `remote` makes a board of a real sshd on loopback with a home of its own, adds it with `targets add`, and runs
 the search of the embedded demo there: files are sent, built, run and timed by ONNX Runtime on the other side of SSH.
-Both searches begin with an empty layer table. Each part writes its half of results/remote_demo.json; `remote` also
-measures the line itself: a round trip, one measurement here and there, connecting.
+Both searches begin with an empty layer table. Each part writes its share of results/remote_demo.json.
 """
 
 from __future__ import annotations
@@ -127,10 +127,9 @@ def remote(folder: Path) -> dict[str, Any]:
     code = cli.run(["targets", "add", "desk", "--like", "cpu", "--host", "board", "--python", sys.executable])
     if code:
         sys.exit(code)
-    measured = line(board, folder)
     found = search("desk", folder)
     job_board_gone(board)
-    return {"search": found, "line": measured, "left_on_the_board": board.leftovers()}
+    return {"search": found, "left_on_the_board": board.leftovers()}
 
 
 def job_board_gone(board: LoopbackBoard) -> None:
@@ -144,17 +143,20 @@ def job_board_gone(board: LoopbackBoard) -> None:
 
 
 def main() -> int:
-    """Run one half and write it into the record."""
+    """Run one part and write it into the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("where", choices=("local", "remote"))
+    parser.add_argument("where", choices=("line", "local", "remote"))
     where = parser.parse_args().where
     folder = Path(tempfile.mkdtemp())
-    half = remote(folder) if where == "remote" else {"search": search("cpu", folder)}
+    if where == "line":
+        part = {**line(LoopbackBoard(folder), folder), "load_average": os.getloadavg()[0]}
+    else:
+        part = remote(folder) if where == "remote" else {"search": search("cpu", folder)}
     record: dict[str, Any] = json.loads(RESULT.read_text("utf-8")) if RESULT.exists() else {}
-    record |= provenance("python benchmarks/remote_demo.py local; python benchmarks/remote_demo.py remote")
-    record[where] = half
+    record |= provenance("python benchmarks/remote_demo.py line; ... local; ... remote")
+    record[where] = part
     RESULT.write_text(json.dumps(record, indent=1).replace(str(folder), "") + "\n", "utf-8")
-    print(json.dumps(half))
+    print(json.dumps(part))
     shutil.rmtree(folder, ignore_errors=True)
     return 0
 
