@@ -22,7 +22,7 @@ from hirelc_deploy.search.problem import Choices, Decision, Problem
 CONSIDERED = 16
 """Widths that are timed per unit at most, before the staircase drops those that buy no time."""
 
-LEAST_KEPT = 0.125
+LEAST_KEPT = 0.25
 """Narrower than this share of a unit is not considered: nothing so narrow has ever been chosen."""
 
 KERNEL_STEPS = (32, 16, 8, 4, 2, 1)

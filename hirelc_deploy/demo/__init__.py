@@ -20,5 +20,5 @@ def demo_config(seed: int = 0) -> JobConfig:
         seed=seed,
         recovery_epochs=1.25,
         limits=Limits(max_drop=1.0, max_bytes=SIXTH_OF_FLOAT),
-        search=SearchConfig(f1_evaluations=12, finalists=1, options=4),
+        search=SearchConfig(f1_evaluations=8, finalists=1, options=4),
     )
