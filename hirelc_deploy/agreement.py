@@ -35,6 +35,8 @@ def agreement(problem: Problem, trials: Sequence[TrialRecord], reference_ms: flo
         loss, and the rank correlation. `ms`: files, and the median and largest relative error of their predicted time.
         `f1_f3`: rank correlation of the losses before and after recovery. A part without at least two plans is None.
     """
+    if not problem.decisions:
+        return dict.fromkeys(("loss", "ms", "f1_f3"))
     summed, found, errors = [], [], []
     additive = tables_of(problem)
     losses: dict[str, dict[str, float]] = {"F1": {}, "F3": {}}

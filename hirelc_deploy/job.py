@@ -114,7 +114,9 @@ def check_contents(run: Run, source: ModelSource, data: Data) -> None:
         "factory": described.get("spec_sha256"),
         "images": data.fingerprint(),
     }
-    before = run.remember("contents", lambda: contents)
+    if not run.trials and not (run.directory / RESULT).exists():
+        run.remember("contents", lambda: contents)
+    before = run.fact("contents") or contents  # an older run did not say
     if changed := [name for name, value in contents.items() if before.get(name) != value]:
         raise InputError(
             f"{run.directory}: this run was made with other {changed[0]} under the same name; "

@@ -180,6 +180,10 @@ class Run:
             self._facts[key] = json.loads(json.dumps(line))["value"]
         return self._facts[key]
 
+    def fact(self, key: str) -> Any | None:
+        """Return the journaled value of `key`, or None."""
+        return self._facts.get(key)
+
     def write_pareto(self, fronts: Mapping[str, Sequence[tuple[CompressionPlan, Outcome]]]) -> None:
         """Rewrite pareto.json: fidelity to the plans that no other plan of that fidelity beats."""
         value = {

@@ -174,7 +174,10 @@ def complaints(case: Case, answer: Answer) -> list[str]:
     if case.code == 1:
         told = answer.stderr == "" and json.loads(answer.stdout)["ok"] is False
     else:
-        told = answer.stderr.startswith("hirelc-deploy: ") and answer.stderr.count("\n") == 1 and answer.stdout == ""
+        lines = answer.stderr.count("\n")
+        # A target without a board is told the two commands that would give it one.
+        right_length = lines == 1 or (answer.code == 3 and lines == 3)
+        told = answer.stderr.startswith("hirelc-deploy: ") and right_length and answer.stdout == ""
     if not told:
         wrong.append(f"not one sentence: {answer.stderr!r} {answer.stdout!r}")
     wrong += [f"{name} was changed" for name, content in answer.before.items() if answer.after.get(name) != content]
