@@ -18,7 +18,7 @@ def demo_config(seed: int = 0) -> JobConfig:
         ),
         data=DataConfig("demo"),
         seed=seed,
-        recovery_epochs=1.25,
+        recovery_epochs=1.5,
         limits=Limits(max_drop=1.0, max_bytes=SIXTH_OF_FLOAT),
         search=SearchConfig(f1_evaluations=8, finalists=1, options=4),
     )
