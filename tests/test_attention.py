@@ -133,6 +133,7 @@ FAMILIES = {
             dims=(24, 48),
             token_mixers=metaformer.Pooling,
             norm_layers=metaformer.GroupNorm1,
+            layer_scale_init_values=0.5,  # its modules keep a tuple called shape
             num_classes=5,
         ),
         32,
