@@ -61,9 +61,10 @@ HAND_WRITTEN = ("mixed", "hand-written transformer", "flat block", "divided", "r
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every weight, norm parameter and running statistic a random value that keeps activations in range."""
     generator = torch.Generator().manual_seed(seed)
+    saved = model.state_dict()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point():
+            if name not in saved or not tensor.is_floating_point():
                 continue
             if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith(("weight", "gamma"))):
                 tensor.uniform_(0.5, 1.5, generator=generator)

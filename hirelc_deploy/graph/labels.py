@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hirelc_deploy.graph.sizes import DimSource, Size
-from hirelc_deploy.graph.trace import BATCH, Op, TensorRef, Trace, refs
+from hirelc_deploy.graph.trace import Op, TensorRef, Trace, refs
 
 Labels = NDArray[np.int64]
 
@@ -166,7 +166,7 @@ def label(model: nn.Module, traced: Trace) -> Labelled:
     """Walk over the operations and return the couplings they make."""
     walk = Walk(model)
     for op in traced.ops:
-        handler = HANDLERS.get(op.function, _unknown)
+        handler = HANDLERS.get(op.function, unknown)
         if op.function not in READS_SIZES:
             walk.freeze_numbers(op)
         result = handler(walk, op)
@@ -342,8 +342,8 @@ class Walk:
         if size < 0:
             return value
         if not isinstance(size, Size):
-            where = op.module or "the model's own forward"
-            return self.freeze(value, dim, f"its size is written as {size} in {where}")
+            place = op.module or "the model's own forward"
+            return self.freeze(value, dim, f"its size is written as {size} in {place}")
         if size.source is not None:
             self.must_agree(self._axis_of(value, dim), self.axis(size), op)
         return value
@@ -351,7 +351,7 @@ class Walk:
     def must_agree(self, first: Axis | None, second: Axis | None, op: Op) -> None:
         """Let what two axes count stay equally many."""
         if first is None or second is None or first[0] is not second[0] or first[1] != second[1]:
-            self._equal_sizes.append((first, second, f"must be as many as what cannot be cut, by {_where(op)}"))
+            self._equal_sizes.append((first, second, f"must be as many as what cannot be cut, by {where(op)}"))
 
     def filled(self, value: Value, dim: int, size: int) -> Value:
         """Return `value`, whose `dim` repeats one thing `size` times, with the labels of what was counted."""
@@ -365,7 +365,7 @@ class Walk:
         for size in _sizes((op.args, op.kwargs)):
             axis = None if size.source is None else self.axis(size)
             if axis is not None:
-                self.couplings.pin(axis[0], f"its number is an argument of {_where(op)}")
+                self.couplings.pin(axis[0], f"its number is an argument of {where(op)}")
 
     def settle(self) -> None:
         """Settle what could only be decided with all couplings known: axes of splits, and sizes that must agree."""
@@ -386,7 +386,7 @@ class Walk:
         if labels.ndim == 1:
             return labels
         roots = self.couplings.roots(labels)
-        line = _only(axis, labels.ndim)
+        line = only(axis, labels.ndim)
         return labels[line].ravel() if (roots == roots[line]).all() else None
 
     def _settle_splits(self) -> None:
@@ -399,7 +399,7 @@ class Walk:
                 if any(count == self._choices(roots, axis) for axis in range(roots.ndim)):
                     continue
                 axis = max(range(roots.ndim), key=lambda axis: self._choices(roots, axis))
-                self.couplings.tie(labels, labels[_only(axis, labels.ndim)])
+                self.couplings.tie(labels, labels[only(axis, labels.ndim)])
                 changed = True
             if not changed:
                 return
@@ -411,7 +411,7 @@ class Walk:
         values, dense = np.unique(roots, return_inverse=True)
         trial.fresh(len(values))
         dense = dense.reshape(roots.shape)
-        trial.tie(dense, dense[_only(axis, roots.ndim)])
+        trial.tie(dense, dense[only(axis, roots.ndim)])
         return len(np.unique(trial.roots(dense)))
 
 
@@ -431,7 +431,8 @@ def _with_rank(value: Value, rank: int) -> Value:
     return value.moved((1,) * missing + value.shape, lambda dim: dim + missing)
 
 
-def _only(axis: int, rank: int) -> tuple[slice, ...]:
+def only(axis: int, rank: int) -> tuple[slice, ...]:
+    """Return the index that takes all of one axis and the first of every other."""
     return tuple(slice(None) if a == axis else slice(0, 1) for a in range(rank))
 
 
@@ -482,7 +483,7 @@ everything it reads whole."""
 READS_SIZES = {
     "reshape", "view", "unflatten", "view_as", "reshape_as", "expand", "expand_as", "broadcast_to", "zeros", "ones",
     "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "layer_norm", "rms_norm", "group_norm",
-    "conv2d", "split", "split_with_sizes",
+    "conv2d", "split", "split_with_sizes", "multi_head_attention_forward",
 }  # fmt: skip
 """Functions whose rules follow the numbers they are given; elsewhere what a number counts stays whole."""
 
@@ -497,7 +498,8 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def _where(op: Op) -> str:
+def where(op: Op) -> str:
+    """Return the words that tell a user which operation is meant."""
     return f"{op.function} in {op.module}" if op.module else f"{op.function} in the model's own forward"
 
 
@@ -505,13 +507,14 @@ def _result_shapes(op: Op) -> list[tuple[int, ...]]:
     return [ref.shape for ref in refs(op.result)]
 
 
-def _unknown(walk: Walk, op: Op) -> Sequence[Value]:
+def unknown(walk: Walk, op: Op) -> Sequence[Value]:
+    """Keep whole everything that an operation reads."""
     return _unfollowed(walk, op, walk.inputs(op))
 
 
 def _unfollowed(walk: Walk, op: Op, values: Iterable[Value]) -> Sequence[Value]:
     for value in values:
-        walk.freeze_all(value, f"read by {_where(op)}, an operation that this program does not follow")
+        walk.freeze_all(value, f"read by {where(op)}, an operation that this program does not follow")
     return [Value(shape) for shape in _result_shapes(op)]
 
 
@@ -534,7 +537,7 @@ def _same(walk: Walk, op: Op) -> Value:
 def _elementwise(walk: Walk, op: Op) -> Value:
     given = list(refs((op.args, op.kwargs)))
     values = [walk.value(ref) for ref in given]
-    result = walk.elementwise(values, f"meets values that cannot be cut in {_where(op)}")
+    result = walk.elementwise(values, f"meets values that cannot be cut in {where(op)}")
     if op.function == "add" and sum(ref.name is None for ref in given) > 1:
         for factor in result.factors:
             walk.couplings.mark(factor.labels, "residual channels")
@@ -545,7 +548,7 @@ def _elementwise(walk: Walk, op: Op) -> Value:
 def _conv2d(walk: Walk, op: Op) -> Value:
     x_ref, w_ref = op.arg(0, "input"), op.arg(1, "weight")
     if len(x_ref.shape) != 4:
-        return _unknown(walk, op)[0]
+        return unknown(walk, op)[0]
     x, weight = walk.value(x_ref), walk.value(w_ref)
     groups = op.arg(6, "groups", 1)
     reason = f"meets channels that cannot be cut at {op.module}"
@@ -570,7 +573,7 @@ def _conv2d(walk: Walk, op: Op) -> Value:
             walk.tie_or_pin(inputs, columns, reason)
         if filters is not None:
             walk.couplings.tie(filters.reshape(groups, -1), filters.reshape(groups, -1)[:1])
-    _tie_bias(walk, op.arg(2, "bias"), filters)
+    tie_bias(walk, op.arg(2, "bias"), filters)
     stride, dilation = _pair(op.arg(3, "stride", 1)), _pair(op.arg(5, "dilation", 1))
     kernel = (w_ref.shape[2], w_ref.shape[3])
     padding = op.arg(4, "padding", 0)
@@ -580,7 +583,7 @@ def _conv2d(walk: Walk, op: Op) -> Value:
     use = _weight_use(walk, op, "conv", (channels, w_ref.shape[0]), (inputs, filters))
     use.groups, use.kernel, use.stride, use.padding, use.dilation = groups, kernel, stride, _pair(padding), dilation
     kept = tuple(f for f in x.factors if f.dims == (0,))
-    return Value(op.result.shape, kept + _factors_at(1, filters))
+    return Value(op.result.shape, kept + factors_at(1, filters))
 
 
 @handles("linear")
@@ -592,10 +595,10 @@ def _linear(walk: Walk, op: Op) -> Value:
     weight, rows = walk.one_dim(walk.value(w_ref), 0, reason)
     weight, columns = walk.one_dim(weight, 1, reason)
     walk.tie_or_pin(inputs, columns, "it reads the image" if inputs is None else reason)
-    _tie_bias(walk, op.arg(2, "bias"), rows)
+    tie_bias(walk, op.arg(2, "bias"), rows)
     _weight_use(walk, op, "linear", (x_ref.shape[-1], w_ref.shape[0]), (inputs, rows))
     kept = tuple(f for f in x.factors if last not in f.dims)
-    return Value(op.result.shape, kept + _factors_at(last, rows))
+    return Value(op.result.shape, kept + factors_at(last, rows))
 
 
 def _weight_use(
@@ -608,20 +611,22 @@ def _weight_use(
         for array in labels:
             if array is not None:
                 walk.couplings.pin(array, f"computed in {op.module or 'the model itself'}, not in a plain layer module")
-    name = op.module if weight.name is None else weight.name.rpartition(".")[0]
+    name = op.module if weight.name is None else weight.name.removesuffix(".weight")
     use = WeightUse(name, kind, weight.name or "", x, op.result, *features, *labels)
     use.called = isinstance(layer, (nn.Conv2d, nn.Linear)) and weight.name == f"{op.module}.weight"
     walk.found.uses.append(use)
     return use
 
 
-def _tie_bias(walk: Walk, bias: TensorRef | None, features: Labels | None) -> None:
+def tie_bias(walk: Walk, bias: TensorRef | None, features: Labels | None) -> None:
+    """Let a bias go with the features it is added to."""
     if bias is not None:
         _, labels = walk.one_dim(walk.value(bias), 0, "")
         walk.tie_or_pin(features, labels, "shares its bias with features that cannot be cut")
 
 
-def _factors_at(dim: int, labels: Labels | None) -> tuple[Factor, ...]:
+def factors_at(dim: int, labels: Labels | None) -> tuple[Factor, ...]:
+    """Return the labels of one dim as factors, none where it has none."""
     return () if labels is None else (Factor((dim,), labels),)
 
 
@@ -634,7 +639,7 @@ def _pair(value: Any) -> tuple[int, int]:
 @handles("batch_norm", "instance_norm", "prelu")
 def _per_channel(walk: Walk, op: Op) -> Value:
     x, *parameters = walk.inputs(op)
-    reason = f"meets channels that cannot be cut at {_where(op)}"
+    reason = f"meets channels that cannot be cut at {where(op)}"
     x, channels = walk.one_dim(x, 1, reason)
     for parameter in parameters:
         if math.prod(parameter.shape) > 1:
@@ -658,7 +663,7 @@ def _layer_norm(walk: Walk, op: Op) -> Value:
     x, features = walk.one_dim(x, last, reason)
     for parameter in parameters:
         walk.tie_or_pin(
-            features, walk.one_dim(parameter, 0, reason)[1], f"meets features that cannot be cut at {_where(op)}"
+            features, walk.one_dim(parameter, 0, reason)[1], f"meets features that cannot be cut at {where(op)}"
         )
     return walk.written_size(x, last, sizes[0], op)
 
@@ -681,98 +686,13 @@ def _group_norm(walk: Walk, op: Op) -> Value:
     return x
 
 
-@handles("scaled_dot_product_attention")
-def _attention(walk: Walk, op: Op) -> Value:
-    q, k, v = (walk.value(op.arg(place, name)) for place, name in enumerate(("query", "key", "value")))
-    mask = op.arg(3, "attn_mask")
-    if op.arg(7, "enable_gqa", False) and q.shape[-3] != k.shape[-3]:
-        # Every head of keys and values serves the same number of query heads, which must stay so.
-        k, v = (_repeated(value, -3, q.shape[-3] // value.shape[-3]) for value in (k, v))
-    scores = _product(walk, q, _swapped(k, -1, -2), op)
-    if mask is not None:
-        scores = walk.elementwise([scores, walk.value(mask)], f"meets a mask that cannot be cut in {_where(op)}")
-    _note_attention(walk, op, scores, q.shape[-1], products=2)
-    return _product(walk, scores, v, op)
-
-
-def _repeated(value: Value, dim: int, times: int) -> Value:
-    """Return the value with each index along `dim` in a row `times` times."""
-    dim %= len(value.shape)
-    shape = (*value.shape[:dim], value.shape[dim] * times, *value.shape[dim + 1 :])
-    factors = (Factor(f.dims, f.labels.repeat(times, f.dims.index(dim))) if dim in f.dims else f for f in value.factors)
-    return Value(shape, tuple(factors))
-
-
-@handles("repeat_interleave")
-def _repeat_interleave(walk: Walk, op: Op) -> Value:
-    x, times, dim = walk.value(op.arg(0, "input")), op.arg(1, "repeats"), op.arg(2, "dim")
-    if not isinstance(times, int) or dim is None:
-        return _unknown(walk, op)[0]
-    return _repeated(x, dim, times)
-
-
-@handles("matmul", "bmm")
-def _matmul(walk: Walk, op: Op) -> Value:
-    a_ref, b_ref = list(refs((op.args, op.kwargs)))
-    if min(len(a_ref.shape), len(b_ref.shape)) < 2:
-        return _unknown(walk, op)[0]
-    result = _product(walk, walk.value(a_ref), walk.value(b_ref), op)
-    if a_ref.name is None and b_ref.name is None:
-        _note_attention(walk, op, result, a_ref.shape[-1], products=1)
-    return result
-
-
-def _product(walk: Walk, a: Value, b: Value, op: Op) -> Value:
-    """Return the value of a @ b: the summed dims stay whole, the leading dims meet element by element."""
-    # Cutting query and key dims would be exact but for the scale, which is taken from their number.
-    reason = f"summed over in {_where(op)}"
-    a = walk.freeze(a, len(a.shape) - 1, reason)
-    b = walk.freeze(b, len(b.shape) - 2, reason)
-    left = Value((*a.shape[:-1], 1), a.factors)
-    right = Value((*b.shape[:-2], 1, b.shape[-1]), b.factors)
-    return walk.elementwise([left, right], f"meets values that cannot be cut in {_where(op)}")
-
-
-def _swapped(value: Value, first: int, second: int) -> Value:
-    rank = len(value.shape)
-    order = list(range(rank))
-    order[first], order[second] = order[second], order[first]
-    return _permuted(value, order)
-
-
-def _permuted(value: Value, order: Sequence[int]) -> Value:
-    return value.moved([value.shape[d] for d in order], list(order).index)
-
-
-def _note_attention(walk: Walk, op: Op, scores: Value, inner: int, products: int) -> None:
-    """Note the core of an attention; the two products of a hand-written one are noted as one core."""
-    name = op.module or "attention"
-    leading = range(1, len(scores.shape) - 2)
-    dim = next((d for d in leading if scores.factor_of(d) is not None), 1)
-    heads = math.prod(scores.shape[d] for d in leading) if scores.factor_of(dim) is None else scores.shape[dim]
-    windows = math.prod(scores.shape[:-2]) // (BATCH * heads)
-    factor, labels = scores.factor_of(dim), None
-    if factor is not None:
-        axis = factor.dims.index(dim)
-        labels = factor.labels if len(factor.dims) == 1 else factor.labels[_only(axis, factor.labels.ndim)].ravel()
-        walk.couplings.mark(labels, "attention heads")
-    before = next((u for u in walk.found.uses if isinstance(u, AttentionUse) and u.name == name), None)
-    if before is not None and products == 1 and before.products == 1:
-        before.products = 2
-    else:
-        source = next(iter(refs((op.args, op.kwargs))))
-        walk.found.uses.append(
-            AttentionUse(name, heads, inner, scores.shape[-2] * windows, scores.shape[-1], labels, products, source)
-        )
-
-
 @handles("softmax", "log_softmax", "normalize", "cumsum")
 def _along_dim(walk: Walk, op: Op) -> Value:
     x = walk.value(op.arg(0, "input"))
     dim = op.arg(2, "dim", 1) if op.function == "normalize" else op.arg(1, "dim")
     dims = range(len(x.shape)) if dim is None else [dim]
     for d in dims:
-        x = walk.freeze(x, d % len(x.shape), f"normalised together with the others by {_where(op)}")
+        x = walk.freeze(x, d % len(x.shape), f"normalised together with the others by {where(op)}")
     return x
 
 
@@ -785,14 +705,14 @@ def _reduction(walk: Walk, op: Op) -> Value:
     x = walk.value(op.arg(0, "input"))
     rank, dims = len(x.shape), op.arg(2 if op.function == "norm" else 1, "dim")
     if not isinstance(dims, (int, tuple, list, type(None))):
-        return _unknown(walk, op)[0]
+        return unknown(walk, op)[0]
     reduced = set(range(rank)) if dims is None else {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
     response_norm = walk.modules.get(op.module)
     if op.function == "mean" and type(response_norm).__name__ in RESPONSE_NORMS and len(reduced) == 1:
         walk.found.averaged.add(f"{op.module}.{'weight' if hasattr(response_norm, 'weight') else 'gamma'}")
         x = Value(x.shape, tuple(f for f in x.factors if f.dims != tuple(reduced)))
     for dim in reduced:
-        x = walk.freeze(x, dim, f"mixed with the others by {_where(op)}")
+        x = walk.freeze(x, dim, f"mixed with the others by {where(op)}")
     if len(op.result.shape) == rank:
         return Value(op.result.shape, x.factors)
     left = [d for d in range(rank) if d not in reduced]
@@ -806,13 +726,13 @@ def _spatial(walk: Walk, op: Op) -> Value | Sequence[Value]:
     x = walk.value(next(iter(refs((op.args, op.kwargs)))))
     shapes = _result_shapes(op)
     if len(shapes) != 1 or len(shapes[0]) != len(x.shape):
-        return _unknown(walk, op)
+        return unknown(walk, op)
     channels = {0, 1} if op.function != "pad" and len(x.shape) == 4 else set()
     if op.function == "pad":
         padded = op.arg(1, "pad")
         channels = {d for d in range(len(x.shape)) if not any(_amounts(padded, len(x.shape) - 1 - d))}
     for dim in set(range(len(x.shape))) - channels:
-        x = walk.freeze(x, dim, f"moved or padded by {_where(op)}")
+        x = walk.freeze(x, dim, f"moved or padded by {where(op)}")
     return Value(shapes[0], x.factors)
 
 
@@ -826,7 +746,7 @@ def _reordered(walk: Walk, op: Op) -> Value:
     given = op.arg(2, "dims") if op.function == "roll" else op.kwargs.get("dims", op.args[1:])
     moved = np.atleast_1d(np.array(range(len(x.shape)) if given is None or given == () else given)).ravel()
     for dim in moved.tolist():
-        x = walk.freeze(x, dim % len(x.shape), f"moved by {_where(op)}")
+        x = walk.freeze(x, dim % len(x.shape), f"moved by {where(op)}")
     return x
 
 
@@ -834,8 +754,8 @@ def _reordered(walk: Walk, op: Op) -> Value:
 def _reshape(walk: Walk, op: Op) -> Value:
     x = walk.value(next(iter(refs((op.args, op.kwargs)))))
     if any(isinstance(arg, torch.dtype) for arg in op.args):
-        return _unknown(walk, op)[0]
-    result = walk.reshape(x, op.result.shape, f"reshaped together with other dimensions by {_where(op)}")
+        return unknown(walk, op)[0]
+    result = walk.reshape(x, op.result.shape, f"reshaped together with other dimensions by {where(op)}")
     for dim, size in enumerate(_given_sizes(op, len(x.shape))):
         result = walk.written_size(result, dim, size, op)
     return result
@@ -854,6 +774,11 @@ def _given_sizes(op: Op, rank: int) -> Sequence[int]:
     return []
 
 
+def permuted(value: Value, order: Sequence[int]) -> Value:
+    """Return the value with its dims in another order."""
+    return value.moved([value.shape[d] for d in order], list(order).index)
+
+
 @handles("permute", "transpose", "t", "T", "mT", "swapaxes", "swapdims", "movedim")
 def _permute(walk: Walk, op: Op) -> Value:
     x = walk.value(op.arg(0, "input"))
@@ -862,7 +787,7 @@ def _permute(walk: Walk, op: Op) -> Value:
     method = getattr(probe, op.function)
     options = {name: value for name, value in op.kwargs.items() if name != "input"}
     moved = method(*op.args[1:], **options) if callable(method) else method
-    return _permuted(x, [size - 2 for size in moved.shape])
+    return permuted(x, [size - 2 for size in moved.shape])
 
 
 @handles("expand", "expand_as", "broadcast_to", "repeat", "tile")
@@ -871,7 +796,7 @@ def _expand(walk: Walk, op: Op) -> Value:
     offset = len(shape) - len(x.shape)
     for dim, size in enumerate(x.shape):
         if size != shape[dim + offset]:
-            x = walk.freeze(x, dim, f"repeated by {_where(op)}")
+            x = walk.freeze(x, dim, f"repeated by {where(op)}")
     result = x.moved(shape, lambda d: d + offset)
     for dim, size in enumerate(_given_sizes(op, len(x.shape))):
         if dim < offset or x.shape[dim - offset] != shape[dim]:
@@ -892,12 +817,28 @@ def _constant(walk: Walk, op: Op) -> Value:
     return result
 
 
+def repeated(value: Value, dim: int, times: int) -> Value:
+    """Return the value with each index along `dim` in a row `times` times."""
+    dim %= len(value.shape)
+    shape = (*value.shape[:dim], value.shape[dim] * times, *value.shape[dim + 1 :])
+    factors = (Factor(f.dims, f.labels.repeat(times, f.dims.index(dim))) if dim in f.dims else f for f in value.factors)
+    return Value(shape, tuple(factors))
+
+
+@handles("repeat_interleave")
+def _repeat_interleave(walk: Walk, op: Op) -> Value:
+    x, times, dim = walk.value(op.arg(0, "input")), op.arg(1, "repeats"), op.arg(2, "dim")
+    if not isinstance(times, int) or dim is None:
+        return unknown(walk, op)[0]
+    return repeated(x, dim, times)
+
+
 @handles("cat")
 def _cat(walk: Walk, op: Op) -> Value:
     values = [walk.value(ref) for ref in op.arg(0, "tensors")]
     rank = len(values[0].shape)
     dim = op.arg(1, "dim", 0) % rank
-    reason = f"joined with values that cannot be cut by {_where(op)}"
+    reason = f"joined with values that cannot be cut by {where(op)}"
     pieces: list[Labels | None] = []
     others: list[Value] = []
     for value in values:
@@ -921,7 +862,7 @@ def _cat(walk: Walk, op: Op) -> Value:
 @handles("stack")
 def _stack(walk: Walk, op: Op) -> Value:
     values = [walk.value(ref) for ref in op.arg(0, "tensors")]
-    joined = walk.elementwise(values, f"stacked with values that cannot be cut by {_where(op)}")
+    joined = walk.elementwise(values, f"stacked with values that cannot be cut by {where(op)}")
     dim = op.arg(1, "dim", 0) % len(op.result.shape)
     return joined.moved(op.result.shape, lambda d: d + (d >= dim))
 
@@ -939,7 +880,7 @@ def _selected(walk: Walk, x: Value, dim: int, index: int, op: Op) -> Value:
     if factor is not None:
         others = tuple(f for f in x.factors if f is not factor)
         if len(factor.dims) == 1:
-            x = walk.freeze(x, dim, f"picked by its number in {_where(op)}")
+            x = walk.freeze(x, dim, f"picked by its number in {where(op)}")
         else:
             axis = factor.dims.index(dim)
             part = Factor(tuple(d for d in factor.dims if d != dim), factor.labels.take([index], axis).squeeze(axis))
@@ -952,7 +893,7 @@ def _selected(walk: Walk, x: Value, dim: int, index: int, op: Op) -> Value:
 def _chunk(walk: Walk, op: Op) -> Sequence[Value]:
     x = walk.value(op.arg(0, "input"))
     dim = op.arg(2, "dim", 0) % len(x.shape)
-    x, labels = walk.one_dim(x, dim, f"divided by {_where(op)}")
+    x, labels = walk.one_dim(x, dim, f"divided by {where(op)}")
     sizes = [shape[dim] for shape in _result_shapes(op)]
     given = op.args[1] if len(op.args) > 1 else next(value for name, value in op.kwargs.items() if name != "dim")
     whole = given.quotient_of if isinstance(given, Size) else None
@@ -962,14 +903,14 @@ def _chunk(walk: Walk, op: Op) -> Sequence[Value]:
     if labels is not None and None in written:
         # Their sizes follow from the whole, so equal parts must stay equal.
         if len(set(sizes)) > 1:
-            walk.couplings.pin(labels, f"divided into parts of fixed sizes by {_where(op)}")
+            walk.couplings.pin(labels, f"divided into parts of fixed sizes by {where(op)}")
         else:
             walk.couplings.tie(labels.reshape(len(sizes), -1), labels[None, : sizes[0]])
     rest = tuple(f for f in x.factors if f.dims != (dim,))
     pieces, start = [], 0
     for size, number in zip(sizes, written, strict=True):
         shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
-        piece = Value(shape, (*rest, *_factors_at(dim, None if labels is None else labels[start : start + size])))
+        piece = Value(shape, (*rest, *factors_at(dim, None if labels is None else labels[start : start + size])))
         pieces.append(piece if number is None else walk.written_size(piece, dim, number, op))
         start += size
     return pieces
@@ -999,9 +940,9 @@ def _getitem(walk: Walk, op: Op) -> Value:
     keys = list(key) if isinstance(key, tuple) else [key]
     picked = [k for k in keys if isinstance(k, TensorRef)]
     if not all(k is None or k is Ellipsis or isinstance(k, (int, slice, TensorRef)) for k in keys):
-        return _unknown(walk, op)[0]
+        return unknown(walk, op)[0]
     if picked and any(isinstance(k, int) for k in keys):
-        return _unknown(walk, op)[0]
+        return unknown(walk, op)[0]
     if Ellipsis in keys:
         place = keys.index(Ellipsis)
         missing = len(x.shape) - sum(k is not None and k is not Ellipsis for k in keys)
@@ -1024,7 +965,7 @@ def _getitem(walk: Walk, op: Op) -> Value:
 
 def _part(walk: Walk, x: Value, dim: int, part: slice, op: Op) -> Value:
     """Return a slice of `dim`; it can be cut where the slice's ends are numbers that a module or a shape gives."""
-    size, reason = x.shape[dim], f"picked by its number in {_where(op)}"
+    size, reason = x.shape[dim], f"picked by its number in {where(op)}"
     start, stop, step = part.indices(size)
     shape = (*x.shape[:dim], len(range(start, stop, step)), *x.shape[dim + 1 :])
     if shape == x.shape:
@@ -1036,15 +977,15 @@ def _part(walk: Walk, x: Value, dim: int, part: slice, op: Op) -> Value:
     for end in ends:
         walk.must_agree(None if labels is None else (labels[:end], 0), walk.axis(end), op)
     rest = tuple(f for f in x.factors if f.dims != (dim,))
-    return Value(shape, (*rest, *_factors_at(dim, None if labels is None else labels[start:stop])))
+    return Value(shape, (*rest, *factors_at(dim, None if labels is None else labels[start:stop])))
 
 
 def _picked(walk: Walk, x: Value, dims: Sequence[int], indices: Sequence[TensorRef], op: Op) -> Value:
     """Return x with `dims` replaced by those of the index tensors, at the place of the first of them."""
     for index in indices:
-        walk.freeze_all(walk.value(index), f"they are numbers of what is picked in {_where(op)}")
+        walk.freeze_all(walk.value(index), f"they are numbers of what is picked in {where(op)}")
     for dim in dims:
-        x = walk.freeze(x, dim, f"picked by its number in {_where(op)}")
+        x = walk.freeze(x, dim, f"picked by its number in {where(op)}")
     try:
         new = np.broadcast_shapes(*(index.shape for index in indices))
     except ValueError:

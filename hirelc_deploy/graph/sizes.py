@@ -95,7 +95,7 @@ def set_whole_number(model: nn.Module, path: str, number: int) -> None:
     if place is not None:
         owner_path, _, name = owner_path.rpartition(".")
     try:
-        if name == "shape" and place is not None:
+        if name == "shape" and place is not None and owner_path in dict(model.named_buffers()):
             buffer = model.get_buffer(owner_path)
             owner = model.get_submodule(owner_path.rpartition(".")[0])
             if number < buffer.shape[place]:

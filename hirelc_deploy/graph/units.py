@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import Tensor, nn
 
+import hirelc_deploy.graph.attention  # noqa: F401  registers its rules
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.blocks import block_of_layers, stage_of
 from hirelc_deploy.graph.labels import AttentionUse, Labelled, Labels, WeightUse, label
@@ -196,7 +197,7 @@ def _units(
             continue
         reason = pinned.get(int(group.roots[0]), "")
         readers = [Reader(name, _rows(read[name], group.roots)) for name in readers_of.get(int(group.roots[0]), ())]
-        kind = _kind(marks.get(int(group.roots[0]), set()), main)
+        kind = _kind(marks.get(int(group.roots[0]), set()), main, block_of)
         size, positions = len(group.roots), group.slices[0].index.shape[1]
         widths = legal_widths(size, positions, kind)
         if not reason and not readers:
@@ -226,11 +227,14 @@ def _units(
     return units, why
 
 
-def _kind(marks: set[str], makers: Sequence[WeightUse]) -> str:
-    if "attention heads" in marks:
+def _kind(marks: set[str], makers: Sequence[WeightUse], block_of: Mapping[str, str]) -> str:
+    # Scores are added to position biases too: channels of a residual path are made in more than one block.
+    if "attention heads" in marks and len({block_of[use.name] for use in makers}) == 1:
         return "attention heads"
     if "residual channels" in marks and len(makers) > 1:
         return "residual channels"
+    if "attention heads" in marks:
+        return "attention heads"
     return "mlp units" if all(use.kind == "linear" for use in makers) else "channels"
 
 
