@@ -27,7 +27,7 @@ from record import provenance
 from hirelc_deploy import cli
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.program import ProgramBackend
-from hirelc_deploy.testing.loopback import SSH, LoopbackBoard
+from hirelc_deploy.testing.loopback import LoopbackBoard
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODEL = ("--model", "hirelc_deploy.demo.model:DemoNet", "--model-arg", "widths=[8,16,16,24]", "--model-arg")
@@ -41,11 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     board = LoopbackBoard(folder)
-    programs = folder / "bin"
-    programs.mkdir()
-    (programs / "ssh").write_text(f'#!/bin/sh\nexec {SSH} -F {board.config} "$@"\n')
-    (programs / "ssh").chmod(0o755)
-    os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
+    board.onto_path()
     os.environ["HIRELC_DEPLOY_TARGETS"] = str(folder / "targets.toml")
     os.environ["HIRELC_DEPLOY_CACHE"] = str(folder / "cache")
     python = f"{options.sysroot.resolve()}/python {options.cpu}"

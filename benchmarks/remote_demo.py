@@ -34,7 +34,7 @@ from hirelc_deploy.demo import demo_config
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.testing.backend_contract import random_images, write_model
-from hirelc_deploy.testing.loopback import SSH, LoopbackBoard
+from hirelc_deploy.testing.loopback import LoopbackBoard
 
 RESULT = Path(__file__).resolve().parent / "results" / "remote_demo.json"
 
@@ -118,11 +118,7 @@ def line(board: LoopbackBoard, folder: Path) -> dict[str, Any]:
 def remote(folder: Path) -> dict[str, Any]:
     """Make the board, add it as a target, search on it, and see that nothing is left there."""
     board = LoopbackBoard(folder)
-    programs = folder / "bin"
-    programs.mkdir()
-    (programs / "ssh").write_text(f'#!/bin/sh\nexec {SSH} -F {board.config} "$@"\n')
-    (programs / "ssh").chmod(0o755)
-    os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
+    board.onto_path()
     os.environ["HIRELC_DEPLOY_TARGETS"] = str(folder / "targets.toml")
     code = cli.run(["targets", "add", "desk", "--like", "cpu", "--host", "board", "--python", sys.executable])
     if code:

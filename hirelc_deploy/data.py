@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hirelc_deploy.config import JobConfig
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.images import ArrayImages, FolderImages, Images, Indices, Labels, Preprocess, image_size, read_image
 
@@ -105,6 +106,17 @@ class SplitSizes:
             )
         if self.selection is not None and self.selection < 1:
             raise InputError(f"--selection-images {self.selection}: give at least 1 (2000 is usual).")
+
+
+def configured_data(config: JobConfig) -> Data:
+    """Load the data set that a job names, in its splits; see `load_data`."""
+    return load_data(
+        config.data.spec,
+        data_dir=Path(config.data.directory) if config.data.directory else None,
+        calibration_images=config.data.calibration_images,
+        selection_images=config.data.selection_images,
+        seed=config.seed,
+    )
 
 
 def load_data(

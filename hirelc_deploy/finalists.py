@@ -46,6 +46,9 @@ TOLERANCE = 0.02
 """A file within this share of its latency budget meets it: below what a brief timing can tell."""
 
 
+BYTES_AIM = 0.99
+"""Share of the allowed bytes that plans aim at: a cut file's graph and scales are not known to the byte beforehand."""
+
 NO_CHOICES: Choices = np.empty(0, np.int64)
 """Stands in for the choices of a trial that is known by its plan alone."""
 
@@ -202,7 +205,7 @@ class Search:
         # What a file holds beside the weights (biases, scales, the graph) hardly shrinks with a cut.
         beside = self.pipeline.placed.stat().st_size - float(weight_bytes(graph, decisions, uncut)[0])
         return within_bytes(
-            self.problem, budget_ms, 0.99 * self.limits.max_bytes - beside, partial(weight_bytes, graph, decisions)
+            self.problem, budget_ms, BYTES_AIM * self.limits.max_bytes - beside, partial(weight_bytes, graph, decisions)
         )
 
 

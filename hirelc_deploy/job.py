@@ -23,7 +23,7 @@ from hirelc_deploy.bundle import BundleContents, read_manifest, write_bundle
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig, Limits
-from hirelc_deploy.data import Data, load_data
+from hirelc_deploy.data import Data, configured_data
 from hirelc_deploy.delivery import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
 from hirelc_deploy.errors import ConstraintError, ExportError, InputError
 from hirelc_deploy.finalists import Finalist, Search, drop_error, keeps_limits
@@ -66,13 +66,7 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
     """Load model and data, open the target and the run directory; every problem with them is one sentence."""
     target = find_target(config.target)
     backend = open_target(target)
-    data = load_data(
-        config.data.spec,
-        data_dir=Path(config.data.directory) if config.data.directory else None,
-        calibration_images=config.data.calibration_images,
-        selection_images=config.data.selection_images,
-        seed=config.seed,
-    )
+    data = configured_data(config)
     weights = Path(config.model.weights) if config.model.weights else None
     source = ModelSource(config.model.spec, weights, dict(config.model.arguments), config.model.pretrained)
     model, data, source = load_for(source, data, config.preprocess.overrides())

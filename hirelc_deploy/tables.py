@@ -23,7 +23,7 @@ CONSIDERED = 16
 """Widths that are timed per unit at most, before the staircase drops those that buy no time."""
 
 LEAST_KEPT = 0.25
-"""Narrower than this share of a unit is not considered: nothing so narrow has ever been chosen."""
+"""Narrower than this share of a unit is not measured: a few steps must span the widths that plans will use."""
 
 KERNEL_STEPS = (32, 16, 8, 4, 2, 1)
 """Vector kernels work on so many channels at a time: of widths that are as fast, multiples of these keep the most."""

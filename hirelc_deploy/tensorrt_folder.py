@@ -17,7 +17,7 @@ from hirelc_deploy.compress import export_tensorrt
 from hirelc_deploy.compress.export import export_onnx, set_static_batch
 from hirelc_deploy.compress.quantize import calibrate
 from hirelc_deploy.config import JobConfig
-from hirelc_deploy.data import load_data
+from hirelc_deploy.data import configured_data
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.images import Images, Preprocess
 from hirelc_deploy.measure.accuracy import correct, paired_drop, predict
@@ -55,13 +55,7 @@ def write_folder(run: Path, out: Path) -> list[Path]:
     plan = CompressionPlan.from_dict(manifest.get("plan"), f"{bundle / MANIFEST}: plan")
     source = ModelSource(config.model.spec, arguments=dict(config.model.arguments))
     model = load_bundle(bundle, None if source.is_timm else source.build)
-    data = load_data(
-        config.data.spec,
-        data_dir=Path(config.data.directory) if config.data.directory else None,
-        calibration_images=config.data.calibration_images,
-        selection_images=config.data.selection_images,
-        seed=config.seed,
-    ).preprocessed(preprocess)
+    data = configured_data(config).preprocessed(preprocess)
     dynamic, static = out / ".dynamic.onnx", out / ".static.onnx"
     try:
         out.mkdir(parents=True, exist_ok=True)

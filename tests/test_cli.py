@@ -370,7 +370,7 @@ def test_the_recovery_of_a_bundle_goes_on(applied: Path, capsys: pytest.CaptureF
     other = [{plan: str(applied), "half": "none"}.get(argument, argument) for argument in APPLY]
     capsys.readouterr()
     assert cli.run(other) == 2
-    assert "is " in capsys.readouterr().err
+    assert "a bundle?" in capsys.readouterr().err
 
 
 def test_a_search_finds_journals_and_resumes(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:

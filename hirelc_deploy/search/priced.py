@@ -20,7 +20,7 @@ Bytes = Callable[[Choices], NDArray[np.float64]]
 """(n, decisions) choices to (n,) predicted bytes of the file."""
 
 HALVINGS = 12
-"""Steps of the bisection: prices are then known to 1 / 4096 of the range."""
+"""Steps of the search for the price: each halves the interval on a logarithmic scale, once a price is too low."""
 
 
 def within_bytes(problem: Problem, budget_ms: float, max_bytes: float, bytes_of: Bytes) -> tuple[Problem, float]:

@@ -70,6 +70,14 @@ class LoopbackBoard:
         lines = [f"  {key} {value}" for key, value in entries.items()]
         self.config.write_text("\n".join([f"Host {self.name}", *lines]) + "\n")
 
+    def onto_path(self) -> None:
+        """Put an `ssh` that knows this board first on this process's PATH."""
+        programs = self.folder / "bin"
+        programs.mkdir()
+        (programs / "ssh").write_text(f'#!/bin/sh\nexec {SSH} -F {self.config} "$@"\n')
+        (programs / "ssh").chmod(0o755)
+        os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
+
     def start(self, environment: Mapping[str, str] = {}, command: str = "") -> None:
         """Start the sshd, or start it again.
 
