@@ -1,0 +1,62 @@
+"""Question: what do bundles lose on a whole test split, where their own jobs only had a part of it?
+
+    python benchmarks/whole_test_split.py runs/demo0 runs/demo1 runs/demo2 --data npz:cifar10.npz --name demo
+
+For each run, the uncut float file and the bundle's file answer every image of the test split, one after the other in
+ONNX Runtime; the drop is paired. Writes results/NAME-whole-test-split.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
+from record import RESULTS, provenance
+
+from hirelc_deploy.data import load_data
+from hirelc_deploy.images import Preprocess
+from hirelc_deploy.measure.accuracy import correct, paired_drop, predict
+from hirelc_deploy.pipeline import BATCH, batches
+
+
+def main() -> int:
+    """Print and store one entry per run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--name", required=True)
+    options = parser.parse_args()
+    backend = OnnxRuntimeCpu()
+    found = {}
+    for run in options.runs:
+        preprocess = Preprocess.from_dict(json.loads((run / "bundle" / "preprocess.json").read_text("utf-8")))
+        test = load_data(options.data).preprocessed(preprocess).take_test()
+        assert test.labels is not None
+        before, after = (
+            correct(predict(backend.build(file), (images.numpy() for images in batches(test, BATCH))), test.labels)
+            for file in (run / "files" / "uncut-float.onnx", run / "bundle" / "model.onnx")
+        )
+        drop = paired_drop(before, after)
+        result = json.loads((run / "result.json").read_text("utf-8"))
+        found[run.name] = {
+            "test_images": len(test),
+            "accuracy": float(after.mean()),
+            "baseline": float(before.mean()),
+            "drop_points": drop.points,
+            "drop_low": drop.low,
+            "drop_high": drop.high,
+            **{key: result[key] for key in ("latency", "best_unpruned", "size_ratio")},
+            "on_the_job's_own_test_part": result["accuracy"],
+        }
+    record = {**provenance(" ".join(["python", *sys.argv])), "runs": found}
+    target = RESULTS / f"{options.name}-whole-test-split.json"
+    target.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
