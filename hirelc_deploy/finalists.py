@@ -46,6 +46,9 @@ TOLERANCE = 0.02
 """A file within this share of its latency budget meets it: below what a brief timing can tell."""
 
 
+SECOND_CHANCES = 1
+"""Finalists beyond those asked for, where none keeps the limits: a search that found nothing has been for nothing."""
+
 BYTES_AIM = 0.99
 """Share of the allowed bytes that plans aim at: a cut file's graph and scales are not known to the byte beforehand."""
 
@@ -101,11 +104,14 @@ class Search:
         self.floor_ms = smallest(self.problem)[1] if self.problem.decisions else math.inf
 
     def finalists(self) -> list[Finalist]:
-        """Return recovered and timed plans, in the order they were tried."""
+        """Return recovered and timed plans, in the order they were tried.
+
+        Where none of them keeps the limits, SECOND_CHANCES slower ones follow.
+        """
         budgets = self._budgets_ms()
         found: list[Finalist] = []
         rung, tried = (0 if len(budgets) == 1 else self._entry(budgets)), set[int]()
-        while len(found) < self.config.finalists and 0 <= rung < len(budgets) and rung not in tried:
+        while self._wants_another(found) and 0 <= rung < len(budgets) and rung not in tried:
             if found and time.monotonic() > self.deadline:
                 self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
                 break
@@ -115,6 +121,10 @@ class Search:
                 found.append(finalist)
             rung += 1 if finalist is not None and finalist.keeps_limits else -1
         return found
+
+    def _wants_another(self, found: list[Finalist]) -> bool:
+        wanted = self.config.finalists + (0 if any(f.keeps_limits for f in found) else SECOND_CHANCES)
+        return len(found) < wanted
 
     def _entry(self, budgets: list[float]) -> int:
         entry = 0

@@ -231,6 +231,24 @@ def test_a_search_ships_a_plan_within_its_speed_limit(data_file: Path, tmp_path:
     assert len(counted) <= 4 * len(search.searches) + sum(len(d.options) - 1 for d in search.problem.decisions)
 
 
+@pytest.mark.parametrize(("keeps", "trained"), [(True, 1), (False, 2)])
+def test_where_no_finalist_keeps_the_limits_a_slower_one_follows(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool, trained: int
+):
+    monkeypatch.setattr(finalists, "ENTRY_LOSS", np.inf)
+    monkeypatch.setattr(finalists, "keeps_limits", lambda *args: keeps)
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    config = SearchConfig("knapsack", f1_evaluations=2, finalists=1, options=3)
+    search = finalists.Search(
+        pipeline, pipeline.run, LatencyTable(pipeline.backend, None), Limits(max_drop=99.0), config
+    )
+    found = search.finalists()
+    assert len(found) == trained
+    assert [f.keeps_limits for f in found] == [keeps] * trained
+    macs = [f.outcome.macs for f in found]
+    assert macs == sorted(macs)
+
+
 def test_an_impossible_speed_is_refused_before_anything_is_trained(data_file: Path, tmp_path: Path):
     pipeline = make_pipeline(data_file, tmp_path / "run")
     table = LatencyTable(pipeline.backend, None)

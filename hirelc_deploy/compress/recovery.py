@@ -139,8 +139,8 @@ class Recovery:
         soft_weight: Share of the distillation term in the loss; the rest is cross-entropy with the labels.
         temperature: Of the distillation.
         feature_weight: Weight of matching what the teacher's layers read (Romero et al. 2015, FitNets); 0 for answers
-            alone. On the demo network, two epochs of 11,000 images, it took the KL divergence from 0.066 to 0.047. The
-            weight of 30 was chosen together with batch size and learning rate, not by itself.
+            alone. KL divergence on the selection split at weights of 30, 100, 300 and 1000: 0.037, 0.028, 0.027, 0.027
+            for ResNet-18 cut to a sixteenth of its time, 0.4 epochs of CIFAR-10. The demo needs half as many epochs.
         views: Distinct augmented pictures of each image; a teacher of which only answers are asked gives them once.
         weights_ema: Decay per step of the averaged weights that are kept at the end; 0 keeps the last ones.
     """
@@ -151,7 +151,7 @@ class Recovery:
     weight_decay: float = 5e-4
     soft_weight: float = 0.7
     temperature: float = 2.0
-    feature_weight: float = 30.0
+    feature_weight: float = 300.0
     views: int = 8
     weights_ema: float = 0.0
 

@@ -40,7 +40,7 @@ class Exporter:
         self._why_none = "first"
 
     def write(self, model: nn.Module, batched: Path, static: Path) -> None:
-        """Write a model for any number of images, and for one; see `mostonnx` for what is checked and raised."""
+        """Write a model for any number of images, and for one; see `export_onnx` for what is checked and raised."""
         try:
             files = self._fill(model)
         except _NotCertain as reason:

@@ -8,14 +8,13 @@ from hirelc_deploy.config import DataConfig, JobConfig, Limits, ModelConfig, Sea
 
 
 def demo_config(seed: int = 0) -> JobConfig:
-    """Return the demo's options: one point of drop allowed, minutes on two cores."""
+    """Return the demo's options: one point of drop, a sixth of the float weights' bytes, minutes on two cores."""
+    weights = Path(__file__).with_name("weights.safetensors")
     return JobConfig(
-        model=ModelConfig(
-            "hirelc_deploy.demo.model:demo_net", weights=str(Path(__file__).with_name("weights.safetensors"))
-        ),
+        model=ModelConfig("hirelc_deploy.demo.model:demo_net", weights=str(weights)),
         data=DataConfig("demo"),
         seed=seed,
-        recovery_epochs=1.25,
-        limits=Limits(max_drop=1.0),
+        recovery_epochs=0.75,
+        limits=Limits(max_drop=1.0, max_bytes=2 * weights.stat().st_size // 6),
         search=SearchConfig(f1_evaluations=8, finalists=1, options=4),
     )
