@@ -543,16 +543,22 @@ def report(
 def export(
     run: Annotated[Path, typer.Argument(help="The folder a search or apply wrote.")],
     out: Out,
-    form: Annotated[str, typer.Option("--format", help="onnx, torch (safetensors) or tensorrt.")] = "onnx",
+    form: Annotated[
+        str, typer.Option("--format", help="onnx, torch (safetensors), tensorrt, or stored (small, decoded at load).")
+    ] = "onnx",
+    bits: Annotated[int, typer.Option(help="Of a weight in the form `stored`: 2 to 7.")] = 4,
+    scheme: Annotated[str, typer.Option(help="Of the form `stored`: linear, log or codebook.")] = "linear",
 ) -> None:
-    """Copy the shipped model out of a run.
+    """Write the shipped model of a run in one of its forms.
+
+    `stored` is for disk and wire only: restore.py (numpy) turns it back into a file that a runtime executes.
 
     \b
     Example: hirelc-deploy export runs/a --format onnx --out deploy
     """
     from hirelc_deploy.job import export_files
 
-    for path in export_files(run, form, out):
+    for path in export_files(run, form, out, bits, scheme):
         print(path)
 
 

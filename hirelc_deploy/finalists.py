@@ -33,11 +33,14 @@ from hirelc_deploy.tables import (
     weight_bytes,
 )
 
-SPEEDUPS = (1.2, 1.3, 1.4, 1.5, 1.65, 1.8, 2.0, 2.2, 2.5, 2.8, 3.2, 3.6, 4.0, 5.0, 6.0)
-"""Ladder of speed-ups over the best unpruned file that a search without a latency limit climbs, about 1.1 apart."""
+MOST_SPEEDUP, BISECTIONS = 6.0, 5
+"""A search without a latency limit enters between the best unpruned file and this many times faster, within 6 %."""
 
-ENTRY_LOSS = 0.055
-"""Nats. The ladder is entered at the fastest rung whose solver plan loses less than this before any training."""
+STEP = 1.1
+"""Ratio of the speed-ups of one finalist and the next."""
+
+ENTRY_LOSS = 0.045
+"""Nats. The first finalist is the fastest solver plan that loses less than this before any training."""
 
 CORRECTIONS = 2
 """How often a budget is corrected by the measured file when prediction and measurement disagree."""
@@ -73,8 +76,8 @@ class Finalist:
 class Search:
     """Looks for the fastest plan that keeps the limits.
 
-    With a latency limit it works at that budget. Without one it climbs a ladder of budgets: a finalist that keeps the
-    accuracy limit is followed by a faster one, one that does not by a slower one.
+    With a latency limit it works at that budget. Without one it enters where plans begin to lose, and a finalist that
+    keeps the limits is followed by a faster one, one that does not by a slower one.
     """
 
     def __init__(self, pipeline: Pipeline, run: Run, table: LatencyTable, limits: Limits, config: SearchConfig) -> None:
@@ -91,11 +94,11 @@ class Search:
             )
         network, self.fit = fit_network_time(pipeline, table)
         self.fit["table_entries"] = measure_table(pipeline, network, config.options)
-        budgets = self._budgets_ms()
+        wanted_ms = latency_budget_ms(limits, pipeline.reference_ms)
         floor_ms = smallest_ms(network)
-        if min(budgets) < floor_ms and latency_budget_ms(limits, pipeline.reference_ms) is not None:
+        if wanted_ms is not None and wanted_ms < floor_ms:
             raise ConstraintError(
-                f"search: {budgets[0]:.3g} ms cannot be met: with every unit at its narrowest the network still takes "
+                f"search: {wanted_ms:.3g} ms cannot be met: with every unit at its narrowest the network still takes "
                 f"about {floor_ms:.3g} ms on this target, and the uncut float file {pipeline.reference_ms:.3g} ms. "
                 "Allow more time."
             )
@@ -108,44 +111,54 @@ class Search:
 
         Where none of them keeps the limits, SECOND_CHANCES slower ones follow.
         """
-        budgets = self._budgets_ms()
+        wanted_ms = latency_budget_ms(self.limits, self.pipeline.reference_ms)
+        if wanted_ms is not None:
+            only = self._finalist(wanted_ms)
+            return [only] if only is not None else []
         found: list[Finalist] = []
-        rung, tried = (0 if len(budgets) == 1 else self._entry(budgets)), set[int]()
-        while self._wants_another(found) and 0 <= rung < len(budgets) and rung not in tried:
+        entry_ms, step, tried = self._entry_ms(), 0, set[int]()
+        while self._wants_another(found) and step not in tried:
             if found and time.monotonic() > self.deadline:
                 self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
                 break
-            tried.add(rung)
-            finalist = self._finalist(budgets[rung]) if budgets[rung] >= self.floor_ms else None
+            tried.add(step)
+            budget_ms = entry_ms / STEP**step
+            if budget_ms > self._unpruned_ms:
+                break
+            finalist = self._finalist(budget_ms)
             if finalist is not None:
                 found.append(finalist)
-            rung += 1 if finalist is not None and finalist.keeps_limits else -1
+            step += 1 if finalist is not None and finalist.keeps_limits else -1
         return found
 
     def _wants_another(self, found: list[Finalist]) -> bool:
         wanted = self.config.finalists + (0 if any(f.keeps_limits for f in found) else SECOND_CHANCES)
         return len(found) < wanted
 
-    def _entry(self, budgets: list[float]) -> int:
-        entry = 0
-        for rung, budget_ms in enumerate(budgets):
-            if budget_ms < self.floor_ms:
-                break
-            problem, budget = self._with_bytes(budget_ms)
-            if smallest(problem)[1] > budget:
-                break
-            outcome = self._evaluate(problem.plan_of(solve(problem, budget)), "F1")
-            if not isinstance(outcome, Measured) or outcome.loss > ENTRY_LOSS:
-                break
-            entry = rung
+    @property
+    def _unpruned_ms(self) -> float:
+        return self.pipeline.reference_ms * min(1.0, self.pipeline.placement.ratio)
+
+    def _entry_ms(self) -> float:
+        """Return the shortest budget whose solver plan loses less than ENTRY_LOSS, or where none does a long one."""
+        low, high, entry = 1.0, MOST_SPEEDUP, self._unpruned_ms / STEP
+        for _ in range(BISECTIONS):
+            middle = math.sqrt(low * high)
+            budget_ms = self._unpruned_ms / middle
+            if self._loses_little(budget_ms):
+                low, entry = middle, budget_ms
+            else:
+                high = middle
         return entry
 
-    def _budgets_ms(self) -> list[float]:
-        wanted = latency_budget_ms(self.limits, self.pipeline.reference_ms)
-        if wanted is not None:
-            return [wanted]
-        best_ms = self.pipeline.reference_ms * min(1.0, self.pipeline.placement.ratio)
-        return [best_ms / speedup for speedup in SPEEDUPS]
+    def _loses_little(self, budget_ms: float) -> bool:
+        if budget_ms < self.floor_ms:
+            return False
+        problem, budget = self._with_bytes(budget_ms)
+        if smallest(problem)[1] > budget:
+            return False
+        outcome = self._evaluate(problem.plan_of(solve(problem, budget)), "F1")
+        return isinstance(outcome, Measured) and outcome.loss < ENTRY_LOSS
 
     def _evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
         """Evaluate once, and keep the Pareto front of each fidelity up to date with what files measured."""

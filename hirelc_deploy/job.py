@@ -20,7 +20,7 @@ from torch import nn
 from hirelc_deploy import comparison
 from hirelc_deploy.agreement import agreement
 from hirelc_deploy.bundle import BundleContents, read_manifest, write_bundle
-from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress import codec, restore, slicing
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig, Limits
 from hirelc_deploy.data import Data, configured_data
@@ -482,15 +482,27 @@ EXPORTED = {
 }
 """Files of a bundle that each export format takes along."""
 
+STORED = "model.stored"
 
-def export_files(run: Path, form: str, out: Path) -> list[Path]:
-    """Copy the shipped model of a finished run into a new folder, or write its TensorRT forms; return the files."""
-    if form not in (*EXPORTED, "tensorrt"):
-        raise InputError(f"--format {form!r} is unknown; use {', '.join(EXPORTED)} or tensorrt.")
+
+def export_files(run: Path, form: str, out: Path, bits: int = 4, scheme: str = "linear") -> list[Path]:
+    """Write the shipped model of a finished run into a new folder, in one of its forms; return the files.
+
+    `bits` and `scheme` are those of the storage codec, for the form `stored`.
+    """
+    forms = (*EXPORTED, "tensorrt", "stored")
+    if form not in forms:
+        raise InputError(f"--format {form!r} is unknown; use {', '.join(forms[:-1])} or {forms[-1]}.")
+    if form == "stored":
+        codec.check(bits, scheme)
     bundle = run / "bundle"
     if not bundle.is_dir():
         raise InputError(f"{run}: holds no bundle; give the folder of a finished search or apply.")
-    if missing := [name for name in EXPORTED.get(form, EXPORTED["torch"]) if not (bundle / name).is_file()]:
+    if missing := [
+        name
+        for name in EXPORTED.get(form, EXPORTED["onnx" if form == "stored" else "torch"])
+        if not (bundle / name).is_file()
+    ]:
         raise InputError(
             f"{bundle}: {missing[0]} is not there; `hirelc-deploy verify {bundle}` says what else is wrong."
         )
@@ -500,6 +512,10 @@ def export_files(run: Path, form: str, out: Path) -> list[Path]:
         return write_folder(run, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if form == "stored":
+            codec.store(bundle / EXPORTED["onnx"][0], out / STORED, bits, scheme)
+            beside = [Path(restore.__file__), *(bundle / name for name in ("run.py", "preprocess.json", "labels.json"))]
+            return [out / STORED, *(Path(shutil.copy2(file, out / file.name)) for file in beside)]
         return [Path(shutil.copy2(bundle / name, out / name)) for name in EXPORTED[form]]
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}).") from None

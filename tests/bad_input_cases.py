@@ -1033,6 +1033,12 @@ RESULTS = [
         prepare=finished_run,
     ),
     Case(
+        "export in a width that no codec has",
+        ["export", "out", "--format", "stored", "--bits", "9", "--out", "deploy"],
+        ("9 bits", "2 to 7"),
+        prepare=finished_run,
+    ),
+    Case(
         "export to a folder that is not empty",
         ["export", "out", "--out", "deploy"],
         ("deploy", "not empty"),

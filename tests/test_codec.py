@@ -1,5 +1,10 @@
 """In: weights and small files. Out: proof that codes come back exactly, and that every byte is counted."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -7,16 +12,21 @@ import torch
 from onnx import numpy_helper
 
 from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import codec
+from hirelc_deploy.compress import codec, quantize, restore
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
-from tests.test_quantize import images, run, write
+from tests.test_quantize import U8S8, images, run, write
 
 
 @pytest.fixture(scope="module")
-def cnn(tmp_path_factory):
+def files(tmp_path_factory):
     torch.manual_seed(0)
-    return write(DemoNet(widths=(16, 32), blocks_per_stage=1), tmp_path_factory.mktemp("cnn"))[1]
+    return write(DemoNet(widths=(16, 32), blocks_per_stage=1), tmp_path_factory.mktemp("cnn"))
+
+
+@pytest.fixture(scope="module")
+def cnn(files):
+    return files[1]
 
 
 @pytest.mark.parametrize("bits", codec.BITS)
@@ -24,7 +34,7 @@ def test_packed_indices_come_back_and_no_bit_is_wasted(bits):
     indices = np.random.default_rng(0).integers(0, 2**bits, 1001).astype(np.uint8)
     packed = codec.pack(indices, bits)
     assert len(packed) == -(-1001 * bits // 8)
-    np.testing.assert_array_equal(codec.unpack(packed, bits, 1001), indices)
+    np.testing.assert_array_equal(restore.unpack(packed, bits, 1001), indices)
 
 
 def test_three_bits_worked_by_hand():
@@ -34,13 +44,13 @@ def test_three_bits_worked_by_hand():
 def test_linear_steps_worked_by_hand():
     coded = codec.encode_linear(np.array([[0.9, -0.3, 0.1, 0.0]], np.float32), 3)
     assert coded.indices.tolist() == [6, 2, 3, 3]  # a step is 0.3, code 3 is zero
-    np.testing.assert_allclose(codec.decode_linear(coded, 3), [[0.9, -0.3, 0.0, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(restore.decode_linear(coded.indices, coded.table, 3), [[0.9, -0.3, 0.0, 0.0]], rtol=1e-6)
 
 
 def test_powers_of_two_worked_by_hand_and_zero_has_its_own_code():
     coded = codec.encode_log(np.array([[1.0, -0.5, 0.3, 0.74, 0.05, 0.0]], np.float32), 3)
     assert coded.indices.tolist() == [1, 4, 5, 3, 0, 0]  # three powers: 1, 1/2, 1/4
-    np.testing.assert_array_equal(codec.decode_log(coded, 3), [[1.0, -0.5, 0.25, 0.5, 0.0, 0.0]])
+    np.testing.assert_array_equal(restore.decode_log(coded.indices, coded.table, 3), [[1.0, -0.5, 0.25, 0.5, 0.0, 0.0]])
 
 
 def test_a_codebook_finds_the_values_that_are_there():
@@ -48,32 +58,59 @@ def test_a_codebook_finds_the_values_that_are_there():
     weights = np.random.default_rng(0).choice(values, (8, 50))
     coded = codec.encode_codebook(weights, 2)
     np.testing.assert_allclose(coded.table[0], values, atol=1e-6)
-    np.testing.assert_allclose(codec.decode_codebook(coded, 2).reshape(weights.shape), weights, atol=1e-6)
+    np.testing.assert_allclose(
+        restore.decode_codebook(coded.indices, coded.table, 2).reshape(weights.shape), weights, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("scheme", codec.SCHEMES)
+@pytest.fixture(scope="module")
+def integer_cnn(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8") / "int8.onnx"
+    ranges = quantize.calibrate(files[0], [images(8)])
+    quantize.quantize(files[1], out, ranges, lambda layer: "int8", target=U8S8, pattern="all")
+    return out
+
+
+@pytest.mark.parametrize("scheme", codec.ENCODERS)
 @pytest.mark.parametrize("bits", [2, 4, 7])
-def test_what_is_restored_is_what_was_coded(cnn, tmp_path, scheme, bits):
-    encode, decode = codec.SCHEMES[scheme]
-    codec.store(cnn, tmp_path / "stored", bits, scheme)
-    before = {i.name: numpy_helper.to_array(i) for i in onnx.load(str(cnn)).graph.initializer}
-    for tensor in codec.restore(tmp_path / "stored").graph.initializer:
+@pytest.mark.parametrize("file", ["cnn", "integer_cnn"])
+def test_what_is_restored_is_what_was_coded(file, tmp_path, scheme, bits, request):
+    model = request.getfixturevalue(file)
+    codec.store(model, tmp_path / "stored", bits, scheme)
+    before = {i.name: numpy_helper.to_array(i) for i in onnx.load(str(model)).graph.initializer}
+    types = set()
+    for tensor in onnx.load(restore.restore(tmp_path / "stored", tmp_path / "restored")).graph.initializer:
         found, wanted = numpy_helper.to_array(tensor), before[tensor.name]
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
-            wanted = decode(encode(wanted, bits), bits).reshape(wanted.shape)
+        assert found.dtype == wanted.dtype
+        if tensor.data_type in codec.CODED_TYPES and len(tensor.dims) > 1:
+            types.add(codec.CODED_TYPES[tensor.data_type])
+            coded = codec.ENCODERS[scheme](wanted.astype(np.float32), bits)
+            values = restore.DECODERS[scheme](coded.indices, coded.table, bits).reshape(wanted.shape)
+            wanted = np.rint(values).astype(np.int8) if found.dtype == np.int8 else values
             assert len(np.unique(found)) <= 2**bits * (1 if scheme == "codebook" else len(found))
         np.testing.assert_array_equal(found, wanted)
+    assert types == {"float32" if file == "cnn" else "int8"}
 
 
-@pytest.mark.parametrize("scheme", codec.SCHEMES)
-def test_more_bits_are_nearer_to_the_float_file_except_for_powers_of_two(cnn, tmp_path, scheme):
-    wanted, errors = run(cnn, images(4)), []
+@pytest.mark.parametrize("file", ["cnn", "integer_cnn"])
+@pytest.mark.parametrize("scheme", codec.ENCODERS)
+def test_more_bits_are_nearer_to_the_file_except_for_powers_of_two(file, tmp_path, scheme, request):
+    model = request.getfixturevalue(file)
+    wanted, errors = run(model, images(4)), []
     for bits in (2, 4, 7):
-        codec.store(cnn, tmp_path / "stored", bits, scheme)
-        (tmp_path / "restored.onnx").write_bytes(codec.restore(tmp_path / "stored").SerializeToString())
-        errors.append(float(np.abs(run(tmp_path / "restored.onnx", images(4)) - wanted).max()))
+        codec.store(model, tmp_path / "stored", bits, scheme)
+        restored = restore.restore(tmp_path / "stored", tmp_path / "restored")
+        errors.append(float(np.abs(run(Path(restored), images(4)) - wanted).max()))
     assert errors[0] > errors[1]
     assert scheme == "log" or errors[1] > errors[2]  # more powers only reach further down
+
+
+def test_a_file_is_restored_where_this_project_is_not_installed(integer_cnn, tmp_path):
+    codec.store(integer_cnn, tmp_path / "stored", 7, "linear")
+    script = shutil.copy(restore.__file__, tmp_path / "restore.py")
+    subprocess.run([sys.executable, "-I", script, tmp_path / "stored", tmp_path / "there"], check=True)
+    codes = run(tmp_path / "there" / "model.onnx", images(4))
+    np.testing.assert_allclose(codes, run(integer_cnn, images(4)), atol=0.1)
 
 
 def test_a_stored_file_holds_its_codes_and_little_else(cnn, tmp_path):
@@ -84,11 +121,12 @@ def test_a_stored_file_holds_its_codes_and_little_else(cnn, tmp_path):
     assert (tmp_path / "stored").stat().st_size > weights / 2
 
 
-@pytest.mark.parametrize("content", [b"", b"HDCODEC1", b"an onnx file, say"])
+@pytest.mark.parametrize("content", [b"", restore.MAGIC, b"an onnx file, say"])
 def test_what_is_no_stored_file_is_refused(tmp_path, content):
     (tmp_path / "stored").write_bytes(content)
-    with pytest.raises(InputError, match="not a whole file of the storage codec"):
-        codec.restore(tmp_path / "stored")
+    with pytest.raises(ValueError, match="not a whole file of the storage codec"):
+        restore.restore(tmp_path / "stored", tmp_path / "restored")
+    assert not (tmp_path / "restored").exists()
 
 
 def test_widths_and_schemes_that_do_not_exist_are_refused(cnn, tmp_path):
