@@ -303,16 +303,17 @@ def test_export_copies_what_runs_elsewhere(applied: Path, capsys: pytest.Capture
 def test_a_stored_export_is_small_and_comes_back_without_this_project(
     applied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = answer(capsys, "export", "half", "--format", "stored", "--bits", "6", "--out", "deploy-small").split()
+    written = answer(capsys, "export", "half", "--format", "stored", "--bits", "7", "--out", "deploy-small").split()
     assert {Path(name).name for name in written} >= {"model.stored", "restore.py", "run.py", "preprocess.json"}
     here = Path("deploy-small")
     subprocess.run([sys.executable, "-I", "restore.py", "model.stored", "."], cwd=here, check=True)
-    with np.load(applied / "bundle/samples.npz") as samples:
-        inputs, expected = samples["inputs"], samples["logits"]
-    session = onnxruntime.InferenceSession(str(here / "model.onnx"))
-    name = session.get_inputs()[0].name
-    found = np.concatenate([session.run(None, {name: inputs[i : i + 1]})[0] for i in range(len(inputs))])
-    assert np.abs(found - expected).max() < 0.25 * np.abs(expected).max()
+    samples = applied / "bundle/samples.npz"
+    answers = subprocess.run([sys.executable, "run.py", samples], cwd=here, check=True, capture_output=True, text=True)
+    with np.load(samples) as data:
+        expected = data["logits"].argmax(1)
+    classes = json.loads((here / "labels.json").read_text())
+    found = [classes.index(line) for line in answers.stdout.splitlines()[: len(expected)]]
+    assert np.mean(np.equal(found, expected)) > 0.8
 
 
 def test_export_to_tensorrt_writes_forms_with_answers_and_the_program_that_builds_them(
