@@ -353,7 +353,7 @@ class Pipeline:
         """Return the pattern of operators around the integer layers that a plan asks for."""
         if plan.default_precision == "int8":
             return BLANKET
-        if plan.default_precision == "auto" or "int8" in plan.precision.values():
+        if plan.default_precision == "auto" or {"int8", "int4"} & {*plan.precision.values()}:
             return self.placement.pattern
         return FLOAT
 

@@ -14,6 +14,7 @@ from hirelc_deploy.errors import InputError
 
 SCHEMA_VERSION = 1
 PRECISIONS = ("int8", "float", "auto")
+LAYER_PRECISIONS = ("int8", "int4", "float")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class CompressionPlan:
 
     Attributes:
         keep: Unit name to the number of elements (channels, heads, MLP units) it keeps; a unit not named stays whole.
-        precision: Layer name to `int8` or `float`; a layer not named takes `default_precision`.
+        precision: Layer name to `int8`, `float` or, for Linear layers, `int4` (weights in four bits, float
+            activations); a layer not named takes `default_precision`.
         default_precision: `int8`, `float`, or `auto` (placed by measurement on the target).
     """
 
@@ -34,8 +36,8 @@ class CompressionPlan:
         object.__setattr__(self, "keep", MappingProxyType(dict(sorted(self.keep.items()))))
         object.__setattr__(self, "precision", MappingProxyType(dict(sorted(self.precision.items()))))
         for layer, precision in self.precision.items():
-            if precision not in ("int8", "float"):
-                raise InputError(f"plan: layer {layer!r} asks for precision {precision!r}; use int8 or float.")
+            if precision not in LAYER_PRECISIONS:
+                raise InputError(f"plan: layer {layer!r} asks for precision {precision!r}; use int8, int4 or float.")
         if self.default_precision not in PRECISIONS:
             raise InputError(f"plan: precision {self.default_precision!r} is unknown; use int8, float or auto.")
         for unit, width in self.keep.items():
@@ -103,7 +105,10 @@ class CompressionPlan:
 
 
 def parse_uniform(text: str) -> tuple[float, str]:
-    """Return (keep ratio, precision) of `uniform:keep=0.5,precision=int8`; both parts have a default (1.0, int8)."""
+    """Return (keep ratio, precision) of `uniform:keep=0.5,precision=int8`; both parts have a default (1.0, int8).
+
+    With `int4` the Linear layers have weights in four bits; the precision of others is placed by measurement.
+    """
     keep, precision = 1.0, "int8"
     for part in filter(None, text.removeprefix("uniform:").split(",")):
         name, _, value = part.partition("=")
@@ -115,8 +120,8 @@ def parse_uniform(text: str) -> tuple[float, str]:
             if not 0 < keep <= 1:
                 raise InputError(f"plan {text!r}: keep={value!r} is not a ratio in (0, 1].")
         elif name == "precision":
-            if value not in PRECISIONS:
-                raise InputError(f"plan {text!r}: precision {value!r} is unknown; use int8, float or auto.")
+            if value not in {*PRECISIONS, *LAYER_PRECISIONS}:
+                raise InputError(f"plan {text!r}: precision {value!r} is unknown; use int8, int4, float or auto.")
             precision = value
         else:
             raise InputError(f"plan {text!r}: unknown part {part!r}; use uniform:keep=0.5,precision=int8.")

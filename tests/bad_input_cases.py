@@ -790,13 +790,13 @@ PLANS = [
     Case(
         "unknown precision in a plan",
         apply(plan="plan.json"),
-        ("'int3'", "int8 or float"),
+        ("'int3'", "int8, int4 or float"),
         prepare=plan({"precision": {"0": "int3"}}),
     ),
     Case("negative keep", apply(plan="uniform:keep=-0.5"), ("'-0.5'", "(0, 1]")),
     Case("keep above one", apply(plan="uniform:keep=1.5"), ("'1.5'", "(0, 1]")),
     Case("keep is no number", apply(plan="uniform:keep=abc"), ("'abc'", "(0, 1]")),
-    Case("unknown precision", apply(plan="uniform:precision=int4"), ("'int4'", "int8, float or auto")),
+    Case("unknown precision", apply(plan="uniform:precision=int3"), ("'int3'", "int8, int4, float or auto")),
     Case("unknown part of a uniform plan", apply(plan="uniform:width=8"), ("'width=8'", "keep=0.5")),
     Case("pattern that matches nothing", apply(exclude="blocks.*"), ("'blocks.*'", "matches no")),
 ]

@@ -31,6 +31,7 @@ BACKENDS_SEE = {"errors", "measure", "hirelc_backends"}
 RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "nncf", "openvino"}
 ADAPTERS = {
     "hirelc_backends",
+    "compress/four_bits.py",
     "compress/quantize.py",
     "compress/export.py",
     "compress/nncf_engine.py",

@@ -19,7 +19,7 @@ from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.data import load_data
 from hirelc_deploy.demo.model import DemoNet
-from hirelc_deploy.errors import ConstraintError
+from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.measure.accuracy import PairedDrop
 from hirelc_deploy.measure.table import LatencyTable
@@ -345,3 +345,14 @@ def test_the_guard_turns_layers_back_until_the_drop_holds(pipeline: Pipeline, mo
     names = [contender.name for contender in delivery.unpruned(pipeline, 3.0)]
     assert names[-1] == "int8 guarded"
     assert "int8 guarded" not in [contender.name for contender in delivery.unpruned(pipeline, 100.0)]
+
+
+def test_a_plan_may_ask_for_linear_layers_in_four_bits(pipeline: Pipeline):
+    plan = slicing.uniform_plan(pipeline.graph, 0.5, "int4")
+    assert plan.precision == {"fc": "int4"}
+    outcome = pipeline.outcome(plan, "F2")
+    assert isinstance(outcome, Measured)
+    operators = {node.op_type for node in onnx.load(str(pipeline.file_of(plan, "F2"))).graph.node}
+    assert "MatMulNBits" in operators
+    with pytest.raises(InputError, match="no Linear layer"):
+        slicing.check_plan(pipeline.graph, CompressionPlan(precision={"stages.1.0.conv2": "int4"}))

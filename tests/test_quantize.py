@@ -7,11 +7,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
 from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
 from hirelc_deploy.compress import export, quantize
+from hirelc_deploy.compress.four_bits import use_four_bits
 from hirelc_deploy.compress.quantize import PATTERNS, Histogram, Ranges, calibrate
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ExportError, InputError
@@ -313,6 +315,45 @@ def test_unknown_words_and_foreign_ranges_are_refused(cnn, vit, tmp_path):
         quantize.quantize(cnn[1], out, ranges, lambda _: "int8", target=floats, pattern="all")
     with pytest.raises(ExportError, match="calibrate on this very model"):
         quantize.quantize(vit[1], out, ranges, lambda _: "int8", target=U8S8, pattern="all")
+
+
+@pytest.mark.parametrize("others", ["int8", "float"])
+def test_linear_layers_in_four_bits_run_near_the_float_file_and_are_an_eighth_of_it(vit, tmp_path, others):
+    ranges = quantize.calibrate(vit[0], [images(8)])
+    linear = {layer for layer in export.layer_of_node(onnx.load(str(vit[1]))).values() if "patch" not in layer}
+    out = tmp_path / "four.onnx"
+    quantize.quantize(
+        vit[1], out, ranges, lambda layer: "int4" if layer in linear else others, target=U8S8, pattern="all"
+    )
+    proto = onnx.load(str(out))
+    found = {layer for node, layer in export.layer_of_node(proto).items() if node.endswith("_Q4")}
+    assert found == linear
+    weights = sum(i.ByteSize() for i in onnx.load(str(vit[1])).graph.initializer if len(i.dims) == 2)
+    packed = sum(i.ByteSize() for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8 and i.dims[1:])
+    assert packed < weights / 7
+    assert np.corrcoef(run(out, images(32)).ravel(), run(vit[1], images(32)).ravel())[0, 1] > 0.9
+
+
+def test_a_weight_in_four_bits_is_within_a_step_of_what_it_was():
+    weights = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
+    gemm = onnx.helper.make_node("Gemm", ["x", "w", "b"], ["y"], "layer/Gemm", transB=1)
+    values = [("x", ["batch", 64]), ("y", ["batch", 16])]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in values]
+    bias = np.arange(16, dtype=np.float32)
+    constants = [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(bias, "b")]
+    graph = onnx.helper.make_graph([gemm], "g", ends[:1], ends[1:], constants)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+    session = export.open_session(use_four_bits(proto, {"layer"}))
+    found = (session.run(None, {"x": np.eye(64, dtype=np.float32)})[0] - bias).T
+    steps = np.abs(weights.reshape(16, 2, 32)).max(axis=2, keepdims=True) / 8
+    assert (np.abs(found.reshape(16, 2, 32) - weights.reshape(16, 2, 32)) <= 1.01 * steps).all()
+    assert len(np.unique(found.reshape(16, 2, 32)[0, 0])) <= 16
+
+
+def test_a_convolution_cannot_have_four_bits(cnn, tmp_path):
+    ranges = quantize.calibrate(cnn[0], [images(8)])
+    with pytest.raises(InputError, match="'int4' is for Linear layers"):
+        quantize.quantize(cnn[1], tmp_path / "o.onnx", ranges, lambda _: "int4", target=U8S8, pattern="all")
 
 
 # Size

@@ -134,7 +134,7 @@ def layer_of_node(proto: ModelProto) -> dict[str, str]:
     return {
         node.name: node.name.partition("/")[0]
         for node in proto.graph.node
-        if node.op_type in WEIGHT_OPERATORS and node.input[1] in constants
+        if node.op_type in (*WEIGHT_OPERATORS, "MatMulNBits") and node.input[1] in constants
     }
 
 

@@ -22,8 +22,10 @@ from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from hirelc_deploy.compress import rewrite
 from hirelc_deploy.compress.export import WEIGHT_OPERATORS, layer_of_node, open_session
+from hirelc_deploy.compress.four_bits import use_four_bits
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import Precision
+from hirelc_deploy.plan import LAYER_PRECISIONS
 
 SCHEMA_VERSION = 1
 METHODS = ("minmax", "percentile", "mse")
@@ -303,7 +305,7 @@ def quantize(
     Args:
         float_model: A file of `export_onnx` or `set_static_batch`; ONNX Runtime is fastest on the static one.
         ranges: Of `calibrate` on the dynamic file; shape operators that only the static file has borrow theirs.
-        precision_of: Layer name to `int8` or `float`.
+        precision_of: Layer name to `int8`, `int4` (see `use_four_bits`) or `float`.
         pattern: A key of PATTERNS.
 
     Raises:
@@ -326,8 +328,9 @@ def quantize(
         proto = onnx.shape_inference.infer_shapes(proto)
     _give_each_layer_its_own_constants(proto)
     integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
+    four = {layer for layer in layer_of_node(proto).values() if precision_of(layer) == "int4"}
     if not integer:
-        out.write_bytes(float_model.read_bytes())
+        out.write_bytes(use_four_bits(proto, four).SerializeToString() if four else float_model.read_bytes())
         return
     add_infer_metadata(proto)  # else the quantizer writes the model to disk to infer shapes again
     quantizer = _Quantizer(
@@ -359,7 +362,7 @@ def quantize(
     if padded:
         _round_before_padding(result, padded[0].output[0])
     quantizer.model.topological_sort()
-    out.write_bytes(result.SerializeToString())
+    out.write_bytes((use_four_bits(result, four) if four else result).SerializeToString())
 
 
 def _give_each_layer_its_own_constants(proto: ModelProto) -> None:
@@ -448,8 +451,8 @@ def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], patter
     for node in proto.graph.node:
         if node.name in layers:
             precision = precision_of(layers[node.name])
-            if precision not in ("int8", "float"):
-                raise InputError(f"{layers[node.name]}: precision {precision!r}; use int8 or float.")
+            if precision not in LAYER_PRECISIONS:
+                raise InputError(f"{layers[node.name]}: precision {precision!r}; use int8, int4 or float.")
             is_integer = precision == "int8" and (pattern.depthwise or not _is_depthwise(node, shapes))
         elif pattern.operators is None:
             is_integer = node.op_type in supported and any(tensor in fed for tensor in node.input)

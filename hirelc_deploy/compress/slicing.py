@@ -30,7 +30,7 @@ Kept = Mapping[str, NDArray[np.int64]]
 def check_plan(graph: ModelGraph, plan: CompressionPlan) -> None:
     """Raise InputError when the plan names a unit or layer the model lacks, or a width the unit cannot take."""
     units = {unit.name: unit for unit in graph.units}
-    layers = {layer.name for layer in graph.layers}
+    layers = {layer.name: layer for layer in graph.layers}
     for name, width in plan.keep.items():
         if name not in units:
             raise InputError(f"plan: unit {name!r} does not exist.{_near(name, units)}")
@@ -42,6 +42,8 @@ def check_plan(graph: ModelGraph, plan: CompressionPlan) -> None:
     for name in plan.precision:
         if name not in layers:
             raise InputError(f"plan: layer {name!r} does not exist.{_near(name, layers)}")
+        if plan.precision[name] == "int4" and layers[name].shape.kind != "linear":
+            raise InputError(f"plan: layer {name!r} is no Linear layer and cannot have int4; use int8 or float.")
 
 
 def uniform_plan(graph: ModelGraph, keep_ratio: float, precision: str) -> CompressionPlan:
@@ -50,6 +52,8 @@ def uniform_plan(graph: ModelGraph, keep_ratio: float, precision: str) -> Compre
         unit.name: min(unit.widths, key=lambda width: (abs(width - keep_ratio * unit.size), -width))
         for unit in graph.units
     }
+    if precision == "int4":
+        return CompressionPlan(keep, {x.name: "int4" for x in graph.layers if x.shape.kind == "linear"}, "auto")
     return CompressionPlan(keep, {}, precision)
 
 
