@@ -75,6 +75,29 @@ class HandTransformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class Assembled(nn.Module):
+    """A concat, a residual, a grouped convolution and an attention layer written by hand, in one network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.left = nn.Conv2d(16, 16, 1)
+        self.right = nn.Conv2d(16, 32, 3, padding=1, groups=4)
+        self.norm = nn.BatchNorm2d(48)
+        self.joined = nn.Conv2d(48, 16, 1)
+        self.patches = nn.Conv2d(16, 24, 4, 4)
+        self.attention = HandAttention(24, heads=4, head_dim=8)
+        self.hidden = nn.Linear(24, 32)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + self.joined(F.relu(self.norm(torch.cat([self.left(x), self.right(x)], 1))))
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(x)
+        return self.head(F.gelu(self.hidden(x.mean(1))))
+
+
 class FlatBlock(nn.Module):
     """A transformer block whose attention and MLP layers are children of one module, with a fused projection."""
 

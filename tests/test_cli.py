@@ -389,6 +389,18 @@ def test_the_recovery_of_a_bundle_goes_on(applied: Path, capsys: pytest.CaptureF
     assert "a bundle?" in capsys.readouterr().err
 
 
+def test_a_network_written_by_hand_walks_the_whole_path(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", f"{Path(__file__).with_name('hand_written_nets.py')}:Assembled"]
+    plan = ["--plan", "uniform:keep=0.5,precision=int8", "--out", "assembled"]
+    result = answer(capsys, "apply", *model, *JOB, *plan)
+    layers = {layer["name"]: layer for layer in json.loads(Path("assembled/result.json").read_text())["layers"]}
+    cut = ("stem", "left", "right", "attention.q", "attention.k", "attention.v", "hidden")
+    assert [layers[name]["out_kept"] for name in cut] == [8, 8, 16, 16, 16, 16, 16]
+    verified = answer(capsys, "verify", "assembled/bundle", "--data", "npz:data.npz", "--json")
+    assert (verified["ok"], verified["accuracy"]) == (True, result["accuracy"]["test"])
+    assert verified["integer_ops"] >= 8
+
+
 def test_a_search_finds_journals_and_resumes(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trials = (searched / "trials.jsonl").read_bytes()
     fidelities = {json.loads(line)["fidelity"] for line in trials.splitlines()}
