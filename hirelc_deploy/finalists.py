@@ -39,7 +39,7 @@ MOST_SPEEDUP, BISECTIONS = 6.0, 5
 STEP = 1.1
 """Ratio of the speed-ups of one finalist and the next."""
 
-ENTRY_LOSS = 0.045
+ENTRY_LOSS = 0.07
 """Nats. The first finalist is the fastest solver plan that loses less than this before any training."""
 
 CORRECTIONS = 2

@@ -14,7 +14,8 @@ def demo_config(seed: int = 0) -> JobConfig:
         model=ModelConfig("hirelc_deploy.demo.model:demo_net", weights=str(weights)),
         data=DataConfig("demo"),
         seed=seed,
-        recovery_epochs=0.75,
+        recovery_epochs=2.5,
+        learning_rate=0.02,
         limits=Limits(max_drop=1.0, max_bytes=2 * weights.stat().st_size // 6),
         search=SearchConfig(f1_evaluations=8, finalists=1, options=4),
     )
