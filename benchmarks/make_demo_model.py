@@ -6,8 +6,9 @@
         --selection-images 500 --out demo-base
     python benchmarks/make_demo_model.py demo-base/bundle --out hirelc_deploy/demo/weights.safetensors
 
-The plan keeps five of every eight channels: the full ResNet-18 has 11 M parameters, too many to ship. Every choice of `apply` used training images only. Weights
-are stored in half precision, under the names of the plain network in `hirelc_deploy/demo/model.py`.
+The plan keeps five of every eight channels: the full ResNet-18 has 11 M parameters, too many to ship. Every choice of
+`apply` used training images only. Weights are stored in half precision, under the names of the plain network in
+`hirelc_deploy/demo/model.py`.
 """
 
 from __future__ import annotations
