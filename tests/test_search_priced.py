@@ -32,7 +32,22 @@ def test_the_answer_of_the_priced_problem_keeps_both_limits(seed: int) -> None:
 def test_a_limit_that_is_kept_anyway_changes_nothing() -> None:
     toy = Toy(0)
     budget_ms = 0.6 * toy.problem.uncut_ms
-    assert within_bytes(toy.problem, budget_ms, 1e9, lambda choices: bytes_of(toy, choices)) == (toy.problem, budget_ms)
+    problem, budget = within_bytes(toy.problem, budget_ms, 1e9, lambda choices: bytes_of(toy, choices))
+    assert budget == budget_ms
+    np.testing.assert_array_equal(solve(problem, budget), solve(toy.problem, budget_ms))
+
+
+@pytest.mark.parametrize("share", [0.7, 0.85, 1.0, 1.2])
+def test_nothing_within_the_budget_is_too_large(share: float) -> None:
+    toy = Toy(1)
+    budget_ms = 0.6 * toy.problem.uncut_ms
+    most = share * float(bytes_of(toy, solve(toy.problem, budget_ms)[None])[0])
+    problem, budget = within_bytes(toy.problem, budget_ms, most, lambda choices: bytes_of(toy, choices))
+    options = [len(decision.options) for decision in toy.problem.decisions]
+    choices = np.random.default_rng(0).integers(0, options, (5000, len(options)))
+    fits = problem.predict_batch(choices) <= budget
+    assert 0 < fits.sum() < len(choices)
+    assert (bytes_of(toy, choices[fits]) <= most).all()
 
 
 def test_a_price_counts_the_bytes_of_every_choice() -> None:

@@ -26,15 +26,16 @@ HALVINGS = 12
 def within_bytes(problem: Problem, budget_ms: float, max_bytes: float, bytes_of: Bytes) -> tuple[Problem, float]:
     """Return the problem with bytes priced in milliseconds, and its budget, so that both limits are kept.
 
-    The price is 0 where the solver's answer to the time budget alone is small enough. Where even a high price leaves
-    the answer too large, the budget that is returned cannot be met, and `solve` will say so.
+    A plan that is too large counts as one that takes too long, however fast it is. The price is 0 where the solver's
+    answer to the time budget alone is small enough. Where even a high price leaves the answer too large, the budget
+    that is returned cannot be met, and `solve` will say so.
     """
 
     def size(choices: Choices) -> float:
         return float(bytes_of(choices[None])[0])
 
     if size(solve(problem, budget_ms)) <= max_bytes:
-        return problem, budget_ms
+        return _with_limit(problem, budget_ms, max_bytes, bytes_of), budget_ms
     # At the highest price the bytes of the uncut model cost a hundred times its milliseconds.
     low, high = 0.0, 100 * problem.uncut_ms / max(d.size_bytes.max() - d.size_bytes.min() for d in problem.decisions)
     for _ in range(HALVINGS):
@@ -44,7 +45,18 @@ def within_bytes(problem: Problem, budget_ms: float, max_bytes: float, bytes_of:
             low = price
         else:
             high = price
-    return with_price(problem, high, bytes_of), budget_ms + high * max_bytes
+    budget = budget_ms + high * max_bytes
+    return _with_limit(with_price(problem, high, bytes_of), budget, max_bytes, bytes_of), budget
+
+
+def _with_limit(problem: Problem, budget: float, max_bytes: float, bytes_of: Bytes) -> Problem:
+    """Return the problem in which what exceeds `max_bytes` exceeds `budget` by the same share."""
+    return replace(
+        problem,
+        predict_batch=lambda choices: np.maximum(
+            problem.predict_batch(choices), budget * bytes_of(choices) / max_bytes
+        ),
+    )
 
 
 def with_price(problem: Problem, price: float, bytes_of: Bytes) -> Problem:
