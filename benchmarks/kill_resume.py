@@ -2,23 +2,50 @@
 
     python benchmarks/kill_resume.py --kills 20 --out DIR -- search --model ... --data ... (all options but --out)
 
-Runs the command undisturbed, then again in another folder with SIGKILL after a random time, the same command each time,
-until it has been killed often enough; then lets it finish. Both runs read the same layer table (kept per machine), so
-that what differs is the killing only. Prints one JSON object.
+Runs the command undisturbed, then again in another folder with SIGKILL after a random time, the same command each
+time, until it has been killed often enough; then lets it finish. Two runs of one search may choose differently
+because a clock never says the same twice; here what differs shall be the killing only. Both therefore read the same
+layer table (kept per machine), and what the first run measured of a file is what the second gets for a file of the
+same bytes. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
-COMMAND = [sys.executable, "-m", "hirelc_deploy"]
+from hirelc_deploy.runs import write_atomic
+
+REPLAYED = "--replayed"
+
+
+def replayed(store: Path, arguments: Sequence[str]) -> NoReturn:
+    """Run a command in which every comparison of files is timed once, and from then on read from `store`."""
+    from hirelc_deploy import cli, pipeline
+    from hirelc_deploy.measure.protocol import Timing, compare
+
+    def compare_once(files: Sequence[Path], *args: Any, **options: Any) -> list[Timing]:
+        contents = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+        known = store / hashlib.sha256(contents.encode()).hexdigest()
+        if not known.exists():
+            write_atomic(known, pickle.dumps(compare(files, *args, **options)))
+        timings: list[Timing] = pickle.loads(known.read_bytes())
+        return [replace(timing, file=file) for timing, file in zip(timings, files, strict=True)]
+
+    store.mkdir(parents=True, exist_ok=True)
+    pipeline.compare = compare_once
+    sys.exit(cli.run(list(arguments)))
 
 
 def finished_trials(run: Path) -> list[str]:
@@ -43,18 +70,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
+    command = [sys.executable, __file__, REPLAYED, str(options.out / "times"), *options.command]
     rng = random.Random(options.seed)
     undisturbed, disturbed = options.out / "undisturbed", options.out / "disturbed"
     start = time.monotonic()
-    subprocess.run([*COMMAND, *options.command, "--out", str(undisturbed)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--out", str(undisturbed)], check=True, stdout=subprocess.DEVNULL)
     whole_seconds = time.monotonic() - start
 
     lost, moments, seen = 0, [], list[str]()
     while len(moments) < options.kills:
         process = subprocess.Popen(
-            [*COMMAND, *options.command, "--out", str(disturbed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, "--out", str(disturbed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        delay = rng.uniform(1.0, max(8.0, whole_seconds / 6))
+        delay = rng.uniform(1.0, min(14.0, max(8.0, whole_seconds / 6)))
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
@@ -66,7 +94,7 @@ def main() -> int:
         seen = now
         if process.returncode == 0:
             break
-    subprocess.run([*COMMAND, *options.command, "--out", str(disturbed)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--out", str(disturbed)], check=True, stdout=subprocess.DEVNULL)
     now = finished_trials(disturbed)
     lost += sum(before not in now for before in seen)
     same = final_plan(undisturbed) == final_plan(disturbed)
@@ -84,4 +112,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [REPLAYED]:
+        replayed(Path(sys.argv[2]), sys.argv[3:])
     sys.exit(main())
