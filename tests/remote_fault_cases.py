@@ -740,7 +740,8 @@ def host_killed(bench: Bench) -> str:
 @case("Ctrl-C during a measurement")
 def interrupted(bench: Bench) -> str:
     code = textwrap.dedent("""
-        import sys, time
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         from hirelc_deploy.measure.remote import Board
         board = Board("board", ssh=("ssh", "-F", sys.argv[1]), python=sys.executable)
         with board.measuring():
