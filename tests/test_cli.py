@@ -421,7 +421,8 @@ def test_where_no_width_buys_time_the_best_file_there_is_gets_shipped(
     result = answer(capsys, "search", *options, "--out", "hopeless")
     check_result(result, place / "hopeless", 842)
     assert result["latency"]["ratio"] <= 1
-    assert result["latency"]["ratio"] == pytest.approx(result["best_unpruned"]["ratio"])
+    # A file that is not told apart from the float one is no better than it.
+    assert result["latency"]["ratio"] == pytest.approx(result["best_unpruned"]["ratio"], rel=0.02)
 
 
 def test_a_search_that_lost_its_end_ships_the_same_without_new_trials(
