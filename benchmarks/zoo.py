@@ -41,7 +41,7 @@ import torch
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import export, quantize, slicing
+from hirelc_deploy.compress import calibration, export, quantize, slicing
 from hirelc_deploy.compress.recovery import reestimate_norms
 from hirelc_deploy.errors import ExportError, HirelcError
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -209,7 +209,7 @@ def files(small: nn.Module, images: Tensor, seconds: dict[str, float]) -> dict[s
         found: dict[str, Any] = {"onnx_difference": file_difference(batched, small, images)}
         try:
             export.set_static_batch(batched, static)
-            ranges = quantize.calibrate(batched, [images.numpy()], "minmax")
+            ranges = calibration.calibrate(batched, [images.numpy()], "minmax")
             target = next(p for p in OnnxRuntimeCpu().precisions() if p.name == "int8")
             quantize.quantize(static, integer, ranges, lambda _: "int8", target=target, pattern="all")
             answers = run_file(integer, images[:1])

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import guard, placement, quantize, recovery, slicing
+from hirelc_deploy.compress import calibration, guard, placement, quantize, recovery, slicing
 from hirelc_deploy.compress.guard import Reverted
 from hirelc_deploy.compress.placement import Placement
 from hirelc_deploy.compress.quantize import BLANKET
@@ -85,7 +85,7 @@ class Exported:
     """A float file of batch one, and what calibration saw in it."""
 
     static: Path
-    ranges: quantize.Ranges
+    ranges: calibration.Ranges
 
 
 class Pipeline:
@@ -400,7 +400,7 @@ class Pipeline:
         batched, static = folder / "batched.onnx", folder / "static.onnx"
         self.exporter.write(model, batched, static)
         images = (batch.numpy() for batch in self.calibration_batches)
-        return Exported(static, quantize.calibrate(batched, images, threads=torch.get_num_threads()))
+        return Exported(static, calibration.calibrate(batched, images, threads=torch.get_num_threads()))
 
     def _quantize(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
         if pattern == FLOAT:

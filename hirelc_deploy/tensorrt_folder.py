@@ -14,8 +14,8 @@ import numpy as np
 from hirelc_deploy.bundle import LABELS, MANIFEST, PREPROCESS
 from hirelc_deploy.bundle import load as load_bundle
 from hirelc_deploy.compress import export_tensorrt
+from hirelc_deploy.compress.calibration import calibrate
 from hirelc_deploy.compress.export import export_onnx, set_static_batch
-from hirelc_deploy.compress.quantize import calibrate
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.data import configured_data
 from hirelc_deploy.errors import InputError

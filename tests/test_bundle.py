@@ -20,8 +20,9 @@ from PIL import Image
 from torch import nn
 
 from hirelc_deploy.bundle import FILES, MANIFEST, BundleContents, load, stored_images, verify, write_bundle
+from hirelc_deploy.compress.calibration import calibrate
 from hirelc_deploy.compress.export import export_onnx
-from hirelc_deploy.compress.quantize import calibrate, quantize
+from hirelc_deploy.compress.quantize import quantize
 from hirelc_deploy.compress.slicing import keep_indices, slice_model, uniform_plan
 from hirelc_deploy.data import Data, load_data
 from hirelc_deploy.demo.model import DemoNet

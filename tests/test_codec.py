@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import codec, quantize, restore
+from hirelc_deploy.compress import calibration, codec, quantize, restore
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
 from tests.test_quantize import U8S8, images, run, write
@@ -66,7 +66,7 @@ def test_a_codebook_finds_the_values_that_are_there():
 @pytest.fixture(scope="module")
 def integer_cnn(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("int8") / "int8.onnx"
-    ranges = quantize.calibrate(files[0], [images(8)])
+    ranges = calibration.calibrate(files[0], [images(8)])
     quantize.quantize(files[1], out, ranges, lambda layer: "int8", target=U8S8, pattern="all")
     return out
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import export, quantize, rewrite
+from hirelc_deploy.compress import calibration, export, quantize, rewrite
 from hirelc_deploy.measure.backend import Precision
 from tests.test_quantize import images, kernels, run, write
 
@@ -40,7 +40,7 @@ def files(request, tmp_path_factory):
 
 
 def built(files, out, pattern="weights"):
-    ranges = quantize.calibrate(files[0], [images(16)], "minmax")
+    ranges = calibration.calibrate(files[0], [images(16)], "minmax")
     quantize.quantize(files[1], out, ranges, lambda _: "int8", target=U8S8, pattern=pattern)
     return out
 

@@ -31,8 +31,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from hirelc_deploy.compress.calibration import Ranges
 from hirelc_deploy.compress.export import layer_of_node
-from hirelc_deploy.compress.quantize import Ranges
 from hirelc_deploy.errors import ExportError, InputError
 
 HALF_LARGEST = float(np.finfo(np.float16).max)
@@ -106,7 +106,7 @@ def write_tensorrt(
 
     Args:
         float_model: A file of `set_static_batch`.
-        ranges: Of `quantize.calibrate` on the dynamic file; only their larger end counts, as the grid is symmetric.
+        ranges: Of `calibration.calibrate` on the dynamic file; only their larger end counts, as the grid is symmetric.
         precision_of: Layer name to `int8`, `fp8` or `float`.
         pattern: A key of PATTERNS.
 

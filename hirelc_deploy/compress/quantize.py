@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -21,25 +19,13 @@ from onnxruntime.quantization.quant_utils import add_infer_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from hirelc_deploy.compress import rewrite
-from hirelc_deploy.compress.export import WEIGHT_OPERATORS, layer_of_node, open_session
+from hirelc_deploy.compress.bias_correction import correct_biases
+from hirelc_deploy.compress.calibration import Ranges
+from hirelc_deploy.compress.export import WEIGHT_OPERATORS, layer_of_node
 from hirelc_deploy.compress.four_bits import use_four_bits
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import Precision
 from hirelc_deploy.plan import LAYER_PRECISIONS
-
-SCHEMA_VERSION = 1
-METHODS = ("minmax", "percentile", "mse")
-PERCENTILE = 99.99
-"""Share of values inside the range, in percent, for the method `percentile`."""
-
-BINS_PER_SIDE = 2048
-"""Histogram bins on either side of zero: 16 or more inside each of the 128 integer steps of that side."""
-
-SAMPLES_PER_BATCH = 65_536
-"""Values of one tensor that enter its histogram per batch; the range of `minmax` is that of all values."""
-
-FEW_IMAGES = 32
-"""Below this many calibration images the ranges are reported as doubtful."""
 
 
 @dataclass(frozen=True)
@@ -95,188 +81,6 @@ PATTERNS: Mapping[str, Pattern] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Ranges:
-    """What calibration saw: the least and the largest value of each float tensor of a float file.
-
-    Attributes:
-        low, high: Tensor name to the end of its range, after clipping by `method`.
-        images: Number of images seen.
-        warning: A sentence for the user, or ``.
-    """
-
-    low: Mapping[str, float]
-    high: Mapping[str, float]
-    method: str
-    images: int
-    warning: str = ""
-
-    def write(self, path: Path) -> None:
-        """Write the ranges as JSON."""
-        path.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}), "utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> Ranges:
-        """Read a file written by `write`; raises InputError for a missing, broken or newer file."""
-        try:
-            value = json.loads(path.read_text("utf-8"))
-            if value["schema_version"] != SCHEMA_VERSION:
-                raise InputError(
-                    f"{path}: schema version {value['schema_version']}, this program reads {SCHEMA_VERSION}."
-                )
-            return cls(value["low"], value["high"], value["method"], value["images"], value["warning"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a file of calibration ranges ({error}); calibrate again.") from None
-
-
-class Histogram:
-    """Counts of values in equal bins around zero; the bins grow by doubling, so a stream needs no second pass."""
-
-    def __init__(self) -> None:
-        self.bin_width = 0.0
-        self.counts = np.zeros(2 * BINS_PER_SIDE, dtype=np.int64)
-
-    def add(self, values: NDArray[np.float32]) -> None:
-        """Count (n,) finite values."""
-        largest = float(np.abs(values).max(initial=0.0))
-        if largest == 0.0 and self.bin_width == 0.0:
-            return
-        if self.bin_width == 0.0:
-            self.bin_width = largest / (BINS_PER_SIDE - 1)
-        while largest >= self.bin_width * BINS_PER_SIDE:
-            self.bin_width *= 2
-            half = BINS_PER_SIDE // 2
-            self.counts = np.pad(self.counts.reshape(-1, 2).sum(1), half)
-        bins = np.floor(values * (1.0 / self.bin_width)).astype(np.int32) + BINS_PER_SIDE
-        self.counts += np.bincount(bins, minlength=2 * BINS_PER_SIDE)
-
-    def percentile_range(self, percent: float) -> tuple[float, float]:
-        """Return the range that leaves out at most 100 - `percent` percent of the values, half of it on each side."""
-        total = int(self.counts.sum())
-        if total == 0:
-            return 0.0, 0.0
-        below = np.cumsum(self.counts)
-        tail = (1 - percent / 100) / 2 * total
-        first = int(np.searchsorted(below, tail, "right"))
-        last = int(np.searchsorted(below, total - tail, "left"))
-        return (first - BINS_PER_SIDE) * self.bin_width, (last + 1 - BINS_PER_SIDE) * self.bin_width
-
-    def least_error_range(self, low: float, high: float) -> tuple[float, float]:
-        """Return the range inside (low, high) with the least squared error of 256 integer steps.
-
-        Error of a range = what clipping costs, from the histogram, + step**2 / 12 for every value that is not clipped.
-        Both ends shrink by the same factor, down to 30 %.
-        """
-        centres = (np.arange(2 * BINS_PER_SIDE) - BINS_PER_SIDE + 0.5) * self.bin_width
-        best, best_error = (low, high), np.inf
-        for factor in np.linspace(1.0, 0.3, 71):
-            ends = low * factor, high * factor
-            beyond = centres - np.clip(centres, *ends)
-            inside = self.counts[beyond == 0].sum()
-            step = (max(ends[1], 0.0) - min(ends[0], 0.0)) / 255
-            error = float((self.counts * beyond**2).sum() + inside * step**2 / 12)
-            if error < best_error:
-                best, best_error = (float(ends[0]), float(ends[1])), error
-        return best
-
-
-DEFAULT_METHOD = "percentile"
-"""Divergence from the float file, in 1e-4 nats, of minmax / percentile / mse with 256 images: 7.3 / 5.8 / 3.4 on a
-CIFAR-10 ResNet-18, 17.5 / 13.4 / 18.8 on a ViT with everything integer, 6.0 / 3.8 / 7.1 with its weight layers integer.
-Better than the plain range on all three; accuracy could not tell the methods apart."""
-
-
-def calibrate(
-    float_model: Path, images: Iterable[NDArray[np.float32]], method: str = DEFAULT_METHOD, *, threads: int = 1
-) -> Ranges:
-    """Run the float file on calibration images and return the range of every float tensor.
-
-    One pass; memory depends on the size of a batch and not on how many there are.
-
-    Args:
-        float_model: A file whose batch is dynamic.
-        images: Batches of (n, channels, height, width); 32 to 64 images each are fastest.
-        method: `minmax`, `percentile` (see PERCENTILE) or `mse` (least squared rounding error).
-
-    Raises:
-        InputError: no image, an unknown method, or a file with a fixed batch.
-        ExportError: a tensor holds NaN or infinity.
-    """
-    if method not in METHODS:
-        raise InputError(f"calibration method {method!r} is unknown; use {', '.join(METHODS)}.")
-    proto = onnx.load(str(float_model))
-    if proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
-        raise InputError(f"{float_model}: fixed batch; calibrate on the file with a dynamic batch.")
-    tensors = _observe(proto, sample=method != "minmax")
-    session = open_session(proto, threads)
-    name = session.get_inputs()[0].name
-    wanted = [output.name for output in session.get_outputs()[-(3 if method != "minmax" else 2) * len(tensors) :]]
-    low, high = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
-    histograms = [Histogram() for _ in tensors]
-    seen = 0
-    for batch in images:
-        if len(batch) == 0:
-            continue
-        values = session.run(wanted, {name: np.ascontiguousarray(batch, dtype=np.float32)})
-        seen += len(batch)
-        ends = np.array(values[: 2 * len(tensors)]).reshape(-1, 2)
-        for tensor, pair in zip(tensors, ends, strict=True):
-            if not np.isfinite(pair).all():
-                raise ExportError(f"tensor {tensor}: NaN or infinity during calibration; check weights and images.")
-        low, high = np.minimum(low, ends[:, 0]), np.maximum(high, ends[:, 1])
-        for histogram, sampled in zip(histograms, values[2 * len(tensors) :], strict=False):
-            histogram.add(sampled)
-    if seen == 0:
-        raise InputError("no calibration image; the calibration split must hold at least one.")
-    for index, histogram in enumerate(histograms):
-        if method == "percentile":
-            clipped = histogram.percentile_range(PERCENTILE)
-            low[index], high[index] = max(low[index], clipped[0]), min(high[index], clipped[1])
-        elif method == "mse":
-            low[index], high[index] = histogram.least_error_range(low[index], high[index])
-    warning = ""
-    if seen < FEW_IMAGES:
-        warning = f"calibrated on {seen} image{'s' * (seen > 1)}; with fewer than {FEW_IMAGES} the ranges are doubtful."
-    as_dict = [dict(zip(tensors, map(float, ends), strict=True)) for ends in (low, high)]
-    return Ranges(as_dict[0], as_dict[1], method, seen, warning)
-
-
-def _observe(proto: ModelProto, *, sample: bool) -> list[str]:
-    """Add outputs to the graph: minimum and maximum of each float tensor in turn, then a sample of each."""
-    inferred = onnx.shape_inference.infer_shapes(proto).graph
-    graph = proto.graph
-    values: dict[str, ValueInfoProto] = {v.name: v for v in (*inferred.value_info, *inferred.output, *inferred.input)}
-    made = [graph.input[0].name, *(tensor for node in graph.node for tensor in node.output)]
-    tensors = [t for t in made if t in values and values[t].type.tensor_type.elem_type == TensorProto.FLOAT]
-    samples = []
-    graph.initializer.extend(
-        numpy_helper.from_array(np.array([value], dtype=np.int64), f"observe:{value}") for value in (-1, 0, 2**62)
-    )
-    for index, tensor in enumerate(tensors):
-        for operator in ("ReduceMin", "ReduceMax"):
-            output = f"observe:{operator}:{index}"
-            graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
-            graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-        if sample:
-            sizes = [dimension.dim_value for dimension in values[tensor].type.tensor_type.shape.dim]
-            # An odd step walks through all columns of an even-sized image; 64 images are taken for a batch.
-            step = (64 * int(np.prod([size for size in sizes if size > 0])) // SAMPLES_PER_BATCH) | 1
-            flat, output = f"observe:flat:{index}", f"observe:sample:{index}"
-            graph.initializer.append(numpy_helper.from_array(np.array([step], dtype=np.int64), f"{output}:step"))
-            slice_inputs = [flat, "observe:0", f"observe:{2**62}", "observe:0", f"{output}:step"]
-            samples += [
-                helper.make_node("Reshape", [tensor, "observe:-1"], [flat]),
-                helper.make_node("Slice", slice_inputs, [output]),
-            ]
-    graph.node.extend(samples)
-    graph.output.extend(
-        helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, [None])
-        for node in samples
-        if node.op_type == "Slice"
-    )
-    return tensors
-
-
 class _Quantizer(QDQQuantizer):  # type: ignore[misc]  # untyped library
     """ONNX Runtime's quantizer, told of single tensors that stay float."""
 
@@ -299,8 +103,8 @@ def quantize(
     """Write the integer form of a float file: Q/DQ around the layers that `precision_of` calls int8.
 
     Weights are int8, symmetric and per output channel (7 bits of it where `target` says so), biases int32,
-    activations of the target's type with static ranges. The outputs are those of ONNX Runtime's `quantize_static`
-    when `pattern` is `all` and every layer is int8.
+    activations of the target's type with static ranges. When `pattern` is `all` and every layer is int8 the file is
+    that of ONNX Runtime's `quantize_static`, but for the corrected biases (`ranges.means`).
 
     Args:
         float_model: A file of `export_onnx` or `set_static_batch`; ONNX Runtime is fastest on the static one.
@@ -317,7 +121,7 @@ def quantize(
     types = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
     if target.activation_type not in types or target.weight_type != "int8":
         raise InputError(f"precision {target.name!r} of this target has no integer arithmetic; use int8.")
-    proto = onnx.shape_inference.infer_shapes(onnx.load(str(float_model)))
+    proto = onnx.load(str(float_model))
     known = _known_ranges(proto, ranges)
     if pattern != BLANKET:
         rewrite.rewrite(proto)
@@ -325,7 +129,7 @@ def quantize(
         first = next((node for node in proto.graph.node if proto.graph.input[0].name in node.input), None)
         if first is not None and first.name in layers and precision_of(layers[first.name]) == "int8":
             rewrite.pad_stem(proto)
-        proto = onnx.shape_inference.infer_shapes(proto)
+    proto = onnx.shape_inference.infer_shapes(proto)
     _give_each_layer_its_own_constants(proto)
     integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
     four = {layer for layer in layer_of_node(proto).values() if precision_of(layer) == "int4"}
@@ -333,6 +137,12 @@ def quantize(
         out.write_bytes(use_four_bits(proto, four).SerializeToString() if four else float_model.read_bytes())
         return
     add_infer_metadata(proto)  # else the quantizer writes the model to disk to infer shapes again
+    constants = {initializer.name: initializer for initializer in proto.graph.initializer}
+    weights = {
+        node.name: numpy_helper.to_array(constants[node.input[1]])
+        for node in proto.graph.node
+        if node.name in integer and node.op_type in WEIGHT_OPERATORS and node.input[1] in constants
+    }
     quantizer = _Quantizer(
         proto,
         per_channel=True,
@@ -358,6 +168,7 @@ def quantize(
         raise ExportError(f"{float_model.name}: cannot be quantized ({error}); calibrate on this very model.") from None
     finally:
         logger.setLevel(level)
+    correct_biases(result, weights, ranges.means)
     _keep_float(result, set(integer))
     if padded:
         _round_before_padding(result, padded[0].output[0])

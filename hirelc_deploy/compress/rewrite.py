@@ -22,6 +22,8 @@ _POINTWISE = ("Gelu", "QuickGelu", "Relu", "Sigmoid", "HardSigmoid", "Clip")
 
 def rewrite(proto: ModelProto) -> None:
     """Bring activations, and layers on tokens, into their fast forms, in place."""
+    # Before anything else: inference stops at operators that standard ONNX does not have.
+    proto.CopyFrom(onnx.shape_inference.infer_shapes(proto))
     use_quick_gelu(proto)
     use_rows(proto)
 

@@ -1,0 +1,117 @@
+"""In: layers whose weights were rounded. Out: proof that their biases take back what that shifts on average."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from onnx import helper
+from torch import nn
+
+from hirelc_deploy.compress import export, quantize
+from hirelc_deploy.compress.bias_correction import mean_shift, observed_inputs
+from hirelc_deploy.compress.calibration import calibrate
+from hirelc_deploy.measure.backend import Precision
+
+U8S8 = Precision("int8", "uint8", "int8", 8)
+RNG = np.random.default_rng(0)
+
+
+def images(count, seed=0):
+    return np.random.default_rng(seed).random((count, 3, 12, 12)).astype(np.float32)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_the_shift_of_a_convolution_is_what_its_mean_output_moves(groups):
+    conv = nn.Conv2d(6, 12, 3, groups=groups, bias=False)
+    weight = conv.weight.detach().numpy().copy()
+    scale = np.abs(weight).max((1, 2, 3)) / 7  # three bits, so that there is something to see
+    rounded = np.rint(weight / scale[:, None, None, None])
+    x = torch.rand(50, 6, 3, 3) + torch.arange(6)[:, None, None]
+    x = x.mean((0, 2, 3), keepdim=True).expand(1, 6, 3, 3)  # every pixel is the mean, so nothing depends on the border
+    with torch.no_grad():
+        before = conv(x)
+        conv.weight.copy_(torch.from_numpy(rounded * scale[:, None, None, None]))
+        moved = (conv(x) - before).flatten().numpy()
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=groups)
+    found = mean_shift(node, weight, (rounded, scale), x[0, :, 0, 0].numpy())
+    np.testing.assert_allclose(found, moved, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_the_shift_of_a_linear_layer_is_what_its_mean_output_moves(transposed):
+    weight, mean = RNG.normal(size=(5, 8)).astype(np.float32), RNG.normal(size=8)
+    scale = np.abs(weight).max(1) / 7
+    rounded = np.rint(weight / scale[:, None])
+    wanted = (rounded * scale[:, None] - weight) @ mean
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=transposed)
+    turn = (lambda matrix: matrix) if transposed else np.transpose
+    np.testing.assert_allclose(mean_shift(node, turn(weight), (turn(rounded), scale), mean), wanted, rtol=1e-6)
+
+
+def test_means_of_other_features_than_the_weight_reads_are_not_used():
+    weight = RNG.normal(size=(5, 8, 1, 1)).astype(np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    assert mean_shift(node, weight, (weight, np.ones(5)), np.ones(16)) is None
+    assert mean_shift(node, weight, (weight, np.ones(5)), np.ones(6)) is None
+
+
+class Deep(nn.Module):
+    """Pointwise and depthwise layers in turn; one linear layer runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 16, 3, 2)]
+        for _ in range(3):
+            layers += [nn.ReLU6(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6(), nn.Conv2d(16, 16, 1)]
+        self.body, self.shared, self.head = nn.Sequential(*layers), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.body(x).relu().mean((2, 3))
+        return self.head(self.shared(self.shared(x)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("deep")
+    model = Deep().eval()
+    export.export_onnx(model, torch.from_numpy(images(2)), folder / "dynamic.onnx")
+    export.set_static_batch(folder / "dynamic.onnx", folder / "static.onnx")
+    return model, folder
+
+
+def test_calibration_takes_the_mean_input_of_every_layer(files):
+    model, folder = files
+    batches = [images(5), images(11, 1)]  # unlike sizes: means weigh images, not batches
+    means = calibrate(folder / "dynamic.onnx", batches, "minmax").means
+    assert set(means) == {*(f"body.{index}" for index in range(0, 13, 2)), "shared", "head"}
+    everything = torch.from_numpy(np.concatenate(batches))
+    with torch.no_grad():
+        np.testing.assert_allclose(means["body.0"], everything.mean((0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(means["body.4"], model.body[:4](everything).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_observed_where_the_runtime_reads_them(files):
+    import onnx
+
+    proto = onnx.load(str(files[1] / "dynamic.onnx"))
+    assert observed_inputs(proto)["body.0"] == ("input", "Conv")
+    assert observed_inputs(proto)["head"][1] in ("Gemm", "MatMul")
+
+
+@pytest.mark.parametrize("pattern", ["all", "weights"])
+def test_corrected_files_are_nearer_to_the_float_ones(files, tmp_path, pattern):
+    folder = files[1]
+    ranges = calibrate(folder / "dynamic.onnx", [images(64)], "minmax")
+    target = dataclasses.replace(U8S8, weight_bits=7)
+    wanted = export.open_session(folder / "dynamic.onnx").run(None, {"input": images(64, 1)})[0]
+    errors = []
+    for means in ({}, ranges.means):
+        out = tmp_path / "q.onnx"
+        one = dataclasses.replace(ranges, means=means)
+        quantize.quantize(folder / "static.onnx", out, one, lambda _: "int8", target=target, pattern=pattern)
+        session = export.open_session(out)
+        found = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images(64, 1)])
+        errors.append(np.abs((found - wanted).mean(0)).mean())
+    assert errors[1] < 0.8 * errors[0]
