@@ -174,6 +174,7 @@ def our_row(name: str, keep: float) -> dict[str, Any]:
         **gap(small, masked, images),
         "effect": difference(outputs(masked, images), outputs(model, images)),
         "kept_whole": kept_whole(model, graph),
+        "attention": attention_shapes(model, small),
     }
     row |= files(small, images, seconds)
     return row
@@ -196,6 +197,22 @@ def kept_whole(model: nn.Module, graph: ModelGraph) -> list[dict[str, Any]]:
         if layer in modules:
             entry["params"] += sum(p.numel() for p in modules[layer].parameters(recurse=False)) / graph.params
     return sorted(reasons.values(), key=lambda entry: -float(entry["params"]))
+
+
+def attention_shapes(model: nn.Module, small: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return attention module to its head count and the weight shapes of its layers, before and after the cut."""
+    cut = dict(small.named_modules())
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "num_heads", None), int):
+            shapes = {
+                child: [list(layer.weight.shape), list(cut[f"{name}.{child}"].weight.shape)]
+                for child, layer in module.named_children()
+                if isinstance(layer, nn.Linear | nn.Conv2d)
+            }
+            if shapes:
+                found[name] = {"heads": [module.num_heads, cut[name].num_heads], **shapes}
+    return found
 
 
 def files(small: nn.Module, images: Tensor, seconds: dict[str, float]) -> dict[str, Any]:
@@ -395,11 +412,16 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def is_equal(found: float | None) -> bool:
+    """Return whether a difference was measured and counts as none."""
+    return found is not None and found <= EXACT
+
+
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the table in figures."""
     good = [row for row in rows if "error" not in row]
     both = [row["seconds"]["trace"] + row["seconds"]["slice"] for row in good]
-    proven = [row for row in good if row["units"] and row["difference"] <= EXACT]
+    proven = [row for row in good if row["units"] and is_equal(row["difference"])]
     peers = [row["torch_pruning"] for row in rows if "torch_pruning" in row]
     found = {
         "models": len(rows),
@@ -407,7 +429,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "of_these_at_most_60_percent_of_parameters": sum(row["params_kept"] <= 0.6 for row in proven),
         "refused_or_failed": {row["model"]: row["error"] for row in rows if "error" in row},
         "predicted_cost_is_exact": sum(row["predicted_cost_is_exact"] for row in good),
-        "onnx_equal": sum(row.get("onnx_difference") is not None for row in good),
+        "onnx_equal": sum(is_equal(row["onnx_difference"]) for row in good),
         "int8_runs": sum(row["int8"] for row in good),
         "median_trace_and_slice_seconds": statistics.median(both) if both else None,
         "longest_trace_and_slice_seconds": max(both, default=None),
@@ -415,7 +437,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if peers:
         runs = [peer for peer in peers if peer.get("runs")]
         found["torch_pruning_runs"] = len(runs)
-        found["torch_pruning_equal_to_its_masked_twin"] = sum(peer["difference"] <= EXACT for peer in runs)
+        found["torch_pruning_equal_to_its_masked_twin"] = sum(is_equal(peer["difference"]) for peer in runs)
     return found
 
 

@@ -1,0 +1,131 @@
+"""Question: how much accuracy does each integer form of an uncut model lose, and how fast is it?
+
+    python benchmarks/integer_accuracy.py --model benchmarks/pretrained.py:cifar_resnet56 \
+        --weights weights/cifar_resnet56.safetensors --data npz:cifar10.npz --name resnet56
+
+Forms: the float file; ONNX Runtime's static quantization (plain ranges, everything integer); NNCF's as we configure it
+(`pip install nncf`; left out where it is not there); ours, placed by measurement; and with --guard POINTS ours with the
+layers turned back to float that the accuracy guard finds. Forms are calibrated on the same images, answer all test
+images, and are timed side by side. Records of several models are kept in one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import RESULTS, provenance
+
+from hirelc_deploy.compress import calibration, export, quantize
+from hirelc_deploy.compress.nncf_engine import quantize_with_nncf
+from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig, PreprocessConfig
+from hirelc_deploy.errors import HirelcError, InputError
+from hirelc_deploy.job import open_workplace
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.protocol import TimingLimits, compare
+from hirelc_deploy.pipeline import BATCH, Pipeline, batches
+from hirelc_deploy.progress import Progress
+
+LIMITS = TimingLimits(processes=3, min_rounds=60, max_rounds=200, seconds=30.0)
+
+
+def peers(pipeline: Pipeline, folder: Path) -> dict[str, Path | str]:
+    """Return name to the file that another tool makes of the uncut model, or to the reason why there is none."""
+    batched, static = folder / "batched.onnx", folder / "static.onnx"
+    export.export_onnx(pipeline.model, pipeline.example, batched)
+    export.set_static_batch(batched, static)
+    images = [batch.numpy() for batch in pipeline.calibration_batches]
+    ranges = dataclasses.replace(calibration.calibrate(batched, images, "minmax"), means={})
+    blanket, theirs = folder / "blanket.onnx", folder / "nncf.onnx"
+    quantize.quantize(static, blanket, ranges, lambda _: "int8", target=pipeline.integer, pattern=quantize.BLANKET)
+    found: dict[str, Path | str] = {"onnxruntime static": blanket}
+    try:
+        quantize_with_nncf(static, theirs, [image[None] for batch in images for image in batch])
+        found["nncf configured"] = theirs
+    except InputError as error:
+        print(error, file=sys.stderr)
+    except HirelcError as error:
+        found["nncf configured"] = str(error)
+    return found
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the record of one model."""
+    arguments = {"num_classes": options.classes} if options.classes else {}
+    size = tuple(map(int, options.input_size.split(","))) if options.input_size else None
+    config = JobConfig(
+        ModelConfig(options.model, options.weights, arguments),
+        DataConfig(options.data, calibration_images=options.calibration_images),
+        preprocess=PreprocessConfig(input_size=size),
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pipeline = open_workplace(config, folder / "run", "", Progress()).pipeline
+        steps = []
+        files: dict[str, Path | str] = {"fp32": pipeline.reference, **peers(pipeline, folder), "ours": pipeline.placed}
+        if options.guard is not None:
+            plan, reverted = pipeline.guarded(options.guard)
+            files["ours, guarded"] = pipeline.build(pipeline.cut(plan), plan, "F2")
+            steps = [dataclasses.asdict(step) for step in reverted]
+        test = pipeline.data.take_test()
+        assert test.labels is not None
+        rows: dict[str, Any] = {form: {"refused": path} for form, path in files.items() if isinstance(path, str)}
+        made = {form: path for form, path in files.items() if isinstance(path, Path)}
+        answers = {form: answer(pipeline, path, test) for form, path in made.items()}
+        right = {form: accuracy.correct(logits, test.labels) for form, logits in answers.items()}
+        timings = compare(list(made.values()), pipeline.backend, threads=1, limits=LIMITS)
+        for (form, path), timing in zip(made.items(), timings, strict=True):
+            rows[form] = {
+                "accuracy": float(right[form].mean()),
+                "drop": dataclasses.asdict(accuracy.paired_drop(right["fp32"], right[form])),
+                "agreement": accuracy.agreement(answers["fp32"], answers[form]),
+                "divergence_nats": accuracy.kl_divergence(answers["fp32"], answers[form]),
+                "ms": timing.median_ms,
+                "speedup": 1 / timing.ratio,
+                "speedup_interval": [1 / timing.ratio_high, 1 / timing.ratio_low],
+                "bytes": path.stat().st_size,
+            }
+    return {
+        **provenance("python " + " ".join(sys.argv)),
+        "test_images": len(test),
+        "calibration_images": len(pipeline.data.calibration),
+        "placement": {"pattern": pipeline.placement.pattern, "float_layers": pipeline.placement.float_layers},
+        "guard": steps,
+        "forms": rows,
+    }
+
+
+def answer(pipeline: Pipeline, path: Path, images: Any) -> np.ndarray:
+    """Return (n, classes) logits of a file."""
+    return accuracy.predict(pipeline.backend.build(path), (batch.numpy() for batch in batches(images, BATCH)))
+
+
+def main() -> int:
+    """Print and store one model's table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--classes", type=int)
+    parser.add_argument("--input-size")
+    parser.add_argument("--calibration-images", type=int)
+    parser.add_argument("--guard", type=float, metavar="POINTS")
+    parser.add_argument("--name", required=True, help="of the model in the record")
+    options = parser.parse_args()
+    record = measured(options)
+    path = RESULTS / "integer_accuracy.json"
+    models = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**models, options.name: record}, indent=1) + "\n", "utf-8")
+    for form, row in record["forms"].items():
+        print(options.name, form, json.dumps(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
