@@ -331,3 +331,9 @@ def test_a_trace_leaves_no_numbers_behind_that_remember_it():
     model, _, _ = known("swin")
     assert all(type(number) is int for number in whole_numbers(model).values())
     assert type(model.layers[0].blocks[0].attn.num_heads) is int
+
+
+def test_layers_bound_to_the_answer_are_told_apart_from_those_that_give_it():
+    model = eva.Eva(32, 8, embed_dim=48, depth=1, num_heads=3, num_classes=0, use_rot_pos_emb=True).eval()
+    reasons = {kept.layer: kept.reason for kept in build_graph(model, torch.randn(2, 3, 32, 32)).kept_whole}
+    assert reasons["blocks.0.attn.qkv"].startswith("its width and that of the model's answer must be equal")

@@ -22,6 +22,9 @@ from hirelc_deploy.graph.trace import Op, TensorRef, Trace, refs
 
 Labels = NDArray[np.int64]
 
+ANSWER = "its outputs are the model's answer"
+"""Why the last layer stays whole."""
+
 
 class Couplings:
     """Union-find over labels, with reasons why some labels must stay and marks that tell what others are."""
@@ -176,7 +179,7 @@ def label(model: nn.Module, traced: Trace) -> Labelled:
             if ref.name is None:
                 walk.values[ref.uid] = value
     for ref in refs(traced.output):
-        walk.freeze_all(walk.value(ref), "its outputs are the model's answer")
+        walk.freeze_all(walk.value(ref), ANSWER)
     walk.settle()
     return walk.found
 

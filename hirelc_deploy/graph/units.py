@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import hirelc_deploy.graph.attention  # noqa: F401  registers its rules
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.blocks import block_of_layers, stage_of
-from hirelc_deploy.graph.labels import AttentionUse, Labelled, Labels, WeightUse, label
+from hirelc_deploy.graph.labels import ANSWER, AttentionUse, Labelled, Labels, WeightUse, label
 from hirelc_deploy.graph.model_graph import (
     Count,
     IndexRows,
@@ -195,7 +195,7 @@ def _units(
         main = [use for use in makers if not use.depthwise]
         if not main:
             continue
-        reason = pinned.get(int(group.roots[0]), "")
+        reason = _pin_of(group, pinned, main)
         readers = [Reader(name, _rows(read[name], group.roots)) for name in readers_of.get(int(group.roots[0]), ())]
         kind = _kind(marks.get(int(group.roots[0]), set()), main, block_of)
         size, positions = len(group.roots), group.slices[0].index.shape[1]
@@ -225,6 +225,14 @@ def _units(
             )
         )
     return units, why
+
+
+def _pin_of(group: _Group, pinned: Mapping[int, str], makers: Sequence[WeightUse]) -> str:
+    """Return why a group stays whole, or nothing."""
+    reason = pinned.get(int(group.roots[0]), "")
+    if reason == ANSWER and len(makers) > 1:
+        return "its width and that of the model's answer must be equal in the model's own code"
+    return reason
 
 
 def _kind(marks: set[str], makers: Sequence[WeightUse], block_of: Mapping[str, str]) -> str:
