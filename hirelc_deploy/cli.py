@@ -548,6 +548,9 @@ def export(
     ] = "onnx",
     bits: Annotated[int, typer.Option(help="Of a weight in the form `stored`: 2 to 7.")] = 4,
     scheme: Annotated[str, typer.Option(help="Of the form `stored`: linear, log or codebook.")] = "linear",
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="onnx for any number of images; one at a time it is slower.")
+    ] = False,
 ) -> None:
     """Write the shipped model of a run in one of its forms.
 
@@ -558,7 +561,7 @@ def export(
     """
     from hirelc_deploy.job import export_files
 
-    for path in export_files(run, form, out, bits, scheme):
+    for path in export_files(run, form, out, bits, scheme, dynamic_batch=dynamic_batch):
         print(path)
 
 

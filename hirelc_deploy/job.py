@@ -20,6 +20,7 @@ from torch import nn
 from hirelc_deploy import comparison
 from hirelc_deploy.agreement import agreement
 from hirelc_deploy.bundle import BundleContents, read_manifest, write_bundle
+from hirelc_deploy.bundle import load as load_bundle
 from hirelc_deploy.compress import codec, restore, slicing
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig, Limits
@@ -482,17 +483,24 @@ EXPORTED = {
 }
 """Files of a bundle that each export format takes along."""
 
+SAME_ANSWERS = 0.01
+"""Nats between the file for one image and that for many: there a bias is added behind a product, and rounded again."""
+
 STORED = "model.stored"
 
 
-def export_files(run: Path, form: str, out: Path, bits: int = 4, scheme: str = "linear") -> list[Path]:
+def export_files(
+    run: Path, form: str, out: Path, bits: int = 4, scheme: str = "linear", *, dynamic_batch: bool = False
+) -> list[Path]:
     """Write the shipped model of a finished run into a new folder, in one of its forms; return the files.
 
-    `bits` and `scheme` are those of the storage codec, for the form `stored`.
+    `bits` and `scheme` are those of the storage codec, for the form `stored`; `dynamic_batch` is for the form `onnx`.
     """
     forms = (*EXPORTED, "tensorrt", "stored")
     if form not in forms:
         raise InputError(f"--format {form!r} is unknown; use {', '.join(forms[:-1])} or {forms[-1]}.")
+    if dynamic_batch and form != "onnx":
+        raise InputError(f"--dynamic-batch is for --format onnx, not {form}; leave it out.")
     if form == "stored":
         codec.check(bits, scheme)
     bundle = run / "bundle"
@@ -512,6 +520,8 @@ def export_files(run: Path, form: str, out: Path, bits: int = 4, scheme: str = "
         return write_folder(run, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if dynamic_batch:
+            return export_batched(run, out)
         if form == "stored":
             codec.store(bundle / EXPORTED["onnx"][0], out / STORED, bits, scheme)
             beside = [Path(restore.__file__), *(bundle / name for name in ("run.py", "preprocess.json", "labels.json"))]
@@ -519,3 +529,28 @@ def export_files(run: Path, form: str, out: Path, bits: int = 4, scheme: str = "
         return [Path(shutil.copy2(bundle / name, out / name)) for name in EXPORTED[form]]
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}).") from None
+
+
+def export_batched(run: Path, out: Path) -> list[Path]:
+    """Write the shipped model of a run as a file for any number of images, beside what describes its input.
+
+    Raises:
+        ExportError: its answers are not those of the shipped file, but for single roundings.
+    """
+    bundle, path = run / "bundle", out / EXPORTED["onnx"][0]
+    workplace = open_workplace(JobConfig.read(run / "config.toml"), run, "", Progress(quiet=True))
+    pipeline = workplace.pipeline
+    plan = CompressionPlan.from_dict(read_manifest(bundle).get("plan"), f"{bundle}: plan")
+    model = load_bundle(bundle, None if workplace.source.is_timm else workplace.source.build)
+    pipeline.write_batched(model, plan, path)
+    images = pipeline.selection[0][: pipeline.effort.search_images].numpy()
+    shipped, batched = (
+        pipeline.backend.build(file, pipeline.threads).infer(images) for file in (bundle / path.name, path)
+    )
+    divergence = accuracy.kl_divergence(shipped, batched)
+    if not divergence <= SAME_ANSWERS:
+        path.unlink()
+        raise ExportError(
+            f"{path}: differs from the shipped file by {divergence:.2g} nats, allowed is {SAME_ANSWERS:g}."
+        )
+    return [path, *(Path(shutil.copy2(bundle / name, out / name)) for name in ("preprocess.json", "labels.json"))]

@@ -82,8 +82,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Exported:
-    """A float file of batch one, and what calibration saw in it."""
+    """A model's float files, of any batch and of one, and what calibration saw in them."""
 
+    batched: Path
     static: Path
     ranges: calibration.Ranges
 
@@ -349,6 +350,19 @@ class Pipeline:
             self._write(model, partial, self.pattern_of(plan), self.precision_of(plan))
         return path
 
+    def write_batched(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
+        """Write the file of a plan for any number of images at once; the one for a single image is what is timed."""
+        pattern, precision_of = self.pattern_of(plan), self.precision_of(plan)
+        with tempfile.TemporaryDirectory() as folder:
+            exported = self._exported(model, Path(folder))
+            if pattern == FLOAT:
+                shutil.copyfile(exported.batched, path)
+            else:
+                quantize.quantize(
+                    exported.batched, path, exported.ranges, precision_of, target=self.integer, pattern=pattern
+                )
+        quantize.strip_for_shipping(path)
+
     def pattern_of(self, plan: CompressionPlan) -> str:
         """Return the pattern of operators around the integer layers that a plan asks for."""
         if plan.default_precision == "int8":
@@ -400,7 +414,7 @@ class Pipeline:
         batched, static = folder / "batched.onnx", folder / "static.onnx"
         self.exporter.write(model, batched, static)
         images = (batch.numpy() for batch in self.calibration_batches)
-        return Exported(static, calibration.calibrate(batched, images, threads=torch.get_num_threads()))
+        return Exported(batched, static, calibration.calibrate(batched, images, threads=torch.get_num_threads()))
 
     def _quantize(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
         if pattern == FLOAT:

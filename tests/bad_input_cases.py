@@ -1039,6 +1039,12 @@ RESULTS = [
         prepare=finished_run,
     ),
     Case(
+        "export for many images in a form that has none",
+        ["export", "out", "--format", "torch", "--dynamic-batch", "--out", "deploy"],
+        ("--dynamic-batch", "--format onnx"),
+        prepare=finished_run,
+    ),
+    Case(
         "export to a folder that is not empty",
         ["export", "out", "--out", "deploy"],
         ("deploy", "not empty"),

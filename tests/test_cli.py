@@ -300,6 +300,23 @@ def test_export_copies_what_runs_elsewhere(applied: Path, capsys: pytest.Capture
     assert {Path(name).name for name in written} >= {"weights.safetensors", "shapes.json"}
 
 
+def test_an_export_for_any_number_of_images_answers_as_the_shipped_file(
+    applied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = answer(capsys, "export", "half", "--dynamic-batch", "--out", "deploy-batched").split()
+    assert {Path(name).name for name in written} == {"model.onnx", "preprocess.json", "labels.json"}
+    assert load_onnx("deploy-batched/model.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    with np.load(applied / "bundle/samples.npz") as samples:
+        session = onnxruntime.InferenceSession("deploy-batched/model.onnx", providers=["CPUExecutionProvider"])
+        scale = json.loads(Path("deploy-batched/preprocess.json").read_text())
+        mean, std = (np.array(scale[key], np.float32)[:, None, None] for key in ("mean", "std"))
+        images = (samples["images"].astype(np.float32) / 255 - mean) / std
+        [together] = session.run(None, {"input": images})
+        [alone] = session.run(None, {"input": images[:1]})
+        np.testing.assert_allclose(together, samples["logits"], atol=0.05 * np.abs(samples["logits"]).max())
+    np.testing.assert_allclose(alone, together[:1], rtol=1e-6)
+
+
 def test_a_stored_export_is_small_and_comes_back_without_this_project(
     applied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,9 +69,11 @@ def use_rows(proto: ModelProto) -> None:
     """Let what works token by token between linear layers run on (positions, features).
 
     The reshapes around Gemm go, and with three dimensions goes SkipLayerNormalization, which ONNX Runtime puts together
-    from Add and LayerNormalization and whose CPU kernel takes longer than the two.
+    from Add and LayerNormalization and whose CPU kernel takes longer than the two. Nothing changes in a file of any
+    batch: the number of positions is unknown there.
     """
-    _Rows(proto).rewrite()
+    if proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
+        _Rows(proto).rewrite()
 
 
 class _Rows:
