@@ -310,7 +310,7 @@ def test_an_export_for_any_number_of_images_answers_as_the_shipped_file(
         session = onnxruntime.InferenceSession("deploy-batched/model.onnx", providers=["CPUExecutionProvider"])
         scale = json.loads(Path("deploy-batched/preprocess.json").read_text())
         mean, std = (np.array(scale[key], np.float32)[:, None, None] for key in ("mean", "std"))
-        images = (samples["images"].astype(np.float32) / 255 - mean) / std
+        images = (samples["images"].transpose(0, 3, 1, 2).astype(np.float32) / 255 - mean) / std
         [together] = session.run(None, {"input": images})
         [alone] = session.run(None, {"input": images[:1]})
         np.testing.assert_allclose(together, samples["logits"], atol=0.05 * np.abs(samples["logits"]).max())
