@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from record import RESULTS, provenance
 
 from hirelc_deploy.compress import calibration, export, quantize
@@ -103,7 +104,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 def answer(pipeline: Pipeline, path: Path, images: Any) -> np.ndarray:
     """Return (n, classes) logits of a file."""
-    return accuracy.predict(pipeline.backend.build(path), (batch.numpy() for batch in batches(images, BATCH)))
+    runner = pipeline.backend.build(path, torch.get_num_threads())
+    return accuracy.predict(runner, (batch.numpy() for batch in batches(images, BATCH)))
 
 
 def main() -> int:

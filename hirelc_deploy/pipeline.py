@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hirelc_deploy.compress import calibration, guard, placement, quantize, recovery, slicing
+from hirelc_deploy.compress.equalisation import write_equalised
 from hirelc_deploy.compress.guard import Reverted
 from hirelc_deploy.compress.placement import Placement
 from hirelc_deploy.compress.quantize import BLANKET
@@ -50,6 +51,7 @@ BATCH = 128
 SMALL_BATCH = 32
 """Where only forward passes count: their tensors stay in the caches and their memory is not mapped anew each time. The
 demo network, one core: 512 images judged in 0.79 s, not 0.90, to the same bits; 256 calibrated in 0.72 s, not 1.59."""
+EQUALISING_BATCHES = 2
 FLOAT = "float"
 
 
@@ -82,8 +84,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Exported:
-    """A model's float files, of any batch and of one, and what calibration saw in them."""
+    """A model's float file, the two that integer files are made of, and what calibration saw in those.
 
+    Attributes:
+        plain: For one image, as exported.
+        batched, static: For any number of images and for one, equalised where that changes something.
+    """
+
+    plain: Path
     batched: Path
     static: Path
     ranges: calibration.Ranges
@@ -413,12 +421,14 @@ class Pipeline:
         """Export a model, checked against torch, and take its ranges on the calibration images."""
         batched, static = folder / "batched.onnx", folder / "static.onnx"
         self.exporter.write(model, batched, static)
-        images = (batch.numpy() for batch in self.calibration_batches)
-        return Exported(batched, static, calibration.calibrate(batched, images, threads=torch.get_num_threads()))
+        images = [batch.numpy() for batch in self.calibration_batches]
+        equal, equal_static = write_equalised(batched, static, images[:EQUALISING_BATCHES])
+        ranges = calibration.calibrate(equal, images, threads=torch.get_num_threads())
+        return Exported(static, equal, equal_static, ranges)
 
     def _quantize(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
         if pattern == FLOAT:
-            shutil.copyfile(exported.static, path)
+            shutil.copyfile(exported.plain, path)
         else:
             quantize.quantize(
                 exported.static, path, exported.ranges, precision_of, target=self.integer, pattern=pattern

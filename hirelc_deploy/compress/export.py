@@ -138,6 +138,23 @@ def layer_of_node(proto: ModelProto) -> dict[str, str]:
     }
 
 
+def give_each_layer_its_own_constants(proto: ModelProto) -> None:
+    """Copy weights and biases that several nodes read, as equal biases are after export; in place.
+
+    The quantizer replaces a constant for all its readers, so a float layer would read what was rounded for another.
+    """
+    constants = {initializer.name: initializer for initializer in proto.graph.initializer}
+    readers = Counter(tensor for node in proto.graph.node for tensor in node.input)
+    for node in proto.graph.node:
+        if node.op_type in WEIGHT_OPERATORS:
+            for position, tensor in enumerate(node.input):
+                if tensor in constants and readers[tensor] > 1:
+                    copy = TensorProto()
+                    copy.CopyFrom(constants[tensor])
+                    copy.name = node.input[position] = f"{tensor}:{node.name}"
+                    proto.graph.initializer.append(copy)
+
+
 def open_session(model: ModelProto | Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
     """Load a model into ONNX Runtime on the CPU; raises ExportError with the runtime's own words."""
     options = onnxruntime.SessionOptions()

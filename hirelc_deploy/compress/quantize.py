@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from hirelc_deploy.compress import rewrite
 from hirelc_deploy.compress.bias_correction import correct_biases
 from hirelc_deploy.compress.calibration import Ranges
-from hirelc_deploy.compress.export import WEIGHT_OPERATORS, layer_of_node
+from hirelc_deploy.compress.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
 from hirelc_deploy.compress.four_bits import use_four_bits
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import Precision
@@ -130,7 +129,7 @@ def quantize(
         if first is not None and first.name in layers and precision_of(layers[first.name]) == "int8":
             rewrite.pad_stem(proto)
     proto = onnx.shape_inference.infer_shapes(proto)
-    _give_each_layer_its_own_constants(proto)
+    give_each_layer_its_own_constants(proto)
     integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
     four = {layer for layer in layer_of_node(proto).values() if precision_of(layer) == "int4"}
     if not integer:
@@ -174,23 +173,6 @@ def quantize(
         _round_before_padding(result, padded[0].output[0])
     quantizer.model.topological_sort()
     out.write_bytes((use_four_bits(result, four) if four else result).SerializeToString())
-
-
-def _give_each_layer_its_own_constants(proto: ModelProto) -> None:
-    """Copy weights and biases that several nodes read, as equal biases are after export.
-
-    The quantizer replaces a constant for all its readers, so a float layer would read what was rounded for another.
-    """
-    constants = {initializer.name: initializer for initializer in proto.graph.initializer}
-    readers = Counter(tensor for node in proto.graph.node for tensor in node.input)
-    for node in proto.graph.node:
-        if node.op_type in WEIGHT_OPERATORS:
-            for position, tensor in enumerate(node.input):
-                if tensor in constants and readers[tensor] > 1:
-                    copy = TensorProto()
-                    copy.CopyFrom(constants[tensor])
-                    copy.name = node.input[position] = f"{tensor}:{node.name}"
-                    proto.graph.initializer.append(copy)
 
 
 def _round_before_padding(proto: ModelProto, padded: str) -> None:
