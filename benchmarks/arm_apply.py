@@ -5,8 +5,8 @@
 
 The board is a real sshd on loopback whose Python is real aarch64 Python with real aarch64 ONNX Runtime under emulation.
 `hirelc-deploy apply` cuts and quantizes a small network for it, and builds, judges and times the file there. Then every
-file it made, and every file named on the command line, runs here and there on the same images. Milliseconds under emulation
-say nothing and are not kept.
+file it made, and every file named on the command line, runs here and there on the same images. Milliseconds under
+emulation say nothing and are not kept.
 """
 
 from __future__ import annotations
