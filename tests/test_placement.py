@@ -29,9 +29,7 @@ class Clockwork:
 
     def time(self, files):
         def ms(path):
-            pattern, _, floats = path.name.partition("-") if path.name != "float" else ("float", "", "")
-            if "depthwise" in path.name:
-                pattern, floats = path.name.rsplit("-", 1)
+            pattern, _, floats = path.name.rpartition("-") if path.name != "float" else ("float", "", "")
             return self.milliseconds(pattern, floats)
 
         self.timed += files

@@ -33,6 +33,7 @@ class Pattern:
 
     Attributes:
         operators: Operator types beside the weight layers; None stands for everything ONNX Runtime can quantize.
+        floats: Operator types that stay float although `operators` would have them.
         depthwise: Depthwise convolutions too.
         float_outputs: A Gemm or MatMul whose readers all run in float writes float directly, without rounding.
     """
@@ -41,6 +42,7 @@ class Pattern:
     operators: frozenset[str] | None
     depthwise: bool
     float_outputs: bool
+    floats: frozenset[str] = frozenset()
 
 
 BLANKET = "all"
@@ -60,6 +62,13 @@ PATTERNS: Mapping[str, Pattern] = MappingProxyType(
         ),
         "all-depthwise": Pattern(
             "as `all`, but depthwise convolutions stay float", None, depthwise=False, float_outputs=False
+        ),
+        "all-softmax-add": Pattern(
+            "as `all`, but Softmax, sums and layer norms stay float; products of attention and moves of tokens do not",
+            None,
+            depthwise=True,
+            float_outputs=True,
+            floats=frozenset({"Softmax", "Add", "LayerNormalization"}),
         ),
         "weights+add": Pattern(
             "convolutions and linear layers, residual additions, pooling; attention, norms and the logits stay float",
@@ -248,7 +257,8 @@ def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], patter
                 raise InputError(f"{layers[node.name]}: precision {precision!r}; use int8, int4 or float.")
             is_integer = precision == "int8" and (pattern.depthwise or not _is_depthwise(node, shapes))
         elif pattern.operators is None:
-            is_integer = node.op_type in supported and any(tensor in fed for tensor in node.input)
+            wanted = node.op_type in supported and node.op_type not in pattern.floats
+            is_integer = wanted and any(tensor in fed for tensor in node.input)
         else:
             # Sums of tokens stay float: rounded, the residual stream of a transformer loses more than it gains in time.
             tokens = any(tensor.endswith(rewrite.ROWS) for tensor in node.output)
