@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hirelc_deploy.compress.guard import Reverted
 from hirelc_deploy.compress.quantize import BLANKET
 from hirelc_deploy.errors import ConstraintError
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -25,11 +26,16 @@ from hirelc_deploy.plan import CompressionPlan
 
 @dataclass(frozen=True)
 class Contender:
-    """A file that could be shipped. `plan` says how it was made; `name` is what the report calls it."""
+    """A file that could be shipped. `plan` says how it was made; `name` is what the report calls it.
+
+    Attributes:
+        reverted: Layers that the accuracy guard turned back to float, worst first.
+    """
 
     name: str
     path: Path
     plan: CompressionPlan
+    reverted: tuple[Reverted, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,14 @@ class Delivery:
     Attributes:
         timings: Contender name to its final timing; the reference is the uncut float file.
         best_unpruned: Name of the fastest unpruned contender.
+        guard: What the accuracy guard turned back to float in the unpruned file that it made, if it made one.
     """
 
     shipped: Contender
     reference: Contender
     timings: Mapping[str, Timing]
     best_unpruned: str
+    guard: tuple[Reverted, ...] = ()
 
 
 def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contender]:
@@ -65,9 +73,10 @@ def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contende
             pipeline.progress.say(f"accuracy guard: {error}")
         else:
             if reverted:
-                worst = ", ".join(f"{step.layer} ({step.drop_points:.2f})" for step in reverted)
+                worst = ", ".join(f"{step.layer} ({step.ms:+.3f} ms, {step.drop_points:.2f})" for step in reverted)
                 pipeline.progress.say(f"accuracy guard: back to float, with the points still lost: {worst}")
-                files.append(Contender("int8 guarded", pipeline.build(pipeline.cut(plan), plan, "F2"), plan))
+                path = pipeline.build(pipeline.cut(plan), plan, "F2")
+                files.append(Contender("int8 guarded", path, plan, tuple(reverted)))
     return files
 
 
@@ -101,7 +110,8 @@ def race(
         raise ConstraintError("no plan keeps every limit, and no unpruned file does.")
     fastest = min(able, key=lambda c: timings[c.name].ratio)
     shipped = candidate if candidate is not None and always else fastest
-    return Delivery(shipped, contenders[0], timings, best.name)
+    guard = next((c.reverted for c in contenders if c.reverted), ())
+    return Delivery(shipped, contenders[0], timings, best.name, guard)
 
 
 def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> tuple[dict[str, float | None], NDArray[np.int64] | None]:

@@ -270,12 +270,19 @@ class Pipeline:
             found = self.file_drop(path)
             return found.points + (found.high - found.low) / (2 * accuracy.Z_95)
 
+        def milliseconds(files: Sequence[Path]) -> list[float]:
+            timings = self.time(files)
+            return [timings[0].median_ms * timing.ratio for timing in timings]
+
         def measure() -> list[dict[str, Any]]:
             layers = [layer.name for layer in self.graph.layers if layer.name not in self.placement.float_layers]
             with self.progress.stage("accuracy guard"):
-                return [asdict(step) for step in guard.guard(layers, build, divergence, drop, max_drop)]
+                return [asdict(step) for step in guard.guard(layers, build, divergence, drop, milliseconds, max_drop)]
 
-        steps = [Reverted(**step) for step in self.run.remember(f"guard at {max_drop:g} on {self.machine}", measure)]
+        steps = [
+            Reverted(**step)
+            for step in self.run.remember(f"guard and its cost at {max_drop:g} on {self.machine}", measure)
+        ]
         return plan_with(frozenset(step.layer for step in steps)), steps
 
     @cached_property

@@ -148,6 +148,7 @@ def render(run: ReportInput) -> str:
         machine=_flat(run.machine),
         config=json.dumps(run.config, indent=2, default=str, ensure_ascii=False) if run.config else "",
         plan=json.dumps(plan, indent=2, ensure_ascii=False) if plan else "",
+        guard=_guard(result),
         command=_text(result.get("command")) or _text(run.manifest.get("command")),
         warnings=[_text(item) for item in _list(result.get("warnings")) if _text(item)],
         absent=[
@@ -362,6 +363,16 @@ def _kept_whole(result: Record) -> list[dict[str, Any]]:
         if _text(item.get("layer")):
             reasons.setdefault(_text(item.get("reason")) or "no reason given", []).append(str(item["layer"]))
     return [{"reason": reason, "layers": layers} for reason, layers in reasons.items()]
+
+
+def _guard(result: Record) -> list[dict[str, Any]]:
+    """Return the layers that the accuracy guard turned back to float, worst first, with what each cost and saved."""
+    steps = []
+    for step in _records(result.get("guard")):
+        ms, points = _number(step.get("ms")), _number(step.get("drop_points"))
+        if _text(step.get("layer")) and ms is not None and points is not None:
+            steps.append({"layer": str(step["layer"]), "ms": ms, "points": points})
+    return steps
 
 
 def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:

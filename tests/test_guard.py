@@ -27,8 +27,11 @@ class Files:
     def divergence(self, path):
         return self.drop(path) / 10
 
+    def milliseconds(self, files):
+        return [4.0 + 0.5 * len(path.name.split("+")) * (path.name != "none") for path in files]
+
     def guard(self, max_drop):
-        return guard(list(POINTS), self.build, self.divergence, self.drop, max_drop)
+        return guard(list(POINTS), self.build, self.divergence, self.drop, self.milliseconds, max_drop)
 
 
 def test_a_file_that_holds_is_left_alone():
@@ -42,6 +45,7 @@ def test_the_worst_layers_go_back_and_no_more_than_needed():
     assert [step.layer for step in reverted] == ["depthwise", "stem"]
     assert [step.drop_points for step in reverted] == [1.5, 0.5]
     assert reverted[0].divergence == pytest.approx(0.3)
+    assert [step.ms for step in reverted] == [0.5, 0.5]
 
 
 def test_sensitivity_is_ordered_and_knows_rounding_that_helps():

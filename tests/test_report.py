@@ -76,6 +76,11 @@ def test_an_unpruned_file_that_was_shipped_is_called_what_it_is() -> None:
     assert "1.00 × as fast as the best unpruned file it is that file: nothing better was found" in text
 
 
+def test_what_the_accuracy_guard_turned_back_is_listed_with_its_cost(page: str) -> None:
+    assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms 0\.75", words(page))
+    assert "Back to float" not in only({**result(), "guard": []})
+
+
 def test_without_layer_names_in_the_profile_no_share_of_time_is_shown() -> None:
     value = result()
     assert re.search(r"MACs Time", only(value))

@@ -23,11 +23,13 @@ class Reverted:
     Attributes:
         divergence: What its rounding alone adds to the file's divergence from the float answers, in nats.
         drop_points: Accuracy lost by the file in which it and all layers before it in the list are float.
+        ms: By how much that file is slower than the one before it; below 0 where the layer was slower as an integer.
     """
 
     layer: str
     divergence: float
     drop_points: float
+    ms: float
 
 
 def sensitivity(layers: Sequence[str], build: Build, divergence: Callable[[Path], float]) -> dict[str, float]:
@@ -42,6 +44,7 @@ def guard(
     build: Build,
     divergence: Callable[[Path], float],
     drop: Callable[[Path], float],
+    milliseconds: Callable[[Sequence[Path]], Sequence[float]],
     max_drop: float,
 ) -> list[Reverted]:
     """Return the worst layers, as many as have to be float for the drop to hold; none where it holds already.
@@ -53,6 +56,7 @@ def guard(
         build: Writes the file in which given layers are float.
         divergence: Of a file from the float answers, in nats; a few hundred images do.
         drop: Accuracy lost by a file, in points, on the split that decides.
+        milliseconds: Of files, timed side by side.
         max_drop: Points that may be lost.
 
     Raises:
@@ -77,4 +81,8 @@ def guard(
     for count in range(1, high):
         if count not in lost:
             lost[count] = drop(build(frozenset(order[:count])))
-    return [Reverted(layer, worst[layer], lost[count]) for count, layer in enumerate(order[:high], start=1)]
+    ms = milliseconds([build(frozenset(order[:count])) for count in range(high + 1)])
+    return [
+        Reverted(layer, worst[layer], lost[count], ms[count] - ms[count - 1])
+        for count, layer in enumerate(order[:high], start=1)
+    ]
