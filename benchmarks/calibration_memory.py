@@ -23,15 +23,14 @@ from numpy.typing import NDArray
 from pretrained import cifar_resnet18
 
 from hirelc_deploy.compress import calibration, export
-
-BATCH = 64
+from hirelc_deploy.pipeline import SMALL_BATCH
 
 
 def random_batches(count: int) -> Iterator[NDArray[np.float32]]:
-    """Yield `count` images of values in [0, 1), at most BATCH at a time."""
+    """Yield `count` images of values in [0, 1), in batches as the pipeline makes them."""
     rng = np.random.default_rng(0)
-    for start in range(0, count, BATCH):
-        yield rng.random((min(BATCH, count - start), 3, 32, 32), np.float32)
+    for start in range(0, count, SMALL_BATCH):
+        yield rng.random((min(SMALL_BATCH, count - start), 3, 32, 32), np.float32)
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ def peers(pipeline: Pipeline, folder: Path) -> dict[str, Path | str]:
     batched, static = folder / "batched.onnx", folder / "static.onnx"
     export.export_onnx(pipeline.model, pipeline.example, batched)
     export.set_static_batch(batched, static)
-    images = [batch.numpy() for batch in pipeline.calibration_batches]
+    images = [batch.numpy() for batch in pipeline.calibration_batches()]
     ranges = dataclasses.replace(calibration.calibrate(batched, images, "minmax"), means={})
     blanket, theirs = folder / "blanket.onnx", folder / "nncf.onnx"
     quantize.quantize(static, blanket, ranges, lambda _: "int8", target=pipeline.integer, pattern=quantize.BLANKET)

@@ -356,3 +356,14 @@ def test_a_plan_may_ask_for_linear_layers_in_four_bits(pipeline: Pipeline):
     assert "MatMulNBits" in operators
     with pytest.raises(InputError, match="no Linear layer"):
         slicing.check_plan(pipeline.graph, CompressionPlan(precision={"stages.1.0.conv2": "int4"}))
+
+
+def test_many_calibration_images_are_read_batch_by_batch_and_are_the_same(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    kept = pipeline.calibration_batches()
+    assert pipeline.calibration_batches() is kept
+    monkeypatch.setattr("hirelc_deploy.pipeline.KEPT_BYTES", 0)
+    streamed = pipeline.calibration_batches()
+    assert not isinstance(streamed, list)
+    assert torch.equal(torch.cat(list(streamed)), torch.cat(list(kept)))
