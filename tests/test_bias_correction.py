@@ -22,19 +22,23 @@ def images(count, seed=0):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_the_shift_of_a_convolution_is_what_its_mean_output_moves(groups):
-    conv = nn.Conv2d(6, 12, 3, groups=groups, bias=False)
+@pytest.mark.parametrize("options", [{}, {"padding": 1}, {"padding": (2, 1), "stride": 2, "dilation": (1, 2)}])
+def test_the_shift_of_a_convolution_is_what_its_mean_output_moves(groups, options):
+    conv = nn.Conv2d(6, 12, 3, groups=groups, bias=False, **options)
     weight = conv.weight.detach().numpy().copy()
     scale = np.abs(weight).max((1, 2, 3)) / 7  # three bits, so that there is something to see
     rounded = np.rint(weight / scale[:, None, None, None])
-    x = torch.rand(50, 6, 3, 3) + torch.arange(6)[:, None, None]
-    x = x.mean((0, 2, 3), keepdim=True).expand(1, 6, 3, 3)  # every pixel is the mean, so nothing depends on the border
+    mean = torch.rand(6) + torch.arange(6)
+    x = mean[None, :, None, None].expand(1, 6, 7, 8)  # every pixel is the mean; beyond the border there is zero
     with torch.no_grad():
         before = conv(x)
         conv.weight.copy_(torch.from_numpy(rounded * scale[:, None, None, None]))
-        moved = (conv(x) - before).flatten().numpy()
-    node = helper.make_node("Conv", ["x", "w"], ["y"], group=groups)
-    found = mean_shift(node, weight, (rounded, scale), x[0, :, 0, 0].numpy())
+        moved = (conv(x) - before).mean((0, 2, 3)).numpy()
+    pads = [*conv.padding, *conv.padding]
+    node = helper.make_node(
+        "Conv", ["x", "w"], ["y"], group=groups, pads=pads, strides=conv.stride, dilations=conv.dilation
+    )
+    found = mean_shift(node, weight, (rounded, scale), mean.numpy(), (7, 8))
     np.testing.assert_allclose(found, moved, rtol=1e-3, atol=1e-5)
 
 

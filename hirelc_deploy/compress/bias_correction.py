@@ -7,11 +7,12 @@ batch norm; here it is measured). Layers of few inputs gain most, depthwise ones
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hirelc_deploy.compress.export import layer_of_node
 
@@ -35,15 +36,21 @@ def observed_inputs(proto: ModelProto) -> dict[str, tuple[str, str]]:
 
 
 def correct_biases(
-    integer: ModelProto, weights: Mapping[str, NDArray[np.float32]], means: Mapping[str, Sequence[float]]
+    integer: ModelProto,
+    weights: Mapping[str, NDArray[np.float32]],
+    means: Mapping[str, Sequence[float]],
+    sizes: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Change the biases of a Q/DQ file, in place.
 
     Args:
         weights: Node name to the float weight that was rounded, as its node holds it.
         means: Layer name to the (inputs,) mean of each input channel or feature. Layers without one stay as they are.
+        sizes: Node name of a convolution to the size of its input without batch and channels; without one its image
+            counts as if it went on beyond its borders.
     """
     layers = layer_of_node(integer)
+    sizes = sizes or {}
     constants = {initializer.name: initializer for initializer in integer.graph.initializer}
     makers = {node.output[0]: node for node in integer.graph.node if node.op_type == "DequantizeLinear"}
     for node in integer.graph.node:
@@ -52,7 +59,7 @@ def correct_biases(
         if mean is None or node.name not in weights or len(pairs) < 2:
             continue
         weight, bias = ([numpy_helper.to_array(constants[name]).astype(np.float64) for name in pair] for pair in pairs)
-        shift = mean_shift(node, weights[node.name], weight, np.array(mean))
+        shift = mean_shift(node, weights[node.name], weight, np.array(mean), sizes.get(node.name, ()))
         if shift is None:
             continue
         corrected = bias[0] - np.rint(shift / bias[1])
@@ -62,16 +69,19 @@ def correct_biases(
 
 
 def mean_shift(
-    node: NodeProto, before: NDArray[np.float32], rounded: Sequence[NDArray[np.float64]], mean: NDArray[np.float64]
+    node: NodeProto,
+    before: NDArray[np.float32],
+    rounded: Sequence[NDArray[np.float64]],
+    mean: NDArray[np.float64],
+    size: Sequence[int] = (),
 ) -> NDArray[np.float64] | None:
-    """Return the (outputs,) mean that rounding added; None where the inputs are not those of the weight.
-
-    Borders of a convolution count as if the image went on beyond them.
-    """
+    """Return the (outputs,) mean that rounding added; None where the inputs are not those of the weight."""
     values, scale = rounded
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     if node.op_type == "Conv":
         error = values * scale.reshape(-1, *[1] * (before.ndim - 1)) - before
+        for axis, share in enumerate(inside(attributes, before.shape[2:], size)):
+            error = error * share.reshape(-1, *[1] * (before.ndim - 3 - axis))
         error = error.sum(axis=tuple(range(2, before.ndim)))
     elif node.op_type == "Gemm":
         error = values * (scale[:, None] if attributes.get("transB", 0) else scale) - before
@@ -85,3 +95,18 @@ def mean_shift(
     inputs = np.pad(mean, (0, missing)).reshape(groups, error.shape[1])  # a stem is padded by channels of zeros
     shift: NDArray[np.float64] = (error * inputs.repeat(len(error) // groups, 0)).sum(axis=1)
     return shift
+
+
+def inside(attributes: Mapping[str, Any], kernel: Sequence[int], size: Sequence[int]) -> Iterator[NDArray[np.float64]]:
+    """Yield per dim of a convolution the share of its outputs for which each weight meets the image, not its border."""
+    dims = len(kernel)
+    if len(size) != dims or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        return
+    pads = attributes.get("pads", [0] * 2 * dims)
+    strides, dilations = attributes.get("strides", [1] * dims), attributes.get("dilations", [1] * dims)
+    for dim in range(dims):
+        reach = dilations[dim] * (kernel[dim] - 1)
+        count = (size[dim] + pads[dim] + pads[dims + dim] - reach - 1) // strides[dim] + 1
+        starts = np.arange(count) * strides[dim] - pads[dim]
+        at = starts[None, :] + dilations[dim] * np.arange(kernel[dim])[:, None]
+        yield ((at >= 0) & (at < size[dim])).mean(axis=1)

@@ -146,6 +146,12 @@ def quantize(
         return
     add_infer_metadata(proto)  # else the quantizer writes the model to disk to infer shapes again
     constants = {initializer.name: initializer for initializer in proto.graph.initializer}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*proto.graph.value_info, *proto.graph.input)}
+    sizes = {
+        node.name: [dimension.dim_value for dimension in shapes[node.input[0]][2:]]
+        for node in proto.graph.node
+        if node.op_type == "Conv" and node.input[0] in shapes
+    }
     weights = {
         node.name: numpy_helper.to_array(constants[node.input[1]])
         for node in proto.graph.node
@@ -176,7 +182,7 @@ def quantize(
         raise ExportError(f"{float_model.name}: cannot be quantized ({error}); calibrate on this very model.") from None
     finally:
         logger.setLevel(level)
-    correct_biases(result, weights, ranges.means)
+    correct_biases(result, weights, ranges.means, sizes)
     _keep_float(result, set(integer))
     if padded:
         _round_before_padding(result, padded[0].output[0])
