@@ -22,6 +22,7 @@ from hirelc_deploy.agreement import agreement
 from hirelc_deploy.bundle import BundleContents, read_manifest, write_bundle
 from hirelc_deploy.bundle import load as load_bundle
 from hirelc_deploy.compress import codec, restore, slicing
+from hirelc_deploy.compress.quantize import PATTERNS
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig, Limits
 from hirelc_deploy.data import Data, configured_data
@@ -325,6 +326,8 @@ def read_plan(text: str, graph: ModelGraph) -> CompressionPlan:
         plan = CompressionPlan.read(Path(text))
     try:
         slicing.check_plan(graph, plan)
+        if plan.pattern and plan.pattern not in PATTERNS:
+            raise InputError(f"plan: pattern {plan.pattern!r} is unknown; use {', '.join(PATTERNS)}.")
     except InputError as error:
         raise InputError(str(error).replace("plan:", f"plan {text}:", 1)) from None
     return plan

@@ -26,11 +26,14 @@ class CompressionPlan:
         precision: Layer name to `int8`, `float` or, for Linear layers, `int4` (weights in four bits, float
             activations); a layer not named takes `default_precision`.
         default_precision: `int8`, `float`, or `auto` (placed by measurement on the target).
+        pattern: Which operators around integer layers are integer too, a key of `quantize.PATTERNS`; the measured
+            placement's where it is empty.
     """
 
     keep: Mapping[str, int] = field(default_factory=dict)
     precision: Mapping[str, str] = field(default_factory=dict)
     default_precision: str = "int8"
+    pattern: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", MappingProxyType(dict(sorted(self.keep.items()))))
@@ -48,7 +51,7 @@ class CompressionPlan:
         return hash(self.digest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (CompressionPlan, (dict(self.keep), dict(self.precision), self.default_precision))
+        return (CompressionPlan, (dict(self.keep), dict(self.precision), self.default_precision, self.pattern))
 
     @property
     def digest(self) -> str:
@@ -66,6 +69,7 @@ class CompressionPlan:
             "keep": dict(self.keep),
             "precision": dict(self.precision),
             "default_precision": self.default_precision,
+            **({"pattern": self.pattern} if self.pattern else {}),
         }
 
     @classmethod
@@ -73,10 +77,11 @@ class CompressionPlan:
         """Check and rebuild a plan written by `to_dict`; raises InputError naming `where`."""
         if not isinstance(value, dict):
             raise InputError(f"{where}: a plan is a JSON object, found {type(value).__name__}.")
-        unknown = set(value) - {"schema_version", "keep", "precision", "default_precision"}
+        unknown = set(value) - {"schema_version", "keep", "precision", "default_precision", "pattern"}
         if unknown:
             raise InputError(
-                f"{where}: unknown key {sorted(unknown)[0]!r}; a plan has keep, precision, default_precision."
+                f"{where}: unknown key {sorted(unknown)[0]!r}; "
+                "a plan has keep, precision, default_precision and pattern."
             )
         version = value.get("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
@@ -86,8 +91,11 @@ class CompressionPlan:
         keep, precision = value.get("keep", {}), value.get("precision", {})
         if not isinstance(keep, dict) or not isinstance(precision, dict):
             raise InputError(f"{where}: keep and precision must be objects that map a name to a value.")
+        pattern = value.get("pattern", "")
+        if not isinstance(pattern, str):
+            raise InputError(f"{where}: pattern must be a name, found {type(pattern).__name__}.")
         try:
-            return cls(keep, precision, value.get("default_precision", "int8"))
+            return cls(keep, precision, value.get("default_precision", "int8"), pattern)
         except InputError as error:
             raise InputError(str(error).replace("plan:", f"{where}:", 1)) from None
 

@@ -14,6 +14,7 @@ from toy_problem import WIDTHS, Toy
 
 from hirelc_deploy import delivery, finalists, tables
 from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.placement import Placement
 from hirelc_deploy.compress.quantize import BLANKET
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import Limits, SearchConfig
@@ -338,13 +339,37 @@ def test_the_guard_turns_layers_back_until_the_drop_holds(pipeline: Pipeline, mo
     plan, reverted = pipeline.guarded(3.0)
     assert 0 < len(reverted) < len(pipeline.graph.layers)
     assert reverted[-1].drop_points <= 3.0 < reverted[-2].drop_points
-    assert set(plan.precision) == {step.layer for step in reverted}
+    layers = {step.layer for step in reverted if not step.layer.startswith("operators between")}
+    assert set(plan.precision) == layers
     assert plan.default_precision == "auto"
     precision_of = pipeline.precision_of(plan)
-    assert {precision_of(step.layer) for step in reverted} == {"float"}
+    assert {precision_of(layer) for layer in layers} == {"float"}
     names = [contender.name for contender in delivery.unpruned(pipeline, 3.0)]
     assert names[-1] == "int8 guarded"
     assert "int8 guarded" not in [contender.name for contender in delivery.unpruned(pipeline, 100.0)]
+
+
+def test_the_guard_turns_operators_between_layers_back_before_any_layer(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    def file_drop(path: Path) -> PairedDrop:  # residual sums cost two points each, layers nothing
+        proto = onnx.load(str(path))
+        rounded = {node.input[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
+        points = 2.0 * sum(node.op_type == "Add" and node.output[0] in rounded for node in proto.graph.node)
+        return PairedDrop(points, points, points)
+
+    monkeypatch.setattr(pipeline, "file_drop", file_drop)
+    placed = Placement(
+        "all", (), 0.4, {"all": {"ratio": 0.4}, "weights": {"ratio": 0.6}, "first 2 layers": {"ratio": 0.9}}
+    )
+    monkeypatch.setattr(pipeline, "placement", placed)
+    plan, [step] = pipeline.guarded(1.0)
+    assert step.layer == "operators between the layers (pattern weights)"
+    assert step.drop_points == 0.0
+    assert (plan.pattern, dict(plan.precision)) == ("weights", {})
+    assert pipeline.pattern_of(plan) == "weights"
+    assert CompressionPlan.from_dict(plan.to_dict()) == plan
+    assert plan.digest != CompressionPlan(default_precision="auto").digest
 
 
 def test_a_plan_may_ask_for_linear_layers_in_four_bits(pipeline: Pipeline):
