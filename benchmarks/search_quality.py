@@ -7,6 +7,10 @@ MODEL is `demo` or the config.toml of a search. Every evaluation is kept in the 
 that was interrupted, or stopped after --seconds (exit code 75), goes on with the same command. To make it affordable F1
 uses --images selection images and half as many for batch-norm statistics; all strategies see the same ones.
 
+--files N also writes, runs and times the best N plans of every search as integer files (F2; give it a quiet machine).
+--finals trains the first seed's best plan of hirelc, knapsack and uniform at each budget for the epochs of the job (F3)
+and answers the test split with the files: what the search is for, read once, after everything was chosen.
+
 The result, with machine, versions, command and date, goes to benchmarks/results/NAME.json, the page to the folder of
 the run as compare.html.
 """
@@ -26,21 +30,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hirelc_deploy import comparison, job, tables
 from hirelc_deploy.agreement import agreement
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.demo import demo_config
+from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
-from hirelc_deploy.pipeline import Pipeline
+from hirelc_deploy.pipeline import BATCH, Pipeline, batches
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.search.surrogate import rank_correlation
 
+FINALISTS = ("hirelc", "knapsack", "uniform")
 RESULTS = Path(__file__).resolve().parent / "results"
 TO_BE_CONTINUED = 75
 
@@ -95,6 +102,29 @@ def surrogate(searches: Sequence[comparison.Search]) -> dict[str, Any]:
     }
 
 
+def finals(pipeline: Pipeline, searches: Sequence[comparison.Search]) -> list[dict[str, Any]]:
+    """Return what the first seed's plans of FINALISTS are after recovery: ratio, bytes, and drop on the test split."""
+    chosen = [s for s in searches if s.seed == 0 and s.strategy in FINALISTS]
+    outcomes = [(s, pipeline.outcome(CompressionPlan.from_dict(s.best_plan), "F3")) for s in chosen]
+    test = pipeline.data.take_test()
+    assert test.labels is not None
+    labels, images = test.labels, [pictures.numpy() for pictures in batches(test, BATCH)]
+
+    def right(path: Path) -> NDArray[np.bool_]:
+        return accuracy.correct(accuracy.predict(pipeline.backend.build(path, pipeline.threads), iter(images)), labels)
+
+    uncut, found = right(pipeline.reference), []
+    for search, outcome in outcomes:
+        plan = CompressionPlan.from_dict(search.best_plan)
+        one: dict[str, Any] = {"strategy": search.strategy, "budget_ms": search.budget_ms, "plan": plan.to_dict()}
+        if isinstance(outcome, Measured):
+            drop = accuracy.paired_drop(uncut, right(pipeline.file_of(plan, "F3")))
+            one |= {"drop_points": drop.points, "drop_low": drop.low, "drop_high": drop.high}
+            one |= {key: getattr(outcome, key) for key in ("ratio", "ratio_low", "ratio_high", "size_bytes", "params")}
+        found.append(one)
+    return [{"strategy": "uncut", "accuracy": float(uncut.mean())}, *found]
+
+
 def main() -> int:
     """Run, or go on with, the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,6 +137,8 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--options", type=int, default=8, help="widths per unit")
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--files", type=int, default=0, metavar="N", help="plans of each search that become files")
+    parser.add_argument("--finals", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     options = parser.parse_args()
     started = time.monotonic()
@@ -135,6 +167,7 @@ def main() -> int:
                 range(options.seeds),
                 evaluate,
                 f1_evaluations=options.trials,
+                f2_evaluations=options.files,
                 progress=lambda text: print(text, flush=True),
             )
         except OutOfTimeError:
@@ -153,6 +186,7 @@ def main() -> int:
             "sensitivity": sensitivity(pipeline, problem),
             "agreement": agreement(problem, pipeline.run.trials, pipeline.reference_ms),
             "surrogate": surrogate(searches),
+            "finals": finals(pipeline, searches) if options.finals else [],
         }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     record = {

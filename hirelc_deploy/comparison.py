@@ -38,6 +38,7 @@ class Search:
     Attributes:
         losses, ms: Of its F1 evaluations in order: loss (nats; inf for a failure), predicted milliseconds.
         files: Its F2 evaluations, as `loss`, `accuracy`, `ratio`.
+        best_plan: The plan of least loss at F1, as `CompressionPlan.to_dict`; empty where nothing was measured.
         thinking_seconds: Processor time outside evaluation.
         evaluating_seconds: Processor time inside; little where the journal answers.
         record: What a hierarchy wrote down; empty for others.
@@ -49,6 +50,7 @@ class Search:
     losses: tuple[float, ...]
     ms: tuple[float, ...]
     files: tuple[Mapping[str, Any], ...]
+    best_plan: Mapping[str, Any]
     thinking_seconds: float
     evaluating_seconds: float
     record: Mapping[str, Any]
@@ -96,6 +98,7 @@ def _search_of(
 ) -> Search:
     first = [trial for trial in result.trials if trial.fidelity == "F1"]
     files = [trial.outcome for trial in result.trials if trial.fidelity == "F2"]
+    best = result.ranked("F1")[:1]
     return Search(
         result.strategy,
         seed,
@@ -103,6 +106,7 @@ def _search_of(
         tuple(t.outcome.loss if isinstance(t.outcome, Measured) else float("inf") for t in first),
         tuple(problem.predict_ms(t.choices) for t in first),
         tuple({"loss": f.loss, "accuracy": f.accuracy, "ratio": f.ratio} for f in files if isinstance(f, Measured)),
+        best[0].plan.to_dict() if best else {},
         result.seconds - result.seconds_evaluating,
         result.seconds_evaluating,
         record,
@@ -140,6 +144,8 @@ def summarise(searches: Sequence[Search], uncut_ms: float, ours: str) -> dict[st
             "hypervolume_low": float(_interval(volumes[:, None], rng)[0][0]),
             "hypervolume_high": float(_interval(volumes[:, None], rng)[1][0]),
             "thinking_seconds_per_search": float(np.mean([search.thinking_seconds for search in own])),
+            "evaluating_seconds_per_search": float(np.mean([search.evaluating_seconds for search in own])),
+            "at_budget": [_at_budget(own, budget_ms, rng) for budget_ms in sorted({s.budget_ms for s in own})],
         }
         if name != ours and ours in best:
             found[name]["against_ours"] = paired_test(best[ours], best[name])
@@ -152,6 +158,26 @@ def summarise(searches: Sequence[Search], uncut_ms: float, ours: str) -> dict[st
         "strategies": found,
         "searches": [asdict(search) for search in searches],
     }
+
+
+def _at_budget(own: Sequence[Search], budget_ms: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Return what one strategy found at one budget: its best losses, and of its best files accuracy and ratio."""
+    here = [search for search in own if search.budget_ms == budget_ms]
+    losses = np.log([[search.best_loss] for search in here])
+    low, high = _interval(losses, rng)
+    files = [min(search.files, key=lambda file: file["loss"]) for search in here if search.files]
+    found: dict[str, Any] = {
+        "budget_ms": budget_ms,
+        "best_loss": float(np.exp(losses.mean())),
+        "best_loss_low": float(np.exp(low[0])),
+        "best_loss_high": float(np.exp(high[0])),
+    }
+    for key in ("accuracy", "ratio"):
+        values = np.array([[file[key]] for file in files if file[key] is not None])
+        if len(values):
+            low, high = _interval(values, rng)
+            found |= {key: float(values.mean()), f"{key}_low": float(low[0]), f"{key}_high": float(high[0])}
+    return found
 
 
 def best_so_far(losses: Sequence[float], length: int) -> NDArray[np.float64]:

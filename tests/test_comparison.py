@@ -26,7 +26,7 @@ from hirelc_deploy.runs import TrialRecord
 
 
 def search(losses: tuple[float, ...], ms: tuple[float, ...], name: str = "a", seed: int = 0) -> Search:
-    return Search(name, seed, max(ms), losses, ms, (), 0.1, 0.2, {})
+    return Search(name, seed, max(ms), losses, ms, (), {}, 0.1, 0.2, {})
 
 
 def test_the_sign_flip_test_by_hand() -> None:
@@ -78,6 +78,10 @@ def test_every_strategy_is_charged_the_same_and_ours_is_tested_against_each(tmp_
         assert 0 <= found["hypervolume_low"] <= found["hypervolume"] <= found["hypervolume_high"] <= 1
         assert found["curve_low"][-1] <= found["curve"][-1] <= found["curve_high"][-1]
         assert ("against_ours" in found) == (name != "hirelc")
+        assert [at["budget_ms"] for at in found["at_budget"]] == sorted(budgets)
+        # A tighter budget is a part of the looser one's plans, so what was evaluated there loses more.
+        assert all(0 < at["best_loss_low"] <= at["best_loss"] <= at["best_loss_high"] for at in found["at_budget"])
+        assert all(at["ratio_low"] <= at["ratio"] <= at["ratio_high"] for at in found["at_budget"])
     assert summary["strategies"]["random"]["against_ours"]["log_ratio"] < 0
     again = run_all(toy.problem, budgets, names, [0, 1], toy.evaluate, f1_evaluations=10, f2_evaluations=1)
     assert [one.losses for one in again] == [one.losses for one in searches]

@@ -57,7 +57,9 @@ class Toy:
         ms = self.ms(choices)
         if fidelity == "F1":
             return Measured(plan.digest, fidelity, self.loss(choices), None, 100, 1000, predicted_ms=ms)
-        return Measured(plan.digest, fidelity, self.loss(choices), None, 100, 1000, median_ms=ms, size_bytes=400)
+        return Measured(
+            plan.digest, fidelity, self.loss(choices), None, 100, 1000, median_ms=ms, ratio=ms / 10, size_bytes=400
+        )
 
     def _problem(self, rng: np.random.Generator) -> Problem:
         count = len(self.weight)
