@@ -17,7 +17,7 @@ from hirelc_deploy.search.hierarchy import Hierarchy, Parts
 from hirelc_deploy.search.high_level import MULTIPLIERS, PricePolicy, block_budgets
 from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.search.loop import SearchResult, run_search
-from hirelc_deploy.search.problem import Choices
+from hirelc_deploy.search.problem import FISHER, Choices, Problem
 
 BUDGET = 0.45
 OPTUNA = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="Optuna is not installed")
@@ -113,6 +113,44 @@ def test_the_surrogate_and_the_agents_together_find_what_the_solver_does_not() -
         toy = Toy(seed)
         ours, solver = search(toy, "hirelc", seed, 40), search(toy, "knapsack", seed, 40)
         assert min(losses(ours)) < 0.95 * min(losses(solver))
+
+
+def test_before_the_surrogate_is_trusted_the_tables_choose_half_of_a_batch() -> None:
+    toy = Toy(0, blocks=3)
+    strategy = make_strategy("hirelc", toy.problem, BUDGET * toy.problem.uncut_ms, 0)
+    assert isinstance(strategy, Hierarchy)
+    answer, by_tables, drawn, _ = strategy.propose(4)
+    pool = [
+        choices for draws in strategy._pending for choices in draws.choices if choices.tobytes() != answer.tobytes()
+    ]
+    expected = strategy.surrogate.expected_by_tables(np.stack(pool))
+    assert strategy.surrogate.expected_by_tables(by_tables[None])[0] == pytest.approx(expected.min())
+    assert any(np.array_equal(drawn, choices) for choices in pool)
+
+
+def test_without_fisher_agents_cannot_tell_problems_apart_that_differ_in_it_alone() -> None:
+    toy = Toy(0, blocks=3)
+    width = FISHER + 2
+
+    def with_fisher(scale: float) -> Problem:
+        decisions = [
+            replace(d, features=np.where(np.arange(width) == FISHER, scale * index, float(index)))
+            for index, d in enumerate(toy.problem.decisions)
+        ]
+        return replace(toy.problem, decisions=tuple(decisions))
+
+    def plans(scale: float, fisher: bool) -> list[list[int]]:
+        problem = with_fisher(scale)
+        strategy = Hierarchy(problem, BUDGET * problem.uncut_ms, 0, parts=Parts(fisher=fisher))
+        found: list[Choices] = []
+        for _ in range(4):
+            batch = strategy.propose(4)
+            strategy.observe([(c, toy.evaluate(toy.problem.plan_of(c), "F1")) for c in batch])
+            found += batch
+        return [c.tolist() for c in found]
+
+    assert plans(0.0, fisher=False) == plans(-3.0, fisher=False)
+    assert plans(0.0, fisher=True) != plans(-3.0, fisher=True)
 
 
 def test_the_solver_uses_its_evaluations_too() -> None:

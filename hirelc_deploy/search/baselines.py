@@ -196,6 +196,7 @@ PARTS: dict[str, Parts] = {
 
 ABLATIONS: dict[str, Parts] = {
     "hirelc without HLA": Parts(high_level=False),
+    "hirelc without Fisher": Parts(fisher=False),
     "hirelc without surrogate": Parts(surrogate=False),
     "hirelc without warm start": Parts(warm_start=False),
     "hirelc with one agent": Parts(MEMBERS[:1]),

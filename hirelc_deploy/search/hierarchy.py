@@ -15,7 +15,7 @@ from hirelc_deploy.search.agent import Agent, Draws, Member, Scene
 from hirelc_deploy.search.high_level import block_budgets, block_of
 from hirelc_deploy.search.knapsack import check_feasible, project, solve, tables_around
 from hirelc_deploy.search.ppo import A2C, PpoSettings
-from hirelc_deploy.search.problem import Choices, Problem
+from hirelc_deploy.search.problem import FISHER, Choices, Problem
 from hirelc_deploy.search.reward import FAILED_REWARD, Goal, Reward, reward_of
 from hirelc_deploy.search.surrogate import Surrogate, expected_improvement
 from hirelc_deploy.search.votes import vote
@@ -51,6 +51,7 @@ class Parts:
         surrogate: Guides what is evaluated, and teaches the agents between evaluations.
         warm_start: Agents begin at the solver's answer; else at random networks that know no losses.
         learns: Agents learn from outcomes.
+        fisher: Agents see the Fisher sensitivity of what they decide.
     """
 
     members: tuple[Member, ...] = MEMBERS
@@ -58,6 +59,7 @@ class Parts:
     surrogate: bool = True
     warm_start: bool = True
     learns: bool = True
+    fisher: bool = True
 
 
 @dataclass
@@ -113,6 +115,7 @@ class Hierarchy:
         self.rewards: list[Reward] = []
         self.rounds: list[Round] = []
         self.parts = parts = parts or Parts()
+        problem = problem if parts.fisher else blind_to_fisher(problem)
         self._problem, self._budget_ms = problem, budget_ms
         answer = solve(problem, budget_ms)
         tables = tables_around(problem, answer)
@@ -156,6 +159,8 @@ class Hierarchy:
         if self._guided:
             pool = self._unseen([*pool, *self._near_the_best()])
             picked = self._most_expected(np.stack(pool), count) if pool else []
+        elif self.parts.surrogate and self.parts.warm_start:
+            picked = self._half_by_tables(pool)[:count]
         else:
             picked = pool[:count]
         for noise in range(2, 2 + WILDER):
@@ -195,6 +200,18 @@ class Hierarchy:
     @property
     def _guided(self) -> bool:
         return self.parts.surrogate and self.surrogate.trusted
+
+    def _half_by_tables(self, pool: list[Choices]) -> list[Choices]:
+        """Return the pool with its first plan first, then in turn what the tables expect most of and the next drawn.
+
+        Until the surrogate is trusted its prior, the tables, chooses half; the other half shows it how plans differ.
+        """
+        if len(pool) < 3:
+            return pool
+        drawn = list(range(1, len(pool)))
+        best = 1 + np.argsort(self.surrogate.expected_by_tables(np.stack(pool[1:])), kind="stable")
+        order = [0, *(int(index) for pair in zip(best, drawn, strict=True) for index in pair)]
+        return [pool[index] for index in dict.fromkeys(order)]
 
     def _unseen(self, plans: Sequence[Choices]) -> list[Choices]:
         """Return the plans, each once, that were not proposed before."""
@@ -271,6 +288,15 @@ class Hierarchy:
     def record(self) -> dict[str, Any]:
         """Return what was learned, as JSON values: gate decisions, foreseen and found log losses, budgets per round."""
         return {"strategy": self.name, "blocks": list(self._problem.blocks), "rounds": [vars(r) for r in self.rounds]}
+
+
+def blind_to_fisher(problem: Problem) -> Problem:
+    """Return the problem with 0 for every decision's Fisher sensitivity."""
+
+    def blinded(features: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where(np.arange(len(features)) == FISHER, 0.0, features)
+
+    return replace(problem, decisions=tuple(replace(d, features=blinded(d.features)) for d in problem.decisions))
 
 
 def neighbours(problem: Problem, choices: Choices, budget_ms: float) -> Choices:

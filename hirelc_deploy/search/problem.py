@@ -16,6 +16,10 @@ Choices = NDArray[np.int64]
 """(decisions,) or (n, decisions) index of the option taken for each decision; the last option of each is `uncut`."""
 
 
+FISHER = 7
+"""Column of `Decision.features` with the Fisher sensitivity, where the problem knows it."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """One thing to decide: the width of a unit (ordered), or the precision of a block's layers (nominal).

@@ -104,6 +104,10 @@ class Surrogate:
             prior + _covariance(self._fit.kernel, shares, steps, self._fit.shares, self._fit.steps) @ self._fit.weights
         )
 
+    def expected_by_tables(self, choices: Choices) -> NDArray[np.float64]:
+        """Return the (n,) log losses that the tables alone expect: their sums."""
+        return self._features(choices)[2]
+
     def believing(self, choices: Choices) -> Surrogate:
         """Return a surrogate that takes its own expectation of these plans for measured, with the same kernel."""
         other = object.__new__(Surrogate)
