@@ -61,7 +61,7 @@ def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contende
     The last is there when the drop is limited and the placed file exceeds it: its worst layers are float again.
     """
     files = [
-        Contender("fp32", pipeline.reference, CompressionPlan(default_precision="float")),
+        Contender(pipeline.form.float_name, pipeline.reference, CompressionPlan(default_precision="float")),
         Contender("int8 blanket", pipeline.blanket, CompressionPlan(default_precision="int8")),
     ]
     if pipeline.placement.pattern != BLANKET or pipeline.placement.float_layers:

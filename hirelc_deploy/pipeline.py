@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress import calibration, guard, placement, quantize, recovery, slicing
 from hirelc_deploy.compress.equalisation import write_equalised
+from hirelc_deploy.compress.forms import Form, form_of
 from hirelc_deploy.compress.guard import Reverted
 from hirelc_deploy.compress.placement import Placement
 from hirelc_deploy.compress.quantize import BLANKET
@@ -161,6 +161,11 @@ class Pipeline:
         raise TargetUnavailable(f"{self.backend.name}: this device executes no integer precision; use precision=float.")
 
     @cached_property
+    def form(self) -> Form:
+        """How the files of the target are written."""
+        return form_of(self.backend.precisions())
+
+    @cached_property
     def scores(self) -> dict[str, NDArray[np.float64]]:
         """Unit name to the importance of each of its elements."""
         split, most = self.sensitivity_split, self.effort.sensitivity_images
@@ -227,7 +232,7 @@ class Pipeline:
 
     @cached_property
     def reference(self) -> Path:
-        """The uncut model as a float file: what every ratio is relative to."""
+        """The uncut model in float, FP16 where TensorRT runs it: what every ratio is relative to."""
         return self._uncut_file(FLOAT)
 
     @cached_property
@@ -250,7 +255,8 @@ class Pipeline:
             wholly_integer = not accuracy.operators(runner, self.example[:1].numpy()).float_ops
             tried = placement.changes(onnx.load(str(self._uncut.static)), wholly_integer=wholly_integer)
             with self.progress.stage("precision placement"):
-                return placement.place(self.reference, tried, self._trial, self.time).to_dict()
+                patterns = self.form.patterns
+                return placement.place(self.reference, tried, self._trial, self.time, patterns).to_dict()
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
 
@@ -396,12 +402,7 @@ class Pipeline:
         pattern, precision_of = self.pattern_of(plan), self.precision_of(plan)
         with tempfile.TemporaryDirectory() as folder:
             exported = self._exported(model, Path(folder))
-            if pattern == FLOAT:
-                shutil.copyfile(exported.batched, path)
-            else:
-                quantize.quantize(
-                    exported.batched, path, exported.ranges, precision_of, target=self.integer, pattern=pattern
-                )
+            self._write_form(exported.batched, exported.batched, exported.ranges, path, pattern, precision_of)
         quantize.strip_for_shipping(path)
 
     def pattern_of(self, plan: CompressionPlan) -> str:
@@ -463,14 +464,23 @@ class Pipeline:
         return Exported(static, equal, equal_static, ranges)
 
     def _quantize(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
-        if pattern == FLOAT:
-            shutil.copyfile(exported.plain, path)
-        else:
-            quantize.quantize(
-                exported.static, path, exported.ranges, precision_of, target=self.integer, pattern=pattern
-            )
+        self._write_form(exported.plain, exported.static, exported.ranges, path, pattern, precision_of)
         layers = quantize.strip_for_shipping(path)
         write_atomic(self.files / f"{path.name.lstrip('.').partition('.')[0]}.layers.json", json.dumps(layers))
+
+    def _write_form(
+        self,
+        plain: Path,
+        equalised: Path,
+        ranges: calibration.Ranges,
+        path: Path,
+        pattern: str,
+        precision_of: Callable[[str], str],
+    ) -> None:
+        if pattern == FLOAT:
+            self.form.write_float(plain, equalised, ranges, path)
+        else:
+            self.form.write_integer(equalised, ranges, precision_of, self.integer, pattern, path)
 
     @cached_property
     def exporter(self) -> Exporter:
@@ -486,21 +496,15 @@ class Pipeline:
         path = self.files / (f"uncut-{pattern}.onnx" if not floats else f"uncut-{pattern}-{_digest(floats)}.onnx")
         if not path.exists():
             with atomic_path(path) as partial:
-                self._quantize(self._uncut, partial, pattern, lambda layer: "float" if layer in floats else "int8")
+                self._quantize(self._uncut, partial, pattern, _integer_but(floats))
         return path
 
     def _trial(self, pattern: str, floats: frozenset[str]) -> Path:
         """Write a file that is only timed."""
         path = Path(self._scratch.name) / f"{pattern}-{_digest(floats)}.onnx"
         if not path.exists():
-            quantize.quantize(
-                self._uncut.static,
-                path,
-                self._uncut.ranges,
-                lambda layer: "float" if layer in floats else "int8",
-                target=self.integer,
-                pattern=pattern,
-            )
+            static, ranges = self._uncut.static, self._uncut.ranges
+            self.form.write_integer(static, ranges, _integer_but(floats), self.integer, pattern, path)
         return path
 
     def _judge_model(self, model: nn.Module) -> tuple[float, float | None]:
@@ -581,6 +585,10 @@ def forward(model: nn.Module, pictures: Tensor) -> Tensor:
     """Return (n, classes) float32 logits of (n, channels, height, width) pictures, in batches."""
     with torch.no_grad():
         return torch.cat([model(batch).float() for batch in pictures.split(SMALL_BATCH)])
+
+
+def _integer_but(floats: frozenset[str]) -> Callable[[str], str]:
+    return lambda layer: "float" if layer in floats else "int8"
 
 
 def _digest(layers: frozenset[str]) -> str:

@@ -30,6 +30,9 @@ WIDE, NARROW = (860, 420), (360, 340)
 LARGEST = 1e30
 """No figure of a run is larger: what is, is damage, and would overflow the arithmetic below."""
 
+FLOATS = ("fp32", "fp16")
+"""What the uncut float file is called: the second on a GPU, where that is the fastest without 8-bit numbers."""
+
 WHOLE_COMMAND = "whole command"
 """The stage that contains the others: it is the total, not a bar beside them."""
 
@@ -144,6 +147,7 @@ def render(run: ReportInput) -> str:
         **sections,
         layers_timed=any(layer["share"] is not None for group in sections["layers"] for layer in group["layers"]),
         title=_title(run),
+        float_name=_float_name(result),
         facts=_facts(run),
         machine=_flat(run.machine),
         config=json.dumps(run.config, indent=2, default=str, ensure_ascii=False) if run.config else "",
@@ -205,15 +209,16 @@ def _headline(result: Record) -> list[dict[str, str]]:
         notes = ["" if verdict == "faster" else verdict, _ms(median) if median else "", sure]
         tiles.append(
             {
-                **_faster(ratio, "the FP32 file"),
+                **_faster(ratio, f"the {_float_name(result)} file"),
                 "note": "; ".join(filter(None, notes)),
             }
         )
     if ratio and rival:
+        times_float = f"{_times(1 / rival)} as fast as {_float_name(result)}"
         tiles.append(
             {
                 **_faster(ratio / rival, "the best unpruned file"),
-                "note": f"{_text(unpruned.get('name')) or 'unnamed'}, {_times(1 / rival)} as fast as FP32"
+                "note": f"{_text(unpruned.get('name')) or 'unnamed'}, {times_float}"
                 if ratio != rival
                 else "it is that file: nothing better was found",
             }
@@ -223,7 +228,7 @@ def _headline(result: Record) -> list[dict[str, str]]:
         tiles.append(
             {
                 "value": _times(max(size_ratio, 1 / size_ratio)),
-                "label": f"{'smaller' if size_ratio >= 1 else 'larger'} than the FP32 file",
+                "label": f"{'smaller' if size_ratio >= 1 else 'larger'} than the {_float_name(result)} file",
                 "note": f"{_bytes(size)}, was {_bytes(size * size_ratio)}",
             }
         )
@@ -244,6 +249,11 @@ def _headline(result: Record) -> list[dict[str, str]]:
             }
         )
     return tiles
+
+
+def _float_name(result: Record) -> str:
+    names = [_text(candidate.get("name")).lower() for candidate in _records(result.get("candidates"))]
+    return next((name.upper() for name in names if name in FLOATS), FLOATS[0].upper())
 
 
 def _faster(ratio: float, than: str) -> dict[str, str]:
@@ -277,7 +287,7 @@ def _bars(result: Record) -> list[dict[str, Any]]:
 
 
 def _role(candidate: Record, result: Record) -> str:
-    """Return `shipped`, `unpruned` (the FP32 reference too) or `candidate`.
+    """Return `shipped`, `unpruned` (the float reference too) or `candidate`.
 
     A run may say so itself; else the shipped file is the one with the result's latency and size, and names tell.
     """
@@ -287,7 +297,7 @@ def _role(candidate: Record, result: Record) -> str:
     shipped = _number(_record(result.get("latency")).get("ratio")), _number(result.get("size_bytes"))
     if shipped == (_number(candidate.get("ratio")), _positive(candidate.get("size_bytes"))):
         return "shipped"
-    return "unpruned" if name.startswith(("fp32", "int8")) else "candidate"
+    return "unpruned" if name.startswith((*FLOATS, "int8")) else "candidate"
 
 
 def _layers(result: Record) -> list[dict[str, Any]]:
@@ -415,18 +425,18 @@ def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
 def _scatter(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
     """Return the two drawings of accuracy (or loss) against time, and what the caption must say about them.
 
-    A file's time is its ratio to FP32 from interleaved runs times the FP32 time, so that points taken at different
-    moments can be compared; where a ratio is missing it is the file's own median.
+    A file's time is its ratio to the float file from interleaved runs times the time of that, so that points taken at
+    different moments can be compared; where a ratio is missing it is the file's own median.
     """
     candidates = _records(result.get("candidates"))
-    fp32_ms = next((_positive(c.get("median_ms")) for c in candidates if _text(c.get("name")).lower() == "fp32"), None)
+    float_ms = next((_positive(c.get("median_ms")) for c in candidates if _text(c.get("name")).lower() in FLOATS), None)
     by_accuracy = any(_number(o.get("accuracy")) is not None for o in outcomes) or any(
         _number(c.get("accuracy_selection")) is not None for c in candidates
     )
 
     def point(value: Record, accuracy: str, role: str, name: str = "") -> Point | None:
         ratio, y = _positive(value.get("ratio")), _number(value.get(accuracy if by_accuracy else "loss"))
-        timed = ratio * fp32_ms if ratio and fp32_ms else _positive(value.get("median_ms"))
+        timed = ratio * float_ms if ratio and float_ms else _positive(value.get("median_ms"))
         ms = timed or _positive(value.get("predicted_ms"))
         if y is None or ms is None or ms <= 0:
             return None

@@ -1,15 +1,17 @@
 # ruff: noqa: N802, N815 - the driver's own names
 """In: a recorded API surface. Out: a TensorRT and a CUDA driver with those names only, that compute one known thing.
 
-The engine doubles the first five numbers of its input, and its GPU takes two milliseconds for that. Nothing here says
-anything about a GPU; it shows that the code calls what the releases have, in an order that makes sense.
+The engine doubles the first five numbers of its input, and its GPU takes two milliseconds for that, whatever the file;
+`fake_gpu_program.py` has one that reads files. Nothing here says anything about a GPU; it shows that the code calls
+what the releases have, in an order that makes sense.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -29,6 +31,18 @@ INSPECTED = {
         {"Name": "reformat", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]},
     ]
 }
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a parsed file is to the engine: its types and shapes, what it computes, and how long that takes."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, Any]
+    compute: Callable[[np.ndarray], np.ndarray]
+    milliseconds: float
+    inspected: Mapping[str, Any]
+    layer_milliseconds: Mapping[str, float]
 
 
 class FakeDriver:
@@ -150,6 +164,19 @@ class FakeTensorrt(ModuleType):
         self.parsed = b""
         self.profilers: list[Any] = []
 
+    def understood(self, model: bytes) -> Network:
+        """Return what a file is; raises ValueError with the parser's words where it is refused."""
+        if model == b"bad":
+            raise ValueError("zero point must be 0")
+        return Network(
+            {"x": SHAPE, "y": (1, OUTPUTS)},
+            {"x": np.float32, "y": np.float32},
+            lambda image: 2 * image.ravel()[:OUTPUTS],
+            {b"fast": 1.0, b"slow": 3.0}.get(model, GPU_MILLISECONDS),
+            INSPECTED,
+            {layer["Name"]: 0.25 for layer in INSPECTED["Layers"]},
+        )
+
     def limited(self, kind: str, behind: Any) -> Any:
         return Limited(behind, self.surface[kind], kind)
 
@@ -169,8 +196,11 @@ class FakeTensorrt(ModuleType):
         return self.limited(name, SimpleNamespace(**{member: at for at, member in enumerate(members)}))
 
     def _builder(self, log: Any) -> Any:
-        source = SimpleNamespace(name="x", shape=SHAPE)
-        network = SimpleNamespace(get_input=lambda at: self.limited("ITensor", source))
+        def first_input(at: int) -> Any:
+            name, shape = next(iter(self.understood(self.parsed).shapes.items()))
+            return self.limited("ITensor", SimpleNamespace(name=name, shape=shape))
+
+        network = SimpleNamespace(get_input=first_input)
         config = SimpleNamespace(
             profiling_verbosity=None,
             num_compute_capabilities=0,
@@ -203,13 +233,20 @@ class FakeTensorrt(ModuleType):
         )
 
     def _parser(self, network: Any, log: Any) -> Any:
-        error = self.limited("ParserError", SimpleNamespace(desc=lambda: "zero point must be 0"))
+        errors: list[str] = []
 
         def parse(model: bytes) -> bool:
             self.parsed = model
-            return model != b"bad"
+            try:
+                self.understood(model)
+            except ValueError as error:
+                errors.append(str(error))
+            return not errors
 
-        parsed = SimpleNamespace(parse=parse, num_errors=1, get_error=lambda at: error)
+        def error_at(at: int) -> Any:
+            return self.limited("ParserError", SimpleNamespace(desc=lambda: errors[at]))
+
+        parsed = SimpleNamespace(parse=parse, num_errors=1, get_error=error_at)
         return self.limited("OnnxParser", parsed)
 
     def _runtime(self, log: Any) -> Any:
@@ -218,31 +255,36 @@ class FakeTensorrt(ModuleType):
     def _engine(self, plan: bytes) -> Any:
         if not plan.startswith(b"plan of "):
             return None
-        milliseconds = {b"plan of fast": 1.0, b"plan of slow": 3.0}.get(plan, GPU_MILLISECONDS)
-        shapes = {"x": SHAPE, "y": (1, OUTPUTS)}
-        modes = {"x": self.TensorIOMode.INPUT, "y": self.TensorIOMode.OUTPUT}
-        inspector = SimpleNamespace(execution_context=None, get_engine_information=lambda form: json.dumps(INSPECTED))
+        network = self.understood(plan[len(b"plan of ") :])
+        names = list(network.shapes)
+        modes = {names[0]: self.TensorIOMode.INPUT, names[1]: self.TensorIOMode.OUTPUT}
+        information = json.dumps(network.inspected)
+        inspector = SimpleNamespace(execution_context=None, get_engine_information=lambda form: information)
         return self.limited(
             "ICudaEngine",
             SimpleNamespace(
                 num_io_tensors=2,
-                get_tensor_name=lambda at: "xy"[at],
+                get_tensor_name=names.__getitem__,
                 get_tensor_mode=modes.__getitem__,
-                get_tensor_shape=shapes.__getitem__,
-                get_tensor_dtype=lambda name: np.float32,
-                create_execution_context=lambda: self._context(shapes, milliseconds),
+                get_tensor_shape=network.shapes.__getitem__,
+                get_tensor_dtype=network.types.__getitem__,
+                create_execution_context=lambda: self._context(network),
                 create_engine_inspector=lambda: self.limited("EngineInspector", inspector),
             ),
         )
 
-    def _context(self, shapes: dict[str, tuple[int, ...]], milliseconds: float) -> Any:
+    def _context(self, network: Network) -> Any:
         addresses: dict[str, int] = {}
 
+        def at(name: str) -> np.ndarray:
+            shape, kind = network.shapes[name], np.dtype(network.types[name])
+            raw = (ctypes.c_ubyte * (int(np.prod(shape)) * kind.itemsize)).from_address(addresses[name])
+            return np.frombuffer(raw, kind).reshape(shape)
+
         def work() -> None:
-            self.driver.milliseconds += milliseconds
-            source = (ctypes.c_float * OUTPUTS).from_address(addresses["x"])
-            result = (ctypes.c_float * OUTPUTS).from_address(addresses["y"])
-            result[:] = [2 * value for value in source]
+            self.driver.milliseconds += network.milliseconds
+            source, result = network.shapes
+            at(result)[...] = network.compute(at(source))
 
         def execute(stream: int) -> bool:
             if self.driver.capturing:
@@ -252,11 +294,11 @@ class FakeTensorrt(ModuleType):
             return True
 
         def report() -> None:
-            for layer in INSPECTED["Layers"]:
-                context.profiler.report_layer_time(layer["Name"], 0.25)
+            for name, milliseconds in network.layer_milliseconds.items():
+                context.profiler.report_layer_time(name, milliseconds)
 
         context = SimpleNamespace(
-            get_tensor_shape=shapes.__getitem__,
+            get_tensor_shape=network.shapes.__getitem__,
             set_input_shape=lambda name, shape: True,
             set_tensor_address=addresses.__setitem__,
             execute_async_v3=execute,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hirelc_backends import tensorrt_program
-from hirelc_deploy.measure.backend import Precision
+from hirelc_deploy.measure.backend import TENSORRT_FORM, Precision
 from hirelc_deploy.measure.device import LocalDevice
 from hirelc_deploy.measure.program import ProgramBackend
 
@@ -36,9 +36,10 @@ class TensorrtGpu(ProgramBackend):
         8 bits; a comparison with FP32 would flatter whatever is compared.
         """
         capability = tuple(int(part) for part in str(facts["runtime"]["compute_capability"]).split("."))
-        found = [Precision("float", "float16", "float16", 16, "FP16, with FP32 where calibration saw larger numbers.")]
+        remark = "FP16, with FP32 where calibration saw larger numbers."
+        found = [Precision("float", "float16", "float16", 16, remark, TENSORRT_FORM)]
         if capability >= FIRST_INT8:
-            found.append(Precision("int8", "int8", "int8", 8, "Symmetric, in tensor cores."))
+            found.append(Precision("int8", "int8", "int8", 8, "Symmetric, in tensor cores.", TENSORRT_FORM))
         if capability >= FIRST_FP8:
-            found.append(Precision("fp8", "float8", "float8", 8, "E4M3, in tensor cores."))
+            found.append(Precision("fp8", "float8", "float8", 8, "E4M3, in tensor cores.", TENSORRT_FORM))
         return tuple(found)

@@ -34,7 +34,7 @@ class Placement:
     """What becomes integer in the fastest file.
 
     Attributes:
-        pattern: A key of `quantize.PATTERNS`.
+        pattern: A key of `quantize.PATTERNS`, or of `export_tensorrt.PATTERNS`.
         float_layers: Weight layers that stay float although the pattern would make them integer.
         ratio: Time of that file / time of the float file.
         candidates: What else was timed: its name to `ratio`, `ratio_low`, `ratio_high` against the float file for
@@ -93,6 +93,7 @@ def place(
     tried: Mapping[str, frozenset[str]],
     build: Callable[[str, frozenset[str]], Path],
     time: Callable[[Sequence[Path]], Sequence[Timing]],
+    patterns: Sequence[str] = tuple(PATTERNS),
 ) -> Placement:
     """Return the fastest placement that was found.
 
@@ -101,10 +102,11 @@ def place(
         tried: Of `changes`.
         build: Writes the file of a pattern and the layers that stay float, and returns its path.
         time: Times files side by side against the first of them.
+        patterns: Those of the form that the target takes.
     """
     candidates: dict[str, dict[str, float]] = {}
     files: dict[bytes, tuple[str, Path]] = {}
-    for pattern in PATTERNS:
+    for pattern in patterns:
         path = build(pattern, frozenset())
         files.setdefault(path.read_bytes(), (pattern, path))
     found = time([reference, *(path for _, path in files.values())])

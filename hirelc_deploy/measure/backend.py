@@ -11,6 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+ONNX_FORM, TENSORRT_FORM = "onnx", "tensorrt"
+"""float32 where nothing is integer, Q/DQ pairs with any zero point; or strongly typed: FP16, and symmetric pairs."""
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -18,10 +21,12 @@ class Precision:
 
     Attributes:
         name: `float` or `int8`.
-        activation_type: `uint8`, `int8` or `float32`.
-        weight_type: `int8` or `float32`.
+        activation_type: `uint8`, `int8` or `float32`; `float16` and `float8` on a GPU.
+        weight_type: `int8` or `float32`; `float16` and `float8` on a GPU.
         weight_bits: Bits used of the weight type; 7 where 8-bit products would saturate (x86 without VNNI).
         remark: What the user should know, in one sentence, or ``.
+        form: How the ONNX files must be written that run in it, the same for all precisions of a device: ONNX_FORM or
+            TENSORRT_FORM; compress/forms.py writes them.
     """
 
     name: str
@@ -29,6 +34,7 @@ class Precision:
     weight_type: str
     weight_bits: int
     remark: str = ""
+    form: str = ONNX_FORM
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.model_graph import LayerShape
-from hirelc_deploy.measure.backend import Backend, OperatorTime, Precision
+from hirelc_deploy.measure.backend import TENSORRT_FORM, Backend, OperatorTime, Precision
 from hirelc_deploy.measure.machine import describe, fingerprint
 
 SCHEMA_VERSION = 1
@@ -41,6 +41,8 @@ LAYER, BORDER = "layer/", "border/"
 do not: inside a network the neighbours speak the same format."""
 CONVERSIONS = frozenset({"Transpose", "ReorderInput", "ReorderOutput"})
 """What a runtime itself adds at the ends to turn images into the layout of its convolutions, and back."""
+REFORMAT = "Reformat"
+"""The same in TensorRT, which has an operator of its own for it, so that no layer's own moves are meant."""
 
 _ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "hardswish": "HardSwish"}
 
@@ -235,15 +237,17 @@ def layer_model(key: LayerKey, precision: Precision) -> tuple[onnx.ModelProto, t
     """Return (one-layer ONNX model of batch 1, shape of its float32 input, multiply-accumulates).
 
     An integer convolution gets its input as integers and leaves integers, as between two convolutions. An integer
-    linear layer rounds its own input and leaves floats, as behind a layer norm, a GELU or attention. What an activation
-    costs is part of the layer: ReLU nothing where the runtime folds it, SiLU in float between two conversions.
+    linear layer rounds its own input and leaves floats, as behind a layer norm, a GELU or attention; in TensorRT's form
+    it gets integers, because there whatever comes before it rounds. What an activation costs is part of the layer: ReLU
+    nothing where the runtime folds it, SiLU in float between two conversions.
     """
     builders = {"conv": _conv, "linear": _linear, "attention": _attention}
     if key.shape.kind not in builders:
         raise InputError(f"layer kind {key.shape.kind!r} has no timing; known: {', '.join(builders)}.")
     if min(key.in_features, key.out_features) < 1:
         raise InputError(f"layer: widths {key.in_features} -> {key.out_features}; both must be at least 1.")
-    graph = _Graph(None if precision.name == "float" else precision)
+    of_form = _TypedGraph if precision.form == TENSORRT_FORM else _Graph
+    graph = of_form(None if precision.name == "float" else precision)
     image_shape, output_shape, output, macs = builders[key.shape.kind](graph, key)
     return graph.model(image_shape, output_shape, output), image_shape, macs
 
@@ -253,7 +257,7 @@ _Built = tuple[tuple[int, ...], tuple[int | None, ...], str, int]
 
 
 def _counts(operator: OperatorTime, kind: str) -> bool:
-    if operator.name.startswith(BORDER):
+    if operator.name.startswith(BORDER) or operator.operator == REFORMAT:
         return False
     # A runtime turns layouts around a convolution once per network, but those of attention are its own work.
     return kind != "conv" or operator.operator not in CONVERSIONS
@@ -266,8 +270,25 @@ class _Graph:
         self.integer = integer
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
+        self.first = self.entrance()
+
+    def entrance(self) -> str:
+        """Return the tensor that the layer gets in float."""
         # The first operator of a run pays for more than itself, so it is one that does not count.
-        self.first = self.add("Neg", "input", prefix=BORDER)
+        return self.add("Neg", "input", prefix=BORDER)
+
+    def rounded_input(self, prefix: str) -> str:
+        """Return the tensor that the layer reads, rounded if it is integer; `prefix` says whether that counts."""
+        return self.first if self.integer is None else self.quantized(self.first, prefix)
+
+    def activated_and_rounded(self, kind: str, tensor: str) -> str:
+        """Return what an integer convolution leaves for the next one."""
+        if kind in ("", "relu", "relu6"):
+            # A range that starts at 0, and ends at 6 for ReLU6, makes rounding do what the activation did.
+            return self.quantized(tensor, BORDER, top=6.0, signed=not kind)
+        tensor = self.quantized(self.activation(kind, self.quantized(tensor, LAYER)), LAYER)
+        # The last conversion back to float belongs to the file's end, not to the layer.
+        return self.add("DequantizeLinear", *self.nodes.pop().input, prefix=BORDER)
 
     def add(self, operator: str, *inputs: str, prefix: str = LAYER, outputs: int = 1, **attributes: Any) -> str:
         """Append a node and return its first output; further ones end in `.1`, `.2`."""
@@ -278,7 +299,7 @@ class _Graph:
 
     def constant(self, value: NDArray[Any] | np.generic) -> str:
         """Append a constant and return its name."""
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), f"constant{len(self.constants)}"))
+        self.constants.append(numpy_helper.from_array(np.asarray(value, order="C"), f"constant{len(self.constants)}"))
         return str(self.constants[-1].name)
 
     def quantized(self, tensor: str, prefix: str, top: float = 4.0, signed: bool = True) -> str:
@@ -325,16 +346,62 @@ class _Graph:
         return self.add(_ACTIVATIONS[kind], tensor)
 
     def model(self, input_shape: tuple[int, ...], output_shape: tuple[int | None, ...], output: str) -> onnx.ModelProto:
-        """Return the model from float32 `input` to float32 `output`."""
+        """Return the model from `input` to `output`, both float32."""
+        return self.typed_model(input_shape, output_shape, output, TensorProto.FLOAT, TensorProto.FLOAT)
+
+    def typed_model(
+        self, input_shape: tuple[int, ...], output_shape: tuple[int | None, ...], output: str, taken: int, left: int
+    ) -> onnx.ModelProto:
+        """Return the model that takes and leaves these ONNX types."""
         used = {name for node in self.nodes for name in node.input}
         graph = helper.make_graph(
             self.nodes,
             "layer",
-            [helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape)],
-            [helper.make_tensor_value_info(output, TensorProto.FLOAT, output_shape)],
+            [helper.make_tensor_value_info("input", taken, input_shape)],
+            [helper.make_tensor_value_info(output, left, output_shape)],
             [constant for constant in self.constants if constant.name in used],
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+class _TypedGraph(_Graph):
+    """A layer as TensorRT gets it, by the rules of compress/export_tensorrt.py.
+
+    It takes what its neighbour leaves, FP16 or integers, and leaves what its neighbour takes: conversions at the ends
+    would be kernels of their own, or become part of the layer's, and a profile could not tell them apart.
+    """
+
+    leaves_integers = False
+
+    def entrance(self) -> str:
+        return "input"
+
+    def constant(self, value: NDArray[Any] | np.generic) -> str:
+        return super().constant(value.astype(np.float16) if value.dtype == np.float32 else value)
+
+    def rounded_input(self, prefix: str) -> str:
+        if self.integer is None:
+            return self.first
+        return self.add("DequantizeLinear", self.first, *self._grid())
+
+    def activated_and_rounded(self, kind: str, tensor: str) -> str:
+        self.leaves_integers = True
+        return self.add("QuantizeLinear", self.activation(kind, tensor), *self._grid())
+
+    def _grid(self) -> tuple[str, str]:
+        return self.constant(np.float32(6 / 127)), self.constant(np.int8(0))
+
+    def weight(self, shape: tuple[int, ...], channel_axis: int, input_scale: float = 8 / 255) -> tuple[str, str]:
+        if self.integer is None:
+            return super().weight(shape, channel_axis)
+        rounded, _ = super().weight(shape, channel_axis)
+        self.nodes.pop()  # the bias stays FP16
+        return rounded, self.constant(np.full(shape[channel_axis], 0.1, np.float32))
+
+    def model(self, input_shape: tuple[int, ...], output_shape: tuple[int | None, ...], output: str) -> onnx.ModelProto:
+        taken = TensorProto.FLOAT16 if self.integer is None else TensorProto.INT8
+        left = TensorProto.INT8 if self.leaves_integers else TensorProto.FLOAT16
+        return self.typed_model(input_shape, output_shape, output, taken, left)
 
 
 def _conv(graph: _Graph, key: LayerKey) -> _Built:
@@ -344,10 +411,9 @@ def _conv(graph: _Graph, key: LayerKey) -> _Built:
         raise InputError(f"convolution: {inputs} -> {outputs} channels do not divide into {groups} groups.")
     image_shape = (1, inputs, *shape.input_size)
     weight_shape = (outputs, inputs // groups, *shape.kernel)
-    tensor = graph.first if graph.integer is None else graph.quantized(graph.first, BORDER)
     tensor = graph.add(
         "Conv",
-        tensor,
+        graph.rounded_input(BORDER),
         *graph.weight(weight_shape, 0),
         kernel_shape=shape.kernel,
         strides=shape.stride,
@@ -355,28 +421,14 @@ def _conv(graph: _Graph, key: LayerKey) -> _Built:
         dilations=shape.dilation,
         group=groups,
     )
-    if graph.integer is None:
-        tensor = graph.activation(shape.activation, tensor)
-    elif shape.activation in ("", "relu", "relu6"):
-        # A range that starts at 0, and ends at 6 for ReLU6, makes rounding do what the activation did.
-        tensor = graph.quantized(tensor, BORDER, top=6.0, signed=not shape.activation)
-    else:
-        tensor = graph.activation(shape.activation, graph.quantized(tensor, LAYER))
-        tensor = graph.quantized(tensor, LAYER)
-        tensor = _uncounted_end(graph, tensor)
+    finish = graph.activation if graph.integer is None else graph.activated_and_rounded
+    tensor = finish(shape.activation, tensor)
     return image_shape, (1, outputs, None, None), tensor, shape.positions * math.prod(weight_shape)
-
-
-def _uncounted_end(graph: _Graph, tensor: str) -> str:
-    # The last conversion back to float belongs to the file's end, not to the layer.
-    last = graph.nodes.pop()
-    return graph.add("DequantizeLinear", *last.input, prefix=BORDER) if tensor == last.output[0] else tensor
 
 
 def _linear(graph: _Graph, key: LayerKey) -> _Built:
     positions, inputs, outputs = key.shape.positions, key.in_features, key.out_features
-    tensor = graph.first if graph.integer is None else graph.quantized(graph.first, LAYER)
-    tensor = graph.add("Gemm", tensor, *graph.weight((inputs, outputs), 1))
+    tensor = graph.add("Gemm", graph.rounded_input(LAYER), *graph.weight((inputs, outputs), 1))
     tensor = graph.activation(key.shape.activation, tensor)
     return (positions, inputs), (positions, outputs), tensor, positions * inputs * outputs
 

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hirelc_deploy.errors import HirelcError
-from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.backend import ONNX_FORM, TENSORRT_FORM, Backend
 
 IMAGE = (3, 8, 8)
 CLASSES = 5
@@ -56,6 +56,7 @@ class BackendContract:
         precisions = backend.precisions()
         assert precisions[0].name == "float"
         assert len({precision.name for precision in precisions}) == len(precisions)
+        assert len({precision.form for precision in precisions} & {ONNX_FORM, TENSORRT_FORM}) == 1
         for precision in precisions:
             assert {precision.activation_type, precision.weight_type} <= KNOWN_TYPES
             assert 1 <= precision.weight_bits <= 32
@@ -91,7 +92,7 @@ class BackendContract:
         """Up to two steps of 0.01 in outputs of up to 0.3: runtimes may round a value between two steps apart."""
         if all(precision.name != "int8" for precision in backend.precisions()):
             pytest.skip(f"{backend.name} executes no int8")
-        path = write_model(tmp_path / "int8.onnx", integer=True)
+        path = write_model(tmp_path / "int8.onnx", integer=True, form=backend.precisions()[0].form)
         images = random_images(4)
         found, expected = backend.build(path).infer(images), reference_outputs(path, images)
         assert np.abs(found - expected).max() <= 0.02 + 1e-6
@@ -104,7 +105,8 @@ class BackendContract:
         assert not any(operator.is_integer for operator in in_float)
         assert all(operator.microseconds > 0 and operator.operator for operator in in_float)
         if any(precision.name == "int8" for precision in backend.precisions()):
-            in_integers = backend.build(write_model(tmp_path / "int8.onnx", integer=True)).profile(image, 3)
+            path = write_model(tmp_path / "int8.onnx", integer=True, form=backend.precisions()[0].form)
+            in_integers = backend.build(path).profile(image, 3)
             assert any(operator.is_integer for operator in in_integers)
             for operator in in_integers:
                 assert not (operator.is_integer and operator.operator in ("QuantizeLinear", "DequantizeLinear", "Cast"))
@@ -148,8 +150,9 @@ def reference_outputs(path: Path, images: NDArray[np.float32]) -> NDArray[np.flo
     return np.concatenate(rows)
 
 
-def write_model(path: Path, *, batch: int | str = "n", integer: bool = False) -> Path:
-    """Write a convolution, ReLU, pooling and linear layer, in float or with Q/DQ; return `path`."""
+def write_model(path: Path, *, batch: int | str = "n", integer: bool = False, form: str = ONNX_FORM) -> Path:
+    """Write a convolution, ReLU, pooling and linear layer, in float or with Q/DQ of a form; return `path`."""
+    typed = form == TENSORRT_FORM
     rng = np.random.default_rng(1)
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
@@ -165,7 +168,11 @@ def write_model(path: Path, *, batch: int | str = "n", integer: bool = False) ->
     def rounded(tensor: str, scale: float, zero: int) -> str:
         if not integer:
             return tensor
-        grid = [constant(f"{tensor}_s", np.array(scale, np.float32)), constant(f"{tensor}_z", np.array(zero, np.uint8))]
+        if typed:  # half the range in either direction instead of a zero point
+            scale, zero_point = scale if zero else 2 * scale, np.array(0, np.int8)
+        else:
+            zero_point = np.array(zero, np.uint8)
+        grid = [constant(f"{tensor}_s", np.array(scale, np.float32)), constant(f"{tensor}_z", zero_point)]
         return add("DequantizeLinear", [add("QuantizeLinear", [tensor, *grid], f"{tensor}_q"), *grid], f"{tensor}_dq")
 
     def weights(name: str, shape: tuple[int, ...], input_scale: float) -> list[str]:
@@ -182,6 +189,9 @@ def write_model(path: Path, *, batch: int | str = "n", integer: bool = False) ->
             ("b", rng.integers(-500, 500, shape[0]).astype(np.int32), scales * np.float32(input_scale)),
         ):
             full = f"{name}_{kind}"
+            if typed and kind == "b":
+                made.append(constant(full, (value * scale).astype(np.float32)))
+                continue
             zero = constant(f"{full}_z", np.zeros(shape[0], value.dtype))
             inputs = [constant(f"{full}_q", value), constant(f"{full}_s", scale), zero]
             made.append(add("DequantizeLinear", inputs, full, axis=0))
