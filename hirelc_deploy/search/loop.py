@@ -112,6 +112,7 @@ def run_search(
     f1_evaluations: int,
     f2_evaluations: int,
     batch: int = 8,
+    begin: Callable[[Sequence[CompressionPlan]], None] = lambda plans: None,
     progress: Callable[[SearchResult], None] = lambda result: None,
     deadline: float = math.inf,
     f2_reserve_s: float = 0.0,
@@ -130,6 +131,8 @@ def run_search(
         f1_evaluations: Different plans judged at F1.
         f2_evaluations: Of these, how many of the best are judged at F2.
         batch: Plans between two calls of `observe`.
+        begin: Told the plans of a batch before they are evaluated at F1 one after the other, so that it may have them
+            evaluated side by side.
         progress: Called after each new trial, with the result so far.
         deadline: On `clock`. No further F1 evaluation begins within `f2_evaluations * f2_reserve_s` of it, and after it
             no F2 evaluation but the first.
@@ -166,7 +169,9 @@ def run_search(
             break
         before = result.count("F1")
         tried: list[tuple[Choices, Outcome]] = []
-        for choices in strategy.propose(min(batch, left)):
+        proposed = strategy.propose(min(batch, left))
+        begin([plan for plan in map(problem.plan_of, proposed) if (plan.digest, "F1") not in done])
+        for choices in proposed:
             if clock() >= last_f1_start:
                 result.stopped = "deadline"
                 break
