@@ -68,6 +68,9 @@ Include = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one inference; the target's own if not given.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder that is made for the results.", show_default=False)]
+Jobs = Annotated[
+    int, typer.Option(min=1, help="Processes that judge cut models side by side, one thread each; same results.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while working.")]
@@ -154,12 +157,12 @@ def _preprocess(input_size: str | None, mean: str | None, std: str | None) -> Pr
     )
 
 
-def _run(config: JobConfig, out: Path, plan: str | None, as_json: bool, quiet: bool) -> None:
+def _run(config: JobConfig, out: Path, plan: str | None, as_json: bool, quiet: bool, jobs: int = 1) -> None:
     """Open the workplace, do the job and print what it gave."""
     from hirelc_deploy import job
 
     progress = Progress(quiet=quiet)
-    workplace = job.open_workplace(config, out, shlex.join(["hirelc-deploy", *sys.argv[1:]]), progress)
+    workplace = job.open_workplace(config, out, shlex.join(["hirelc-deploy", *sys.argv[1:]]), progress, jobs=jobs)
     with workplace.run:
         result = job.run_apply(workplace, plan) if plan is not None else job.run_search(workplace)
     _show(result, as_json, summary(result, out))
@@ -233,6 +236,7 @@ def search(
     exclude: Exclude = None,
     include: Include = None,
     threads: Threads = None,
+    jobs: Jobs = 1,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -260,7 +264,7 @@ def search(
         limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
         search=SearchConfig(strategy, parse_duration(budget) if budget else None, trials, finalists, options),
     )
-    _run(config, out, None, as_json, quiet)
+    _run(config, out, None, as_json, quiet, jobs)
 
 
 @app.command()

@@ -205,6 +205,7 @@ class Search:
                 self._evaluate,
                 f1_evaluations=self.config.f1_evaluations,
                 f2_evaluations=1,
+                begin=self.pipeline.begin,
                 deadline=self.deadline,
             )
             self.searches.append(result)

@@ -64,8 +64,12 @@ class Workplace:
     command: str
 
 
-def open_workplace(config: JobConfig, directory: Path, command: str, progress: Progress) -> Workplace:
-    """Load model and data, open the target and the run directory; every problem with them is one sentence."""
+def open_workplace(config: JobConfig, directory: Path, command: str, progress: Progress, *, jobs: int = 1) -> Workplace:
+    """Load model and data, open the target and the run directory; every problem with them is one sentence.
+
+    Args:
+        jobs: Processes that judge cut models side by side. It changes no result, so it is no part of the configuration.
+    """
     target = find_target(config.target)
     backend = open_target(target)
     data = configured_data(config)
@@ -98,6 +102,7 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         progress=progress,
         graph=graph,
         start=earlier if config.plan and (earlier := Path(config.plan) / "weights.safetensors").is_file() else None,
+        jobs=jobs,
     )
     return Workplace(config, pipeline, run, source, command)
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from hirelc_deploy.ahead import Ahead
 from hirelc_deploy.compress import calibration, guard, placement, quantize, recovery, slicing
 from hirelc_deploy.compress.equalisation import write_equalised
 from hirelc_deploy.compress.forms import Form, form_of
@@ -43,7 +44,7 @@ from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend, Precision
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.protocol import QUICK, Timing, TimingLimits, compare
-from hirelc_deploy.outcome import Failed, Fidelity, Measured, Outcome
+from hirelc_deploy.outcome import Failed, Fidelity, Measured, Outcome, outcome_from_dict, outcome_to_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run, atomic_path, write_atomic
@@ -107,6 +108,7 @@ class Pipeline:
     Attributes:
         run: Remembers what was measured; its `files/` receives exported files and recovered weights, whole or absent.
         start: Weights of the cut model, recovered before, from which its recovery goes on.
+        jobs: Processes that judge cut models (F1) side by side, with one thread each; below 2 this process judges.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Pipeline:
         progress: Progress | None = None,
         graph: ModelGraph | None = None,
         start: Path | None = None,
+        jobs: int = 1,
     ) -> None:
         self.model = model.eval()
         self.data = data
@@ -136,6 +139,8 @@ class Pipeline:
         if graph is not None:
             self.graph = graph  # known from before the run was opened, so that a bad option leaves no run behind
         self.start = start
+        self.jobs = jobs
+        self._begun: set[str] = set()
         self.machine = fingerprint(describe(backend))
         self._scratch = tempfile.TemporaryDirectory()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -332,8 +337,36 @@ class Pipeline:
         """
         return self.run.evaluate_once(plan, fidelity, self.evaluate, "" if fidelity == "F1" else self.machine)
 
+    def begin(self, plans: Sequence[CompressionPlan]) -> None:
+        """Have those of these plans that are new judged side by side (F1); `outcome` then only waits for each.
+
+        Outcomes are written down in the order in which they are asked for, as without `jobs`.
+        """
+        new = [plan for plan in plans if not self.run.knows(plan, "F1")]
+        if self.jobs < 2 or len(new) < 2:
+            return
+        texts = [json.dumps(plan.to_dict()) for plan in new]
+        self._ahead.begin(texts)
+        self._begun.update(texts)
+
+    @cached_property
+    def _ahead(self) -> Ahead:
+        """Copies of this process, made when everything that an F1 evaluation needs is known."""
+        _ = self.scores, self.grams, self.restated, self.norm_batches, self.selection, self.answers
+
+        def answer(text: str) -> str:
+            torch.set_num_threads(1)
+            plan = CompressionPlan.from_dict(json.loads(text), "plan")
+            return json.dumps(outcome_to_dict(self.evaluate(plan, "F1")))
+
+        return Ahead(answer, self.jobs)
+
     def evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
         """Walk the path as far as `fidelity` says. What cannot be built or run comes back as Failed."""
+        if fidelity == "F1" and (text := json.dumps(plan.to_dict())) in self._begun:
+            self._begun.discard(text)
+            if (answer := self._ahead.take(text)) is not None:
+                return outcome_from_dict(json.loads(answer))
         seconds: dict[str, float] = {}
         stage = "slice"
         try:

@@ -140,6 +140,10 @@ class Run:
             os.close(self._lock)
             self._lock = None
 
+    def knows(self, plan: CompressionPlan, fidelity: Fidelity, context: str = "") -> bool:
+        """Return whether the outcome of a plan is journaled."""
+        return (plan.digest, fidelity, context) in self._outcomes
+
     def evaluate_once(
         self,
         plan: CompressionPlan,

@@ -299,8 +299,10 @@ def single_losses(
 
     def measure(pairs: Sequence[tuple[str, int]]) -> None:
         new = [(unit, index) for unit, index in pairs if index not in measured[unit]]
-        for unit, index in pipeline.progress.track(new, "loss of each option alone", len(new)):
-            plan = CompressionPlan({unit: offered[unit][index]}, default_precision="auto")
+        plans = [CompressionPlan({unit: offered[unit][index]}, default_precision="auto") for unit, index in new]
+        pipeline.begin(plans)
+        planned = zip(new, plans, strict=True)
+        for (unit, index), plan in pipeline.progress.track(planned, "loss of each option alone", len(new)):
             outcome = pipeline.outcome(plan, "F1")
             measured[unit][index] = outcome.loss if isinstance(outcome, Measured) else FAILED_LOSS
 

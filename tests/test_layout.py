@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports from its own line and from those above it. A folder's name stands for all modules in it.
 ORDER = (
-    ("__init__", "errors", "progress", "scatter", "_torchvision_guard"),
+    ("__init__", "errors", "progress", "ahead", "scatter", "_torchvision_guard"),
     ("plan", "outcome"),
     ("config", "images", "data", "models", "demo"),
     ("graph",),
