@@ -68,12 +68,12 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pipeline = open_workplace(config, folder / "run", "", Progress()).pipeline
-        steps = []
+        guarded: dict[str, Any] = {}
         files: dict[str, Path | str] = {"fp32": pipeline.reference, **peers(pipeline, folder), "ours": pipeline.placed}
         if options.guard is not None:
-            plan, reverted = pipeline.guarded(options.guard)
+            plan, found = pipeline.guarded(options.guard)
             files["ours, guarded"] = pipeline.build(pipeline.cut(plan), plan, "F2")
-            steps = [dataclasses.asdict(step) for step in reverted]
+            guarded = {"max_drop_points": options.guard, **found.to_dict()}
         test = pipeline.data.take_test()
         assert test.labels is not None
         rows: dict[str, Any] = {form: {"refused": path} for form, path in files.items() if isinstance(path, str)}
@@ -97,7 +97,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "test_images": len(test),
         "calibration_images": len(pipeline.data.calibration),
         "placement": {"pattern": pipeline.placement.pattern, "float_layers": pipeline.placement.float_layers},
-        "guard": steps,
+        "guard": guarded,
         "forms": rows,
     }
 

@@ -408,7 +408,7 @@ def deliver(
         "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
         "operators": operators,
         "placement": pipeline.placement.candidates,
-        "guard": [asdict(step) for step in delivery.guard],
+        "guard": delivery.guard.to_dict() if delivery.guard else None,
         "warnings": warnings,
         **facts,
     }
