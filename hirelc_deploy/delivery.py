@@ -76,7 +76,8 @@ def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contende
                 layers = ", ".join(step.layer for step in found.reverted) or "no layer"
                 pipeline.progress.say(
                     f"accuracy guard: {found.points:.2f} points lost instead of {found.points_before:.2f}, "
-                    f"{found.ms:.3f} ms instead of {found.ms_before:.3f}; pattern {found.pattern}, back to float: {layers}"
+                    f"{found.ms:.3f} ms instead of {found.ms_before:.3f}; pattern {found.pattern}, "
+                    f"back to float: {layers}"
                 )
                 path = pipeline.build(pipeline.cut(plan), plan, "F2")
                 files.append(Contender("int8 guarded", path, plan, found))

@@ -255,9 +255,9 @@ class Pipeline:
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
 
     def guarded(self, max_drop: float) -> tuple[CompressionPlan, Guarded]:
-        """Return the uncut model's plan whose integer file keeps `max_drop` points on the selection split, and its price.
+        """Return the uncut model's plan whose integer file loses at most `max_drop` points, and its price.
 
-        Judged on that split, one standard error included, as finalists are; see `guard.guard`.
+        Judged on the selection split, one standard error included, as finalists are; see `guard.guard`.
 
         Raises:
             ConstraintError: Turning layers back does not help enough.

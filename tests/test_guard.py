@@ -1,4 +1,4 @@
-"""In: made-up losses of layers. Out: proof that the guard finds a fast file that keeps the drop, and judges whole files."""
+"""In: made-up losses of layers. Out: proof that the guard finds a fast file that keeps the drop."""
 
 from pathlib import Path
 

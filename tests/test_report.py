@@ -78,7 +78,9 @@ def test_an_unpruned_file_that_was_shipped_is_called_what_it_is() -> None:
 
 def test_what_the_accuracy_guard_turned_back_is_listed_with_its_cost(page: str) -> None:
     text = words(page)
-    assert re.search(r"Back to float for accuracy .* 1\.75 points .* loses 0\.50 and takes 2\.38 ms instead of 2\.25", text)
+    assert re.search(
+        r"Back to float for accuracy .* 1\.75 points .* loses 0\.50 and takes 2\.38 ms instead of 2\.25", text
+    )
     assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms", text)
     for nothing in (None, []):
         assert "Back to float" not in only({**result(), "guard": nothing})
