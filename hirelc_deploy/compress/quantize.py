@@ -17,7 +17,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-from hirelc_deploy.compress import rewrite
+from hirelc_deploy.compress import constant_factors, rewrite
 from hirelc_deploy.compress.bias_correction import correct_biases
 from hirelc_deploy.compress.calibration import Ranges
 from hirelc_deploy.compress.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
@@ -201,6 +201,8 @@ def quantize(
         logger.setLevel(level)
     correct_biases(result, weights, _means(proto, ranges, factors), sizes)
     _keep_float(result, set(integer))
+    if pattern != BLANKET:
+        constant_factors.absorb(result)
     if padded:
         _round_before_padding(result, padded[0].output[0])
     quantizer.model.topological_sort()
