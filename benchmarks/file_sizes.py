@@ -13,21 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
+from forms import judged, opened
 from record import RESULTS, provenance
 
 from hirelc_deploy.compress import codec, slicing
 from hirelc_deploy.compress.restore import restore
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
-from hirelc_deploy.job import open_workplace
-from hirelc_deploy.measure.accuracy import correct, paired_drop, predict
-from hirelc_deploy.measure.protocol import compare
 from hirelc_deploy.outcome import Measured
-from hirelc_deploy.pipeline import BATCH, Pipeline, batches
-from hirelc_deploy.progress import Progress
+from hirelc_deploy.pipeline import Pipeline
 
 
 def forms(pipeline: Pipeline, folder: Path) -> dict[str, tuple[Path, int]]:
@@ -58,30 +53,14 @@ def main() -> int:
     config = JobConfig(
         ModelConfig(options.model, weights=options.weights), DataConfig(options.data, selection_images=1000)
     )
-    rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        workplace = open_workplace(config, Path(folder) / "run", "", Progress())
-        pipeline = workplace.pipeline
-        files = forms(pipeline, Path(folder))
+    with opened(config) as (pipeline, folder):
+        kept = forms(pipeline, folder)
         test = pipeline.data.take_test()
-        assert test.labels is not None
-        before = None
-        for name, (path, size) in files.items():
-            answers = predict(pipeline.backend.build(path), (images.numpy() for images in batches(test, BATCH)))
-            right = correct(answers, test.labels)
-            before = right if before is None else before
-            drop = paired_drop(before, right)
-            rows[name] = {"bytes": size, "accuracy": float(right.mean())} | {
-                "drop_points": drop.points,
-                "drop_low": drop.low,
-                "drop_high": drop.high,
-            }
-        timed = [name for name in files if not name.startswith("stored")]
-        for name, timing in zip(timed, compare([files[n][0] for n in timed], pipeline.backend, threads=1), strict=True):
-            rows[name] |= {"ratio": timing.ratio, "ratio_low": timing.ratio_low, "ratio_high": timing.ratio_high}
-    whole = rows["fp32"]["bytes"]
-    for row in rows.values():
-        row["times_fewer_bytes"] = round(whole / row["bytes"], 2)
+        stored = [name for name in kept if name.startswith("stored")]
+        rows = judged(pipeline, {name: path for name, (path, _) in kept.items()}, test, untimed=stored)
+    for name, row in rows.items():
+        row["bytes"] = kept[name][1]
+        row["times_fewer_bytes"] = round(rows["fp32"]["bytes"] / row["bytes"], 2)
     record = {**provenance(" ".join(["python", *sys.argv])), "test_images": len(test), "forms": rows}
     (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     print(json.dumps(rows, indent=1))

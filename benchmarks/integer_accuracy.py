@@ -15,25 +15,17 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from forms import judged, opened
 from record import RESULTS, provenance
 
 from hirelc_deploy.compress import calibration, export, quantize
 from hirelc_deploy.compress.nncf_engine import quantize_with_nncf
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig, PreprocessConfig
 from hirelc_deploy.errors import HirelcError, InputError
-from hirelc_deploy.job import open_workplace
-from hirelc_deploy.measure import accuracy
-from hirelc_deploy.measure.protocol import TimingLimits, compare
-from hirelc_deploy.pipeline import BATCH, Pipeline, batches
-from hirelc_deploy.progress import Progress
-
-LIMITS = TimingLimits(processes=3, min_rounds=60, max_rounds=200, seconds=30.0)
+from hirelc_deploy.pipeline import Pipeline
 
 
 def peers(pipeline: Pipeline, folder: Path) -> dict[str, Path | str]:
@@ -65,47 +57,24 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         DataConfig(options.data, calibration_images=options.calibration_images),
         preprocess=PreprocessConfig(input_size=size),
     )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pipeline = open_workplace(config, folder / "run", "", Progress()).pipeline
-        steps = []
+    guarded: dict[str, Any] = {}
+    with opened(config) as (pipeline, folder):
         files: dict[str, Path | str] = {"fp32": pipeline.reference, **peers(pipeline, folder), "ours": pipeline.placed}
         if options.guard is not None:
-            plan, reverted = pipeline.guarded(options.guard)
+            plan, found = pipeline.guarded(options.guard)
             files["ours, guarded"] = pipeline.build(pipeline.cut(plan), plan, "F2")
-            steps = [dataclasses.asdict(step) for step in reverted]
+            guarded = {"max_drop_points": options.guard, **found.to_dict()}
         test = pipeline.data.take_test()
-        assert test.labels is not None
-        rows: dict[str, Any] = {form: {"refused": path} for form, path in files.items() if isinstance(path, str)}
         made = {form: path for form, path in files.items() if isinstance(path, Path)}
-        answers = {form: answer(pipeline, path, test) for form, path in made.items()}
-        right = {form: accuracy.correct(logits, test.labels) for form, logits in answers.items()}
-        timings = compare(list(made.values()), pipeline.backend, threads=1, limits=LIMITS)
-        for (form, path), timing in zip(made.items(), timings, strict=True):
-            rows[form] = {
-                "accuracy": float(right[form].mean()),
-                "drop": dataclasses.asdict(accuracy.paired_drop(right["fp32"], right[form])),
-                "agreement": accuracy.agreement(answers["fp32"], answers[form]),
-                "divergence_nats": accuracy.kl_divergence(answers["fp32"], answers[form]),
-                "ms": timing.median_ms,
-                "speedup": 1 / timing.ratio,
-                "speedup_interval": [1 / timing.ratio_high, 1 / timing.ratio_low],
-                "bytes": path.stat().st_size,
-            }
-    return {
-        **provenance("python " + " ".join(sys.argv)),
-        "test_images": len(test),
-        "calibration_images": len(pipeline.data.calibration),
-        "placement": {"pattern": pipeline.placement.pattern, "float_layers": pipeline.placement.float_layers},
-        "guard": steps,
-        "forms": rows,
-    }
-
-
-def answer(pipeline: Pipeline, path: Path, images: Any) -> np.ndarray:
-    """Return (n, classes) logits of a file."""
-    runner = pipeline.backend.build(path, torch.get_num_threads())
-    return accuracy.predict(runner, (batch.numpy() for batch in batches(images, BATCH)))
+        refused = {form: {"refused": path} for form, path in files.items() if isinstance(path, str)}
+        return {
+            **provenance("python " + " ".join(sys.argv)),
+            "test_images": len(test),
+            "calibration_images": len(pipeline.data.calibration),
+            "placement": {"pattern": pipeline.placement.pattern, "float_layers": pipeline.placement.float_layers},
+            "guard": guarded,
+            "forms": {**judged(pipeline, made, test), **refused},
+        }
 
 
 def main() -> int:

@@ -25,14 +25,13 @@ import onnx
 import torch
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from numpy.typing import NDArray
-from record import RESULTS
+from record import RESULTS, provenance
 
 from hirelc_deploy.compress import calibration, export, quantize, rewrite
 from hirelc_deploy.compress.nncf_engine import quantize_with_nncf
 from hirelc_deploy.compress.placement import changes, place
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import Precision
-from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import QUICK, Timing, TimingLimits, compare
 from hirelc_deploy.models import ModelSource
 
@@ -154,13 +153,13 @@ def main() -> int:
             make_files(name, folder)
             print(name, flush=True)
             continue
+        taken = provenance("python " + " ".join(sys.argv))
         found = time_model(folder, TimingLimits(processes=3, min_rounds=60, max_rounds=300, seconds=options.seconds))
+        found |= {"commit": taken["commit"], "date": taken["date"], "cpu": taken["machine"]["cpu_model"]}
         models = {**record.get("models", {}), name: found}
         gains = [model["ours_over_best"] for model in models.values()]
         record = {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": "python benchmarks/placement.py --folder FOLDER time MODEL... --name NAME",
-            "machine": describe(OnnxRuntimeCpu()),
+            **taken,
             "versions": OnnxRuntimeCpu().versions(),
             "geometric_mean_over_best": round(math.exp(sum(map(math.log, gains)) / len(gains)), 3),
             "models": models,

@@ -11,6 +11,7 @@ half precision.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--input-size")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--learning-rate", type=float, default=0.03)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16: depthwise layers on a CPU learn faster so")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -75,7 +77,7 @@ def main() -> int:
         rate = options.learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with half_precision(device):
+        with contextlib.nullcontext() if options.float32 else half_precision(device):
             logits = model(pictures)
         loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)

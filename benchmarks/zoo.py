@@ -29,7 +29,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -46,7 +45,6 @@ from hirelc_deploy.compress.recovery import reestimate_norms
 from hirelc_deploy.errors import ExportError, HirelcError
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.units import build_graph
-from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.models import ModelSource, preprocess_of
 from hirelc_deploy.pipeline import cost_of
 
@@ -503,11 +501,11 @@ def table_rows(names: Sequence[str], options: argparse.Namespace) -> list[dict[s
 
 
 def store(path: Path, rows: list[dict[str, Any]], results: dict[str, Any], seconds: float) -> None:
-    """Write the record: figures, machine, versions, command and date."""
+    """Write the record: figures, machine, versions, command, commit and date."""
+    from record import provenance  # beside this file, where it runs as a program
+
     record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/zoo.py", *sys.argv[1:]]),
-        "machine": describe(OnnxRuntimeCpu()),
+        **provenance(" ".join(["python benchmarks/zoo.py", *sys.argv[1:]])),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "timm", "onnx", "onnxruntime")},

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hirelc_deploy.compress.guard import Reverted
+from hirelc_deploy.compress.guard import Guarded
 from hirelc_deploy.compress.quantize import BLANKET
 from hirelc_deploy.errors import ConstraintError
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -29,13 +29,13 @@ class Contender:
     """A file that could be shipped. `plan` says how it was made; `name` is what the report calls it.
 
     Attributes:
-        reverted: Layers that the accuracy guard turned back to float, worst first.
+        guard: What the accuracy guard turned back to float, where this is the file that it made.
     """
 
     name: str
     path: Path
     plan: CompressionPlan
-    reverted: tuple[Reverted, ...] = ()
+    guard: Guarded | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Delivery:
     reference: Contender
     timings: Mapping[str, Timing]
     best_unpruned: str
-    guard: tuple[Reverted, ...] = ()
+    guard: Guarded | None = None
 
 
 def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contender]:
@@ -68,15 +68,19 @@ def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contende
         files.append(Contender("int8 placed", pipeline.placed, CompressionPlan(default_precision="auto")))
     if max_drop is not None and pipeline.data.labelled:
         try:
-            plan, reverted = pipeline.guarded(max_drop)
+            plan, found = pipeline.guarded(max_drop)
         except ConstraintError as error:
             pipeline.progress.say(f"accuracy guard: {error}")
         else:
-            if reverted:
-                worst = ", ".join(f"{step.layer} ({step.ms:+.3f} ms, {step.drop_points:.2f})" for step in reverted)
-                pipeline.progress.say(f"accuracy guard: back to float, with the points still lost: {worst}")
+            if found.points_before > max_drop:
+                layers = ", ".join(step.layer for step in found.reverted) or "no layer"
+                pipeline.progress.say(
+                    f"accuracy guard: {found.points:.2f} points lost instead of {found.points_before:.2f}, "
+                    f"{found.ms:.3f} ms instead of {found.ms_before:.3f}; pattern {found.pattern}, "
+                    f"back to float: {layers}"
+                )
                 path = pipeline.build(pipeline.cut(plan), plan, "F2")
-                files.append(Contender("int8 guarded", path, plan, tuple(reverted)))
+                files.append(Contender("int8 guarded", path, plan, found))
     return files
 
 
@@ -110,7 +114,7 @@ def race(
         raise ConstraintError("no plan keeps every limit, and no unpruned file does.")
     fastest = min(able, key=lambda c: timings[c.name].ratio)
     shipped = candidate if candidate is not None and always else fastest
-    guard = next((c.reverted for c in contenders if c.reverted), ())
+    guard = next((c.guard for c in contenders if c.guard), None)
     return Delivery(shipped, contenders[0], timings, best.name, guard)
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -413,7 +413,7 @@ def deliver(
         "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
         "operators": operators,
         "placement": pipeline.placement.candidates,
-        "guard": [asdict(step) for step in delivery.guard],
+        "guard": delivery.guard.to_dict() if delivery.guard else None,
         "warnings": warnings,
         **facts,
     }

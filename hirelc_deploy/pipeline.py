@@ -13,8 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from hirelc_deploy.ahead import Ahead
 from hirelc_deploy.compress import calibration, guard, placement, quantize, recovery, slicing
 from hirelc_deploy.compress.equalisation import write_equalised
 from hirelc_deploy.compress.forms import Form, form_of
-from hirelc_deploy.compress.guard import Reverted
+from hirelc_deploy.compress.guard import Guarded
 from hirelc_deploy.compress.placement import Placement
 from hirelc_deploy.compress.quantize import BLANKET
 from hirelc_deploy.compress.refill import Exporter
@@ -265,62 +265,48 @@ class Pipeline:
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
 
-    def guarded(self, max_drop: float) -> tuple[CompressionPlan, list[Reverted]]:
-        """Return the uncut model's plan whose integer file keeps `max_drop` points on the selection split.
+    def guarded(self, max_drop: float) -> tuple[CompressionPlan, Guarded]:
+        """Return the uncut model's plan whose integer file loses at most `max_drop` points, and its price.
 
-        Judged on that split, one standard error included, as finalists are. First operators between the layers go back
-        to float: of the patterns that keep the drop, the one that was placed fastest is taken. Where none does, the
-        worst layers follow, from the pattern that loses least. The list tells what went back, in this order; it is
-        empty where the placed file keeps the drop by itself.
+        Judged on the selection split, one standard error included, as finalists are; see `guard.guard`.
 
         Raises:
             ConstraintError: Turning layers back does not help enough.
         """
-        images = self.selection[0][: self.effort.search_images].numpy()
         placed = self.placement
-        timed = {name: found["ratio"] for name, found in placed.candidates.items() if name in quantize.PATTERNS}
+        always = frozenset(placed.float_layers)
+        timed = {name: found["ratio"] for name, found in placed.candidates.items() if name in self.form.patterns}
         patterns = sorted(timed, key=lambda name: (name != placed.pattern, timed[name]))
-
-        def build(pattern: str, floats: frozenset[str] = frozenset()) -> Path:
-            return self._trial(pattern, floats | frozenset(placed.float_layers))
-
-        def divergence(path: Path) -> float:
-            logits = self.backend.build(path, self.threads).infer(images)
-            return accuracy.kl_divergence(self.answers[: len(logits)].numpy(), logits)
-
-        def drop(path: Path) -> float:
-            found = self.file_drop(path)
-            return found.points + (found.high - found.low) / (2 * accuracy.Z_95)
-
-        def milliseconds(files: Sequence[Path]) -> list[float]:
-            timings = self.time(files)
-            return [timings[0].median_ms * timing.ratio for timing in timings]
+        layers = [layer.name for layer in self.graph.layers if layer.name not in always]
+        trials = guard.Trials(
+            lambda pattern, floats: self._trial(pattern, floats | always),
+            self._divergence,
+            self._drop_with_error,
+            self._milliseconds,
+        )
 
         def measure() -> dict[str, Any]:
             with self.progress.stage("accuracy guard"):
-                lost: dict[str, float] = {}
-                for name in patterns:
-                    lost[name] = drop(build(name))
-                    if lost[name] <= max_drop:
-                        break
-                chosen = min(lost, key=lambda name: (lost[name] > max_drop, lost[name]))
-                steps = []
-                if chosen != placed.pattern:
-                    before, after = build(placed.pattern), build(chosen)
-                    ms = milliseconds([before, after])
-                    saved = divergence(before) - divergence(after)
-                    name = f"operators between the layers (pattern {chosen})"
-                    steps.append(Reverted(name, saved, lost[chosen], ms[1] - ms[0]))
-                layers = [layer.name for layer in self.graph.layers if layer.name not in placed.float_layers]
-                steps += guard.guard(layers, partial(build, chosen), divergence, drop, milliseconds, max_drop)
-            return {"pattern": chosen, "steps": [asdict(step) for step in steps], "layers": layers}
+                return guard.guard(patterns, layers, trials, max_drop).to_dict()
 
-        found = self.run.remember(f"guard and its cost at {max_drop:g} on {self.machine}", measure)
-        steps = [Reverted(**step) for step in found["steps"]]
-        floats = [step.layer for step in steps if step.layer in found["layers"]]
-        pattern = "" if found["pattern"] == placed.pattern else found["pattern"]
+        found = Guarded.from_dict(self.run.remember(f"accuracy guard at {max_drop:g} on {self.machine}", measure))
+        floats = [step.layer for step in found.reverted]
+        pattern = "" if found.pattern == placed.pattern else found.pattern
         plan = CompressionPlan(precision=dict.fromkeys(floats, "float"), default_precision="auto", pattern=pattern)
-        return plan, steps
+        return plan, found
+
+    def _drop_with_error(self, path: Path) -> float:
+        found = self.file_drop(path)
+        return found.points + (found.high - found.low) / (2 * accuracy.Z_95)
+
+    def _divergence(self, path: Path) -> float:
+        images = self.selection[0][: self.effort.search_images].numpy()
+        logits = self.backend.build(path, self.threads).infer(images)
+        return accuracy.kl_divergence(self.answers[: len(logits)].numpy(), logits)
+
+    def _milliseconds(self, files: Sequence[Path]) -> list[float]:
+        timings = self.time(files)
+        return [timings[0].median_ms * timing.ratio for timing in timings]
 
     @cached_property
     def reference_ms(self) -> float:

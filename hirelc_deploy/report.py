@@ -375,14 +375,23 @@ def _kept_whole(result: Record) -> list[dict[str, Any]]:
     return [{"reason": reason, "layers": layers} for reason, layers in reasons.items()]
 
 
-def _guard(result: Record) -> list[dict[str, Any]]:
-    """Return the layers that the accuracy guard turned back to float, worst first, with what each cost and saved."""
-    steps = []
-    for step in _records(result.get("guard")):
-        ms, points = _number(step.get("ms")), _number(step.get("drop_points"))
-        if _text(step.get("layer")) and ms is not None and points is not None:
-            steps.append({"layer": str(step["layer"]), "ms": ms, "points": points})
-    return steps
+def _guard(result: Record) -> dict[str, Any]:
+    """Return what the accuracy guard turned back to float, with what that cost and saved; empty where it did nothing.
+
+    Of runs before joint reverts, whose guard was a list of steps, only the layers and their milliseconds are known.
+    """
+    found = result.get("guard")
+    totals = _record(found)
+    steps = [
+        {"layer": str(step["layer"]), "ms": _number(step.get("ms")) or 0.0}
+        for step in _records(totals.get("reverted") if totals else found)
+        if _text(step.get("layer"))
+    ]
+    numbers = [_number(totals.get(name)) for name in ("points_before", "points", "ms_before", "ms")]
+    pattern = _text(totals.get("pattern"))
+    if not steps and (not pattern or None in numbers):
+        return {}
+    return {"steps": steps, "pattern": pattern, "numbers": None if None in numbers else numbers}
 
 
 def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:

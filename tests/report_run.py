@@ -72,7 +72,11 @@ def result() -> dict[str, Any]:
         ],
         "stages": {"F1 judge": 80.0, "F3 recover": 142.5, "whole command": 300.0},
         "search": {"strategy": "hirelc", "f1": 310, "f2": 24, "f3": 3, "overhead_seconds": 17.0, "seconds": 170.0},
-        "guard": [{"layer": "stage1.conv", "divergence": 0.01, "drop_points": 0.75, "ms": 0.125}],
+        "guard": {
+            "pattern": "weights",
+            "reverted": [{"layer": "stage1.conv", "divergence": 0.01, "ms": 0.125}],
+            **{"points_before": 1.75, "points": 0.5, "ms_before": 2.25, "ms": 2.375},
+        },
         "kept_whole": [{"layer": "fc", "reason": "gives the classes"}, {"layer": "conv1", "reason": "reads the image"}],
         "warnings": [f"Other programs took the core {EVIL}"],
     }

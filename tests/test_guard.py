@@ -1,58 +1,89 @@
-"""In: made-up losses of layers. Out: proof that the guard turns back the worst layers, and no more than it must."""
+"""In: made-up losses of layers. Out: proof that the guard finds a fast file that keeps the drop."""
 
 from pathlib import Path
 
 import pytest
 
-from hirelc_deploy.compress.guard import guard, sensitivity
+from hirelc_deploy.compress.guard import Guarded, Trials, given_back, guard, priced
 from hirelc_deploy.errors import ConstraintError
 
-POINTS = {"stem": 1.0, "depthwise": 3.0, "middle": 0.25, "head": 0.5, "lucky": -0.25}
+POINTS = {"stem": 1.0, "depthwise": 3.0, "middle": 0.25, "head": 0.5, "wide": 3.0}
+MS = {"stem": 0.5, "depthwise": 0.5, "middle": 0.5, "head": 0.0, "wide": 8.0}
 
 
 class Files:
-    """Files that are their float layers; each integer layer costs its points, and a tenth of them in nats."""
+    """Files are a pattern and its float layers; each integer layer costs its points, and a tenth of them in nats."""
 
-    def __init__(self, always=0.0):
-        self.always, self.judged = always, []
+    def __init__(self, always=0.0, patterns=None):
+        self.patterns = patterns or {"all": (always, 4.0)}
+        self.judged = []
 
-    def build(self, floats):
-        return Path("+".join(sorted(floats)) or "none")
+    def build(self, pattern, floats):
+        return Path(pattern) / ("+".join(sorted(floats)) or "none")
+
+    def lost(self, path):
+        floats = set(path.name.split("+"))
+        return self.patterns[path.parent.name][0] + sum(p for layer, p in POINTS.items() if layer not in floats)
 
     def drop(self, path):
-        floats = set(path.name.split("+"))
-        self.judged.append(path.name)
-        return self.always + sum(points for layer, points in POINTS.items() if layer not in floats)
+        self.judged.append(str(path))
+        return self.lost(path)
 
     def divergence(self, path):
-        return self.drop(path) / 10
+        return self.lost(path) / 10
 
     def milliseconds(self, files):
-        return [4.0 + 0.5 * len(path.name.split("+")) * (path.name != "none") for path in files]
+        return [self.patterns[f.parent.name][1] + sum(MS.get(layer, 0) for layer in f.name.split("+")) for f in files]
+
+    @property
+    def trials(self):
+        return Trials(self.build, self.divergence, self.drop, self.milliseconds)
 
     def guard(self, max_drop):
-        return guard(list(POINTS), self.build, self.divergence, self.drop, self.milliseconds, max_drop)
+        return guard(list(self.patterns), list(POINTS), self.trials, max_drop)
 
 
 def test_a_file_that_holds_is_left_alone():
     files = Files()
-    assert files.guard(max_drop=5.0) == []
-    assert files.judged == ["none"]
+    assert files.guard(max_drop=8.0) == Guarded("all", (), 7.75, 7.75, 0.0, 0.0)
+    assert files.judged == ["all/none"]
 
 
-def test_the_worst_layers_go_back_and_no_more_than_needed():
-    reverted = Files().guard(max_drop=0.5)
-    assert [step.layer for step in reverted] == ["depthwise", "stem"]
-    assert [step.drop_points for step in reverted] == [1.5, 0.5]
-    assert reverted[0].divergence == pytest.approx(0.3)
-    assert [step.ms for step in reverted] == [0.5, 0.5]
+def test_layers_go_back_by_what_they_save_for_a_millisecond():
+    assert [step.layer for step in priced("all", list(POINTS), Files().trials)] == [
+        *("head", "depthwise", "stem", "middle", "wide")
+    ]
+    found = Files().guard(max_drop=3.5)
+    assert [step.layer for step in found.reverted] == ["head", "depthwise", "stem"]
+    assert (found.points_before, found.points, found.ms_before, found.ms) == (7.75, 3.25, 4.0, 5.0)
+    assert [step.divergence for step in found.reverted] == pytest.approx([0.05, 0.3, 0.1])
+    assert [step.ms for step in found.reverted] == [0.0, 0.5, 0.5]
+    assert Guarded.from_dict(found.to_dict()) == found
 
 
-def test_sensitivity_is_ordered_and_knows_rounding_that_helps():
-    files = Files()
-    found = sensitivity(list(POINTS), files.build, files.divergence)
-    assert list(found) == ["depthwise", "stem", "head", "middle", "lucky"]
-    assert found["lucky"] == pytest.approx(-0.025)
+def test_layers_that_went_back_for_nothing_are_integers_again():
+    together = {"a", "b"}  # alone neither helps
+
+    def holds(floats):
+        return together <= {*floats}
+
+    assert given_back(["x", "a", "y", "z", "b"], holds) == ["a", "b"]
+    assert given_back([], lambda floats: False) == []
+
+
+def test_the_fastest_of_a_tamer_pattern_and_float_layers_is_taken():
+    tame = {"all": (1.0, 4.0), "weights": (-7.0, 4.5)}
+    assert Files(patterns=tame).guard(1.0) == Guarded("weights", (), 8.75, 0.75, 4.0, 4.5)
+    slow = {"all": (1.0, 4.0), "weights": (-7.0, 6.0)}
+    found = Files(patterns=slow).guard(5.5)
+    assert (found.pattern, [step.layer for step in found.reverted]) == ("all", ["head", "depthwise"])
+    assert found.ms == 4.5
+
+
+def test_layers_of_the_pattern_that_loses_least_go_back_where_the_placed_one_cannot_hold():
+    found = Files(patterns={"all": (9.0, 4.0), "weights": (2.0, 5.0)}).guard(5.75)
+    assert found.pattern == "weights"
+    assert found.points <= 5.75
 
 
 def test_what_float_layers_cannot_mend_is_said():

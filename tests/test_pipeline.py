@@ -333,13 +333,14 @@ def test_the_guard_turns_layers_back_until_the_drop_holds(pipeline: Pipeline, mo
         return PairedDrop(points, points, points)
 
     monkeypatch.setattr(pipeline, "file_drop", file_drop)
-    plain, none = pipeline.guarded(100.0)
-    assert none == []
+    plain, nothing = pipeline.guarded(100.0)
+    assert nothing.reverted == ()
     assert plain.precision == {}
-    plan, reverted = pipeline.guarded(3.0)
-    assert 0 < len(reverted) < len(pipeline.graph.layers)
-    assert reverted[-1].drop_points <= 3.0 < reverted[-2].drop_points
-    layers = {step.layer for step in reverted if not step.layer.startswith("operators between")}
+    plan, found = pipeline.guarded(3.0)
+    assert 0 < len(found.reverted) < len(pipeline.graph.layers)
+    assert found.points <= 3.0 < found.points_before
+    assert found.ms > 0
+    layers = {step.layer for step in found.reverted}
     assert set(plan.precision) == layers
     assert plan.default_precision == "auto"
     precision_of = pipeline.precision_of(plan)
@@ -349,7 +350,7 @@ def test_the_guard_turns_layers_back_until_the_drop_holds(pipeline: Pipeline, mo
     assert "int8 guarded" not in [contender.name for contender in delivery.unpruned(pipeline, 100.0)]
 
 
-def test_the_guard_turns_operators_between_layers_back_before_any_layer(
+def test_the_guard_turns_operators_between_layers_back_where_that_does(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ):
     def file_drop(path: Path) -> PairedDrop:  # residual sums cost two points each, layers nothing
@@ -363,9 +364,9 @@ def test_the_guard_turns_operators_between_layers_back_before_any_layer(
         "all", (), 0.4, {"all": {"ratio": 0.4}, "weights": {"ratio": 0.6}, "first 2 layers": {"ratio": 0.9}}
     )
     monkeypatch.setattr(pipeline, "placement", placed)
-    plan, [step] = pipeline.guarded(1.0)
-    assert step.layer == "operators between the layers (pattern weights)"
-    assert step.drop_points == 0.0
+    plan, found = pipeline.guarded(1.0)
+    assert (found.pattern, found.reverted, found.points) == ("weights", (), 0.0)
+    assert found.points_before > 1.0
     assert (plan.pattern, dict(plan.precision)) == ("weights", {})
     assert pipeline.pattern_of(plan) == "weights"
     assert CompressionPlan.from_dict(plan.to_dict()) == plan

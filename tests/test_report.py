@@ -77,8 +77,23 @@ def test_an_unpruned_file_that_was_shipped_is_called_what_it_is() -> None:
 
 
 def test_what_the_accuracy_guard_turned_back_is_listed_with_its_cost(page: str) -> None:
-    assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms 0\.75", words(page))
-    assert "Back to float" not in only({**result(), "guard": []})
+    text = words(page)
+    assert re.search(
+        r"Back to float for accuracy .* 1\.75 points .* loses 0\.50 and takes 2\.38 ms instead of 2\.25", text
+    )
+    assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms", text)
+    for nothing in (None, []):
+        assert "Back to float" not in only({**result(), "guard": nothing})
+
+
+def test_a_pattern_that_keeps_the_drop_alone_is_told() -> None:
+    guard = {**result()["guard"], "reverted": []}
+    assert re.search(r"pattern weights; every layer stays integer", only({**result(), "guard": guard}))
+
+
+def test_the_guard_of_an_old_run_is_still_listed() -> None:
+    old = [{"layer": "stage1.conv", "divergence": 0.01, "drop_points": 0.75, "ms": 0.125}]
+    assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms", only({**result(), "guard": old}))
 
 
 def test_without_layer_names_in_the_profile_no_share_of_time_is_shown() -> None:

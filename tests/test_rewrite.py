@@ -92,3 +92,87 @@ def test_tokens_pass_norms_and_additions_without_being_reshaped(files, tmp_path)
     assert found["SkipLayerNormalization"] == 0
     assert found["Reshape"] < plain["Reshape"] / 2
     assert found["QGemm"] == 9
+
+
+def test_gelu_between_layers_may_be_a_sigmoid_with_its_slope_in_the_weights(tmp_path):
+    torch.manual_seed(0)
+    model = tokens()
+    files = write(model, tmp_path)
+    proto = onnx.load(str(files[1]))
+    rewrite.rewrite(proto)
+    export.give_each_layer_its_own_constants(proto)
+    factors = rewrite.use_sigmoid_gelu(proto)
+    assert list(factors.values()) == [rewrite.GELU_SLOPE] * 4  # before and behind, two blocks
+    (tmp_path / "rewritten.onnx").write_bytes(proto.SerializeToString())
+    found = kernels(tmp_path / "rewritten.onnx", tmp_path)
+    assert (found["QuickGelu"], found["Gelu"]) == (2, 0)
+    for block in model.blocks:
+        block.mlp.act.forward = lambda x: x * torch.sigmoid(rewrite.GELU_SLOPE * x)
+    wanted = model(torch.from_numpy(images(3))).detach().numpy()
+    np.testing.assert_allclose(run(tmp_path / "rewritten.onnx", images(3)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gelu_whose_input_something_else_reads_too_stays(tmp_path):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.first(x.mean(3).flatten(1)[:, :8])
+            return self.fc(nn.functional.gelu(self.second(nn.functional.gelu(x) * x)))
+
+    files = write(Gated(), tmp_path)
+    proto = onnx.load(str(files[1]))
+    export.give_each_layer_its_own_constants(proto)
+    assert len(rewrite.use_sigmoid_gelu(proto)) == 2
+    assert sum(node.op_type == "Gelu" for node in proto.graph.node) == 1
+
+
+def test_an_integer_file_with_the_faster_gelu_knows_the_scaled_ranges(tmp_path):
+    torch.manual_seed(0)
+    files = write(tokens(), tmp_path)
+    wanted = run(files[1], images(8))
+    errors, steps = [], []
+    for pattern, operator in (("weights", "Gelu"), ("weights+sigmoid-gelu", "QuickGelu")):
+        path = built(files, tmp_path / "q.onnx", pattern)
+        errors.append(np.abs(run(path, images(8)) - wanted).mean())
+        proto = onnx.load(str(path))
+        made = {node.output[0] for node in proto.graph.node if node.op_type == operator}
+        scales = [n.input[1] for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in made]
+        constants = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
+        steps.append([float(constants[name]) for name in scales])
+    assert errors[1] < 2 * errors[0]
+    np.testing.assert_allclose(steps[1], rewrite.GELU_SLOPE * np.array(steps[0]), rtol=1e-5)
+
+
+class Pixelwise(nn.Module):
+    """A depthwise convolution, a norm over the channels and two convolutions of single pixels, as in ConvNeXt."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.wide, self.narrow = nn.LayerNorm(8), nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        inner = self.norm(self.depthwise(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.fc((x + self.narrow(nn.functional.gelu(self.wide(inner)))).mean((2, 3)))
+
+
+def test_convolutions_of_single_pixels_behind_a_norm_are_matrices(tmp_path):
+    torch.manual_seed(0)
+    files = write(Pixelwise(), tmp_path)
+    proto = onnx.load(str(files[1]))
+    rewrite.rewrite(proto)
+    (tmp_path / "rewritten.onnx").write_bytes(proto.SerializeToString())
+    wanted = run(files[1], images(8))
+    np.testing.assert_allclose(run(tmp_path / "rewritten.onnx", images(8)), wanted, rtol=1e-4, atol=1e-5)
+    layers = {layer: node.op_type for node in proto.graph.node if (layer := export.layer_of_node(proto).get(node.name))}
+    assert layers == {"stem": "Conv", "depthwise": "Conv", "wide": "Gemm", "narrow": "Gemm", "fc": "Gemm"}
+    for pattern in ("weights-depthwise", "all-softmax-add", "weights-depthwise+sigmoid-gelu"):
+        path = built(files, tmp_path / "q.onnx", pattern)
+        assert kernels(path, tmp_path)["QGemm"] == 3
+        assert np.abs(run(path, images(8)) - wanted).max() < 0.05 * np.abs(wanted).max()

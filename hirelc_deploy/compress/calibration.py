@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from hirelc_deploy.compress.bias_correction import observed_inputs
-from hirelc_deploy.compress.export import open_session
+from hirelc_deploy.compress.watch import Watch
 from hirelc_deploy.errors import ExportError, InputError
 
 SCHEMA_VERSION = 2
@@ -26,9 +26,6 @@ BINS_PER_SIDE = 2048
 
 SAMPLES_PER_BATCH = 65_536
 """Values of one tensor that enter its histogram per batch; the range of `minmax` is that of all values."""
-
-OBSERVED = "observe:"
-"""Starts the names of what calibration adds to a file."""
 
 FEW_IMAGES = 32
 """Below this many calibration images the ranges are reported as doubtful."""
@@ -159,10 +156,8 @@ def calibrate(
     proto = onnx.load(str(float_model))
     if proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
         raise InputError(f"{float_model}: fixed batch; calibrate on the file with a dynamic batch.")
-    tensors, layers = _observe(proto, sample=method != "minmax")
-    session = open_session(proto, threads)
-    name = session.get_inputs()[0].name
-    wanted = [output.name for output in session.get_outputs() if output.name.startswith(OBSERVED)]
+    watch, tensors, layers = _watch(proto, sample=method != "minmax")
+    values_of = watch.open(threads)
     sums = [np.zeros(1)] * len(layers)
     low, high = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
     histograms = [Histogram() for _ in tensors]
@@ -170,7 +165,7 @@ def calibrate(
     for batch in images:
         if len(batch) == 0:
             continue
-        values = session.run(wanted, {name: np.ascontiguousarray(batch, dtype=np.float32)})
+        values = values_of(batch)
         sums = [sum_ + mean * len(batch) for sum_, mean in zip(sums, values[: len(layers)], strict=True)]
         values = values[len(layers) :]
         seen += len(batch)
@@ -193,49 +188,25 @@ def calibrate(
     return Ranges(as_dict[0], as_dict[1], method, seen, warning, means)
 
 
-def _observe(proto: ModelProto, *, sample: bool) -> tuple[list[str], list[str]]:
-    """Add outputs to the graph and return the tensors and the layers that they tell of.
+def _watch(proto: ModelProto, *, sample: bool) -> tuple[Watch, list[str], list[str]]:
+    """Return what is watched of a file, and the tensors and the layers that it tells of.
 
-    They are the mean input of each layer, then minimum and maximum of each float tensor in turn, then samples of each.
+    It tells the mean input of each layer, then minimum and maximum of each float tensor in turn, then samples of each.
     """
-    inferred = onnx.shape_inference.infer_shapes(proto).graph
-    graph = proto.graph
-    values: dict[str, ValueInfoProto] = {v.name: v for v in (*inferred.value_info, *inferred.output, *inferred.input)}
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    shapes: dict[str, ValueInfoProto] = {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
     made = [graph.input[0].name, *(tensor for node in graph.node for tensor in node.output)]
-    tensors = [t for t in made if t in values and values[t].type.tensor_type.elem_type == TensorProto.FLOAT]
-    samples = []
-    graph.initializer.extend(
-        numpy_helper.from_array(np.array([value], dtype=np.int64), f"{OBSERVED}{value}") for value in (-1, 0, 2**62)
-    )
-    layers = observed_inputs(proto)
-    for index, (tensor, operator) in enumerate(layers.values()):
-        rank = len(values[tensor].type.tensor_type.shape.dim)
-        kept = 1 if operator == "Conv" else rank - 1
-        axes, output = f"{OBSERVED}axes:{index}", f"{OBSERVED}mean:{index}"
-        others = np.array([axis for axis in range(rank) if axis != kept], np.int64)
-        graph.initializer.append(numpy_helper.from_array(others, axes))
-        graph.node.append(helper.make_node("ReduceMean", [tensor, axes], [output], keepdims=0))
-        graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, [None]))
-    for index, tensor in enumerate(tensors):
-        for operator in ("ReduceMin", "ReduceMax"):
-            output = f"{OBSERVED}{operator}:{index}"
-            graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
-            graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-        if sample:
-            sizes = [dimension.dim_value for dimension in values[tensor].type.tensor_type.shape.dim]
-            # An odd step walks through all columns of an even-sized image; 64 images are taken for a batch.
-            step = (64 * int(np.prod([size for size in sizes if size > 0])) // SAMPLES_PER_BATCH) | 1
-            flat, output = f"{OBSERVED}flat:{index}", f"{OBSERVED}sample:{index}"
-            graph.initializer.append(numpy_helper.from_array(np.array([step], dtype=np.int64), f"{output}:step"))
-            slice_inputs = [flat, f"{OBSERVED}0", f"{OBSERVED}{2**62}", f"{OBSERVED}0", f"{output}:step"]
-            samples += [
-                helper.make_node("Reshape", [tensor, f"{OBSERVED}-1"], [flat]),
-                helper.make_node("Slice", slice_inputs, [output]),
-            ]
-    graph.node.extend(samples)
-    graph.output.extend(
-        helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, [None])
-        for node in samples
-        if node.op_type == "Slice"
-    )
-    return tensors, list(layers)
+    tensors = [t for t in made if t in shapes and shapes[t].type.tensor_type.elem_type == TensorProto.FLOAT]
+    watch, layers = Watch(proto), observed_inputs(proto)
+    for tensor, operator in layers.values():
+        rank = len(shapes[tensor].type.tensor_type.shape.dim)
+        channels = 1 if operator == "Conv" else rank - 1
+        watch.reduce("ReduceMean", tensor, [axis for axis in range(rank) if axis != channels])
+    for tensor in tensors:
+        watch.reduce("ReduceMin", tensor)
+        watch.reduce("ReduceMax", tensor)
+    for tensor in tensors if sample else ():
+        sizes = [dimension.dim_value for dimension in shapes[tensor].type.tensor_type.shape.dim]
+        # An odd step walks through all columns of an even-sized image; 64 images are taken for a batch.
+        watch.sample(tensor, (64 * int(np.prod([size for size in sizes if size > 0])) // SAMPLES_PER_BATCH) | 1)
+    return watch, tensors, list(layers)

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, numpy_helper
 
-from hirelc_deploy.compress.export import give_each_layer_its_own_constants, layer_of_node, open_session
+from hirelc_deploy.compress.export import give_each_layer_its_own_constants, layer_of_node
+from hirelc_deploy.compress.watch import Watch
 
 LARGEST = 16.0
 """A channel is multiplied or divided by this at most: silent channels are not blown up to noise."""
@@ -150,20 +151,15 @@ def _largest(
     proto: ModelProto, tensors: Sequence[str], images: Iterable[NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
     """Return tensor to the (channels,) largest magnitude in the images."""
-    observed = ModelProto()
-    observed.CopyFrom(proto)
-    del observed.graph.output[:]
-    axes = numpy_helper.from_array(np.array([0, 2, 3], np.int64), "equalise:axes")
-    observed.graph.initializer.append(axes)
-    for index, tensor in enumerate(tensors):
-        names = f"equalise:abs:{index}", f"equalise:{index}"
-        observed.graph.node.append(helper.make_node("Abs", [tensor], [names[0]]))
-        observed.graph.node.append(helper.make_node("ReduceMax", [names[0], axes.name], [names[1]], keepdims=0))
-        observed.graph.output.append(helper.make_tensor_value_info(names[1], TensorProto.FLOAT, [None]))
-    session = open_session(observed)
-    name = session.get_inputs()[0].name
-    values = [session.run(None, {name: batch}) for batch in images]
-    return {tensor: np.max([found[index] for found in values], axis=0) for index, tensor in enumerate(tensors)}
+    watch = Watch(proto)
+    for tensor in tensors:
+        for operator in ("ReduceMin", "ReduceMax"):
+            watch.reduce(operator, tensor, (0, 2, 3))
+    values = [*map(watch.open(), images)]
+    return {
+        tensor: np.max([np.abs(found[end]) for found in values for end in (2 * index, 2 * index + 1)], axis=0)
+        for index, tensor in enumerate(tensors)
+    }
 
 
 def _group(node: NodeProto) -> int:

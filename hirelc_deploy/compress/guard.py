@@ -1,19 +1,47 @@
-"""In: an integer file that loses too much, and ways to build and judge others. Out: the layers to turn back to float.
+"""In: integer forms of a network that lose too much, and ways to write, judge and time others. Out: the fastest found.
 
-Sensitivity comes from exported files, not from a model of rounding: each layer in turn is float in an otherwise integer
-file, and what that takes off the divergence from the float answers is what the layer's rounding costs.
+What may go back to float: the operators between the layers (another pattern), and layers. Layers go back together, and
+every set of them is judged as a whole file, because pieces do not add up: on a MobileNetV3 one float layer in an
+integer file moved the drop up as often as down. What a layer's rounding costs is therefore seen in a file where nothing
+else is rounded; there, and not among the errors of all others, it is the layer's own (`alone`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from hirelc_deploy.errors import ConstraintError
 
-Build = Callable[[frozenset[str]], Path]
-"""Writes the integer file in which these layers are float."""
+LEAST_MS_SHARE = 0.005
+"""A layer counts as costing at least this share of the file's time as float: less cannot be told from nothing."""
+
+TOGETHER = 8
+"""Files timed side by side with the one that they change."""
+
+MOST_RETURNS = 24
+"""Files judged at most while layers are tried as integers again."""
+
+NONE: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How files of one network are written, judged and timed.
+
+    Attributes:
+        build: Writes the integer file of a pattern in which these layers are float.
+        divergence: Of a file from the float answers, in nats; a few hundred images do.
+        drop: Accuracy lost by a file, in points, on the split that decides.
+        milliseconds: Of files, timed side by side.
+    """
+
+    build: Callable[[str, frozenset[str]], Path]
+    divergence: Callable[[Path], float]
+    drop: Callable[[Path], float]
+    milliseconds: Callable[[Sequence[Path]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -21,68 +49,141 @@ class Reverted:
     """One layer that went back to float.
 
     Attributes:
-        divergence: What its rounding alone adds to the file's divergence from the float answers, in nats.
-        drop_points: Accuracy lost by the file in which it and all layers before it in the list are float.
-        ms: By how much that file is slower than the one before it; below 0 where the layer was slower as an integer.
+        divergence: From the float answers, in nats, of a file in which nothing but this layer is rounded.
+        ms: By how much the integer file gets slower when this layer alone is float; below 0 where it gets faster.
     """
 
     layer: str
     divergence: float
-    drop_points: float
     ms: float
 
 
-def sensitivity(layers: Sequence[str], build: Build, divergence: Callable[[Path], float]) -> dict[str, float]:
-    """Return layer name to the divergence (nats) that its rounding adds, worst first; below 0 where rounding helps."""
-    everything = divergence(build(frozenset()))
-    found = {layer: everything - divergence(build(frozenset({layer}))) for layer in layers}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+@dataclass(frozen=True)
+class Guarded:
+    """The fastest file found that keeps the drop, and the placed file that it replaces.
+
+    Attributes:
+        pattern: Of `quantize.PATTERNS`.
+        reverted: Layers that went back, those first that save most divergence per millisecond.
+        points_before, points: Accuracy lost by the placed file and by this one.
+        ms_before, ms: Times of the two, side by side; both 0 where the placed file keeps the drop and was not timed.
+    """
+
+    pattern: str
+    reverted: tuple[Reverted, ...]
+    points_before: float
+    points: float
+    ms_before: float
+    ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Guarded:
+        """Rebuild what `to_dict` returned."""
+        return cls(**{**value, "reverted": tuple(Reverted(**step) for step in value["reverted"])})
 
 
-def guard(
-    layers: Sequence[str],
-    build: Build,
-    divergence: Callable[[Path], float],
-    drop: Callable[[Path], float],
-    milliseconds: Callable[[Sequence[Path]], Sequence[float]],
-    max_drop: float,
-) -> list[Reverted]:
-    """Return the worst layers, as many as have to be float for the drop to hold; none where it holds already.
+def guard(patterns: Sequence[str], layers: Sequence[str], trials: Trials, max_drop: float) -> Guarded:
+    """Return the fastest file found whose drop is at most `max_drop` points.
 
-    The number is found by halving, so that few files are judged; it is the least for which the drop was seen to hold.
+    Candidates: the fastest pattern that keeps the drop with all its layers integer; the placed pattern, and the one
+    that loses least, with as few layers float as do. All are timed side by side.
 
     Args:
-        layers: Those that may go back.
-        build: Writes the file in which given layers are float.
-        divergence: Of a file from the float answers, in nats; a few hundred images do.
-        drop: Accuracy lost by a file, in points, on the split that decides.
-        milliseconds: Of files, timed side by side.
-        max_drop: Points that may be lost.
+        patterns: Fastest first; the first one is the placed one.
+        layers: Those that are integer in the placed file and may go back.
 
     Raises:
         ConstraintError: Even with all these layers float the drop is larger.
     """
-    lost = {0: drop(build(frozenset()))}
-    if lost[0] <= max_drop:
-        return []
-    worst = sensitivity(layers, build, divergence)
-    order = list(worst)
-    low, high = 0, len(order)
-    lost[high] = drop(build(frozenset(order)))
-    if lost[high] > max_drop:
+    placed = patterns[0]
+    lost: dict[str, float] = {}
+    for pattern in patterns:
+        lost[pattern] = trials.drop(trials.build(pattern, NONE))
+        if lost[pattern] <= max_drop:
+            break
+    before = lost[placed]
+    if before <= max_drop:
+        return Guarded(placed, (), before, before, 0.0, 0.0)
+    found: list[tuple[str, tuple[Reverted, ...], float]] = []
+    least = min(lost, key=lambda pattern: lost[pattern])
+    if lost[least] <= max_drop:
+        found.append((least, (), lost[least]))
+    remains = {}
+    for pattern in dict.fromkeys((placed, least)):
+        if lost[pattern] > max_drop:
+            steps, remains[pattern] = turn_back(pattern, layers, trials, max_drop)
+            if remains[pattern] <= max_drop:
+                found.append((pattern, steps, remains[pattern]))
+    if not found:
         raise ConstraintError(
-            f"with all {len(order)} layers float the drop is still {lost[high]:.2f} points, allowed are {max_drop:g}; "
-            "what is left of it comes from the operators between the layers. Allow more, or use precision float."
+            f"with all {len(layers)} layers float the drop is still {min(remains.values()):.2f} points, allowed are "
+            f"{max_drop:g}; what is left of it comes from the operators between the layers. Allow more, or use "
+            "precision float."
         )
+    files = [trials.build(pattern, frozenset(step.layer for step in steps)) for pattern, steps, _ in found]
+    first, *times = trials.milliseconds([trials.build(placed, NONE), *files])
+    ms, (pattern, steps, points) = min(zip(times, found, strict=True), key=lambda pair: pair[0])
+    return Guarded(pattern, steps, before, points, first, ms)
+
+
+def turn_back(
+    pattern: str, layers: Sequence[str], trials: Trials, max_drop: float
+) -> tuple[tuple[Reverted, ...], float]:
+    """Return layers whose going back lets a pattern keep the drop, and what is lost then; all layers where none do.
+
+    Layers are ordered by the divergence they save per millisecond; the number of them is found by halving; then
+    parts of them are tried as integers again, larger parts first. Every step judges a whole file.
+    """
+    judged: dict[frozenset[str], float] = {}
+
+    def lost(floats: Sequence[str]) -> float:
+        key = frozenset(floats)
+        if key not in judged:
+            judged[key] = trials.drop(trials.build(pattern, key))
+        return judged[key]
+
+    if lost(layers) > max_drop:
+        return (), lost(layers)
+    steps = {step.layer: step for step in priced(pattern, layers, trials)}
+    order = list(steps)
+    low, high = 0, len(order)
     while high - low > 1:
         middle = (low + high) // 2
-        lost[middle] = drop(build(frozenset(order[:middle])))
-        low, high = (low, middle) if lost[middle] <= max_drop else (middle, high)
-    for count in range(1, high):
-        if count not in lost:
-            lost[count] = drop(build(frozenset(order[:count])))
-    ms = milliseconds([build(frozenset(order[:count])) for count in range(high + 1)])
-    return [
-        Reverted(layer, worst[layer], lost[count], ms[count] - ms[count - 1])
-        for count, layer in enumerate(order[:high], start=1)
-    ]
+        low, high = (low, middle) if lost(order[:middle]) <= max_drop else (middle, high)
+    kept = given_back(order[:high], lambda floats: lost(floats) <= max_drop)
+    return tuple(steps[layer] for layer in kept), lost(kept)
+
+
+def priced(pattern: str, layers: Sequence[str], trials: Trials) -> list[Reverted]:
+    """Return what each layer's rounding costs and saves, those first that save most divergence per millisecond."""
+    whole = frozenset(layers)
+    everything = trials.build(pattern, NONE)
+    alone = {layer: trials.divergence(trials.build(pattern, whole - {layer})) for layer in layers}
+    ms: dict[str, float] = {}
+    for start in range(0, len(layers), TOGETHER):
+        group = layers[start : start + TOGETHER]
+        times = trials.milliseconds([everything, *(trials.build(pattern, frozenset({layer})) for layer in group)])
+        ms |= {layer: time - times[0] for layer, time in zip(group, times[1:], strict=True)}
+        least = LEAST_MS_SHARE * times[0]
+    steps = [Reverted(layer, alone[layer], ms[layer]) for layer in layers]
+    return sorted(steps, key=lambda step: -step.divergence / max(step.ms, least))
+
+
+def given_back(floats: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
+    """Return float layers without those that may be integers after all, tried in parts that halve, last ones first."""
+    kept, tries = list(floats), 0
+    size = len(kept) // 2
+    while size and tries < MOST_RETURNS:
+        end = len(kept)
+        while end > 0 and tries < MOST_RETURNS:
+            rest = kept[: max(end - size, 0)] + kept[end:]
+            tries += 1
+            if holds(rest):
+                kept = rest
+            end -= size
+        size //= 2
+    return kept

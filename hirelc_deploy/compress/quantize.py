@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,7 +17,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-from hirelc_deploy.compress import rewrite
+from hirelc_deploy.compress import constant_factors, rewrite
 from hirelc_deploy.compress.bias_correction import correct_biases
 from hirelc_deploy.compress.calibration import Ranges
 from hirelc_deploy.compress.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
@@ -36,6 +36,7 @@ class Pattern:
         floats: Operator types that stay float although `operators` would have them.
         depthwise: Depthwise convolutions too.
         float_outputs: A Gemm or MatMul whose readers all run in float writes float directly, without rounding.
+        sigmoid_gelu: Gelu between layers becomes x * sigmoid(x); see `rewrite.use_sigmoid_gelu`.
     """
 
     description: str
@@ -43,6 +44,7 @@ class Pattern:
     depthwise: bool
     float_outputs: bool
     floats: frozenset[str] = frozenset()
+    sigmoid_gelu: bool = False
 
 
 BLANKET = "all"
@@ -52,7 +54,7 @@ _SAME_VALUES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Iden
 _ACTIVATIONS = frozenset({"Relu", "Clip"})  # folded into the layer before them, so they go where it goes
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "Flatten"})
 
-PATTERNS: Mapping[str, Pattern] = MappingProxyType(
+_EXACT = MappingProxyType(
     {
         "all": Pattern(
             "everything ONNX Runtime can, attention and layer norm included: its own static quantization",
@@ -87,6 +89,20 @@ PATTERNS: Mapping[str, Pattern] = MappingProxyType(
         ),
     }
 )
+SIGMOID_GELU = "+sigmoid-gelu"
+"""Ends the name of a pattern that has the faster Gelu."""
+
+PATTERNS: Mapping[str, Pattern] = MappingProxyType(
+    {
+        **_EXACT,
+        **{
+            f"{name}{SIGMOID_GELU}": replace(pattern, description=f"as `{name}`, Gelu approximated", sigmoid_gelu=True)
+            for name, pattern in _EXACT.items()
+            if pattern.float_outputs
+        },
+    }
+)
+"""Patterns that only approximate the float network, before any rounding, come last."""
 
 
 class _Quantizer(QDQQuantizer):  # type: ignore[misc]  # untyped library
@@ -139,6 +155,7 @@ def quantize(
             rewrite.pad_stem(proto)
     proto = onnx.shape_inference.infer_shapes(proto)
     give_each_layer_its_own_constants(proto)
+    factors = rewrite.use_sigmoid_gelu(proto) if PATTERNS[pattern].sigmoid_gelu else {}
     integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
     four = {layer for layer in layer_of_node(proto).values() if precision_of(layer) == "int4"}
     if not integer:
@@ -163,7 +180,7 @@ def quantize(
         reduce_range=target.weight_bits == 7,
         weight_qType=QuantType.QInt8,
         activation_qType=types[target.activation_type],
-        tensors_range=_tensor_ranges(proto, known),
+        tensors_range=_tensor_ranges(proto, known, factors),
         nodes_to_quantize=integer,
         nodes_to_exclude=[],
         op_types_to_quantize=[*QLinearOpsRegistry, *QDQRegistry],
@@ -182,8 +199,10 @@ def quantize(
         raise ExportError(f"{float_model.name}: cannot be quantized ({error}); calibrate on this very model.") from None
     finally:
         logger.setLevel(level)
-    correct_biases(result, weights, ranges.means, sizes)
+    correct_biases(result, weights, _means(proto, ranges, factors), sizes)
     _keep_float(result, set(integer))
+    if pattern != BLANKET:
+        constant_factors.absorb(result)
     if padded:
         _round_before_padding(result, padded[0].output[0])
     quantizer.model.topological_sort()
@@ -303,11 +322,32 @@ def _known_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, tuple[float, f
     return known
 
 
-def _tensor_ranges(proto: ModelProto, known: Mapping[str, tuple[float, float]]) -> dict[str, TensorData]:
+def _means(proto: ModelProto, ranges: Ranges, factors: Mapping[str, float]) -> dict[str, Sequence[float]]:
+    """Return the mean inputs of the layers, those that a rewriting multiplied too."""
+    layers = layer_of_node(proto)
+    scaled = {
+        layers[node.name]: factors[node.input[0]]
+        for node in proto.graph.node
+        if node.input[0] in factors and node.name in layers
+    }
+    return {
+        layer: [scaled[layer] * mean for mean in means] if layer in scaled else means
+        for layer, means in ranges.means.items()
+    }
+
+
+def _tensor_ranges(
+    proto: ModelProto, known: Mapping[str, tuple[float, float]], factors: Mapping[str, float]
+) -> dict[str, TensorData]:
     """Return the ranges of all tensors of a rewritten file in the quantizer's form."""
     tensors = [proto.graph.input[0].name, *(tensor for node in proto.graph.node for tensor in node.output)]
     found = {tensor: known[rewrite.source_of(tensor)] for tensor in tensors if rewrite.source_of(tensor) in known}
-    return {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in found.items()}
+    return {
+        name: TensorData(
+            lowest=np.float32(factors.get(name, 1.0) * low), highest=np.float32(factors.get(name, 1.0) * high)
+        )
+        for name, (low, high) in found.items()
+    }
 
 
 def strip_for_shipping(path: Path) -> dict[str, str]:

@@ -1,0 +1,66 @@
+"""Judges and times several files of one model side by side, for integer_accuracy.py and file_sizes.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from hirelc_deploy.config import JobConfig
+from hirelc_deploy.images import Images
+from hirelc_deploy.job import open_workplace
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.protocol import TimingLimits, compare
+from hirelc_deploy.pipeline import BATCH, Pipeline, batches
+from hirelc_deploy.progress import Progress
+
+LIMITS = TimingLimits(processes=3, min_rounds=60, max_rounds=200, seconds=30.0)
+
+
+@contextmanager
+def opened(config: JobConfig) -> Iterator[tuple[Pipeline, Path]]:
+    """Give the pipeline of a model and a folder for files; both are gone afterwards."""
+    with TemporaryDirectory() as name:
+        yield open_workplace(config, Path(name) / "run", "", Progress()).pipeline, Path(name)
+
+
+def judged(
+    pipeline: Pipeline, files: Mapping[str, Path], test: Images, untimed: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Return for each file what it answers on all test images and how fast, against the first one, it does so.
+
+    Args:
+        untimed: Names of files that are not run on the device as they are.
+    """
+    assert test.labels is not None
+    threads = torch.get_num_threads()
+    answers = {
+        form: accuracy.predict(pipeline.backend.build(path, threads), (part.numpy() for part in batches(test, BATCH)))
+        for form, path in files.items()
+    }
+    right = {form: accuracy.correct(logits, test.labels) for form, logits in answers.items()}
+    first = next(iter(files))
+    rows: dict[str, dict[str, Any]] = {
+        form: {
+            "accuracy": float(right[form].mean()),
+            "drop": dataclasses.asdict(accuracy.paired_drop(right[first], right[form])),
+            "agreement": accuracy.agreement(answers[first], answers[form]),
+            "divergence_nats": accuracy.kl_divergence(answers[first], answers[form]),
+            "bytes": path.stat().st_size,
+        }
+        for form, path in files.items()
+    }
+    timed = [form for form in files if form not in untimed]
+    timings = compare([files[form] for form in timed], pipeline.backend, threads=1, limits=LIMITS)
+    for form, timing in zip(timed, timings, strict=True):
+        rows[form] |= {
+            "ms": timing.median_ms,
+            "speedup": 1 / timing.ratio,
+            "speedup_interval": [1 / timing.ratio_high, 1 / timing.ratio_low],
+        }
+    return rows
