@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -160,7 +161,8 @@ class Hierarchy:
             pool = self._unseen([*pool, *self._near_the_best()])
             picked = self._most_expected(np.stack(pool), count) if pool else []
         elif self.parts.surrogate and self.parts.warm_start:
-            picked = self._half_by_tables(pool)[:count]
+            near = neighbours(self._problem, self._best(), self._budget_ms) if self._measured else []
+            picked = self._half_by_tables(pool, self._unseen(near))[:count]
         else:
             picked = pool[:count]
         for noise in range(2, 2 + WILDER):
@@ -201,17 +203,19 @@ class Hierarchy:
     def _guided(self) -> bool:
         return self.parts.surrogate and self.surrogate.trusted
 
-    def _half_by_tables(self, pool: list[Choices]) -> list[Choices]:
+    def _half_by_tables(self, pool: list[Choices], near: list[Choices]) -> list[Choices]:
         """Return the pool with its first plan first, then in turn what the tables expect most of and the next drawn.
 
-        Until the surrogate is trusted its prior, the tables, chooses half; the other half shows it how plans differ.
+        Until the surrogate is trusted its prior, the tables, chooses half, also among the neighbours of the best plan;
+        the other half shows the surrogate how plans differ.
         """
-        if len(pool) < 3:
+        candidates = [*pool[1:], *near]
+        if not candidates:
             return pool
-        drawn = list(range(1, len(pool)))
-        best = 1 + np.argsort(self.surrogate.expected_by_tables(np.stack(pool[1:])), kind="stable")
-        order = [0, *(int(index) for pair in zip(best, drawn, strict=True) for index in pair)]
-        return [pool[index] for index in dict.fromkeys(order)]
+        best = np.argsort(self.surrogate.expected_by_tables(np.stack(candidates)), kind="stable")
+        by_tables, drawn = (candidates[index] for index in best), iter(pool[1:])
+        in_turn = (plan for pair in itertools.zip_longest(by_tables, drawn) for plan in pair if plan is not None)
+        return self._unseen([*pool[:1], *in_turn])
 
     def _unseen(self, plans: Sequence[Choices]) -> list[Choices]:
         """Return the plans, each once, that were not proposed before."""
