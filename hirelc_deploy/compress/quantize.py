@@ -22,6 +22,7 @@ from hirelc_deploy.compress.bias_correction import correct_biases
 from hirelc_deploy.compress.calibration import Ranges
 from hirelc_deploy.compress.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
 from hirelc_deploy.compress.four_bits import use_four_bits
+from hirelc_deploy.compress.sums import align_sums
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import Precision
 from hirelc_deploy.plan import LAYER_PRECISIONS
@@ -48,7 +49,8 @@ class Pattern:
 
 
 BLANKET = "all"
-"""The pattern of a blanket INT8 file: everything the runtime's own quantizer would make integer, nothing rewritten."""
+"""The pattern of a blanket INT8 file: everything the runtime's own quantizer would make integer, nothing rewritten, its
+own ranges."""
 
 _SAME_VALUES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 _ACTIVATIONS = frozenset({"Relu", "Clip"})  # folded into the layer before them, so they go where it goes
@@ -127,8 +129,9 @@ def quantize(
     """Write the integer form of a float file: Q/DQ around the layers that `precision_of` calls int8.
 
     Weights are int8, symmetric and per output channel (7 bits of it where `target` says so), biases int32,
-    activations of the target's type with static ranges. When `pattern` is `all` and every layer is int8 the file is
-    that of ONNX Runtime's `quantize_static`, but for the corrected biases (`ranges.means`).
+    activations of the target's type with static ranges, aligned so that x86 and ARM round sums alike. When `pattern` is
+    `all` and every layer is int8 the file is that of ONNX Runtime's `quantize_static`, ranges unaligned, but for the
+    corrected biases (`ranges.means`).
 
     Args:
         float_model: A file of `export_onnx` or `set_static_batch`; ONNX Runtime is fastest on the static one.
@@ -180,7 +183,7 @@ def quantize(
         reduce_range=target.weight_bits == 7,
         weight_qType=QuantType.QInt8,
         activation_qType=types[target.activation_type],
-        tensors_range=_tensor_ranges(proto, known, factors),
+        tensors_range=_tensor_ranges(proto, known, factors, integer if pattern != BLANKET else []),
         nodes_to_quantize=integer,
         nodes_to_exclude=[],
         op_types_to_quantize=[*QLinearOpsRegistry, *QDQRegistry],
@@ -337,17 +340,20 @@ def _means(proto: ModelProto, ranges: Ranges, factors: Mapping[str, float]) -> d
 
 
 def _tensor_ranges(
-    proto: ModelProto, known: Mapping[str, tuple[float, float]], factors: Mapping[str, float]
+    proto: ModelProto,
+    known: Mapping[str, tuple[float, float]],
+    factors: Mapping[str, float],
+    integer: Sequence[str],
 ) -> dict[str, TensorData]:
-    """Return the ranges of all tensors of a rewritten file in the quantizer's form."""
+    """Return the ranges of all tensors of a rewritten file in the quantizer's form, those of integer sums aligned."""
     tensors = [proto.graph.input[0].name, *(tensor for node in proto.graph.node for tensor in node.output)]
-    found = {tensor: known[rewrite.source_of(tensor)] for tensor in tensors if rewrite.source_of(tensor) in known}
-    return {
-        name: TensorData(
-            lowest=np.float32(factors.get(name, 1.0) * low), highest=np.float32(factors.get(name, 1.0) * high)
-        )
-        for name, (low, high) in found.items()
-    }
+    found = {}
+    for tensor in tensors:
+        if (source := rewrite.source_of(tensor)) in known:
+            factor, (low, high) = factors.get(tensor, 1.0), known[source]
+            found[tensor] = (factor * low, factor * high)
+    aligned = align_sums(proto, found, frozenset(integer))
+    return {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in aligned.items()}
 
 
 def strip_for_shipping(path: Path) -> dict[str, str]:
