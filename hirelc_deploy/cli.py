@@ -226,6 +226,10 @@ def search(
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
     finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
     options: Annotated[int, typer.Option(min=2, help="Widths offered per unit, at most.")] = 8,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a finished search, of this or another model, whose agents begin here."),
+    ] = None,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
     calibration_images: CalibrationImages = None,
@@ -262,7 +266,14 @@ def search(
         include=tuple(include or ()),
         preprocess=_preprocess(input_size, mean, std),
         limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
-        search=SearchConfig(strategy, parse_duration(budget) if budget else None, trials, finalists, options),
+        search=SearchConfig(
+            strategy,
+            parse_duration(budget) if budget else None,
+            trials,
+            finalists,
+            options,
+            str(warm_start.resolve()) if warm_start else None,
+        ),
     )
     _run(config, out, None, as_json, quiet, jobs)
 
