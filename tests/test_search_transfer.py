@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from safetensors.torch import load_file
+from test_pipeline import data_file, make_pipeline  # noqa: F401  (a fixture)
 from toy_problem import Toy, plan_of
 
+from hirelc_deploy.config import Limits, SearchConfig
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.finalists import AGENTS, Search
+from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.search.hierarchy import Hierarchy
 from hirelc_deploy.search.loop import run_search
 from hirelc_deploy.search.transfer import FRESH, shared_weights, take_over
@@ -71,3 +79,21 @@ def test_a_search_decides_once_ten_plans_were_measured_and_says_so():
     assert second.verdict is not None
     assert second.record()["transfer"]["correlation"] == pytest.approx(second.verdict.correlation)
     assert plan_of(here.problem.decisions, second.vote())
+
+
+def test_a_run_leaves_its_agents_and_another_begins_with_them_or_says_that_there_are_none(
+    data_file: Path,  # noqa: F811
+    tmp_path: Path,
+):
+    def search(folder: Path, earlier: Path | None) -> Search:
+        pipeline = make_pipeline(data_file, folder)
+        table = LatencyTable(pipeline.backend, tmp_path / "times.jsonl", 1)
+        config = SearchConfig(f1_evaluations=4, finalists=1, options=3, warm_start=str(earlier) if earlier else None)
+        return Search(pipeline, pipeline.run, table, Limits(speedup=2.0), config)
+
+    search(tmp_path / "first", None).finalists()
+    assert "0.low.0.weight" in load_file(tmp_path / "first" / AGENTS)
+    second = search(tmp_path / "second", tmp_path / "first")
+    assert second._elsewhere is not None
+    with pytest.raises(InputError, match="no agents of a search could be read"):
+        search(tmp_path / "third", tmp_path / "second")
