@@ -3,10 +3,10 @@
     python benchmarks/known_optimum.py --seeds 20
 
 Eight decisions with four options each: 65,536 plans. A plan costs its summed loss and three times what it is over the
-limit. Each learner draws 64 plans per update. DDPG has five decisions (1,024 plans) and learns after every episode, one
-decision per step; an option that leaves no room for the rest is not taken. `found` counts seeds in which the optimum
-was among the plans drawn, `learned` those in which the learner's own best plan is the optimum; random draws of the same
-number are beside them. With --stable-baselines3 (in an environment that has it) its PPO runs too.
+limit, for every learner. PPO and A2C draw 64 plans per update; DDPG plays 8 episodes at a time, one decision per step.
+`found` counts seeds in which the optimum was among the plans drawn, `learned` those in which what the learner itself
+would do in the end (mode of the policy, actor without noise) is the optimum; random draws of the same number are beside
+them. With --stable-baselines3 (in an environment that has it) its PPO runs too, with as many plans as ours.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from record import provenance
 
 from hirelc_deploy.search.ddpg import Ddpg, DdpgSettings
 from hirelc_deploy.search.ppo import A2C, ActionBatch, Ppo, PpoSettings
 
-OPTIONS, DRAWS, UPDATES, EPISODES = 4, 64, 70, 500
+OPTIONS, DECISIONS = 4, 8
+DRAWS, UPDATES, IMITATED = 64, 150, 16
+EPISODES, TOGETHER = 1920, 8
 
 
 @dataclass(frozen=True)
@@ -70,19 +75,26 @@ class Reached:
     plans: int
 
 
-def policy_gradient(toy: Toy, seed: int, settings: PpoSettings) -> Reached:
-    """Return what PPO or A2C reaches with one free number per option."""
+def policy_gradient(toy: Toy, seed: int, settings: PpoSettings, imitates: bool = True) -> Reached:
+    """Return what PPO or A2C reaches with one free number per option.
+
+    The entropy bonus goes to 0 over the updates. With `imitates` (self-imitation, Oh et al. 2018) the best plan so far
+    stands beside the draws, IMITATED times.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.zeros(toy.decisions, OPTIONS, dtype=torch.float64, requires_grad=True)
     learner = Ppo([logits], settings)  # type: ignore[list-item]
-    found = -np.inf
-    for _ in range(UPDATES):
+    best, found = torch.zeros(0, toy.decisions, dtype=torch.int64), -np.inf
+    for update in range(UPDATES):
+        learner.settings = replace(settings, entropy=settings.entropy * (1 - update / UPDATES))
         log_probs = torch.log_softmax(logits.detach(), dim=-1)
-        actions = torch.multinomial(log_probs.exp(), DRAWS, replacement=True, generator=generator).T
-        chosen = log_probs.expand(DRAWS, -1, -1).gather(-1, actions[..., None]).squeeze(-1)
+        drawn = torch.multinomial(log_probs.exp(), DRAWS, replacement=True, generator=generator).T
+        actions = torch.cat([drawn, best.expand(IMITATED, -1)]) if imitates and len(best) else drawn
+        chosen = log_probs.expand(len(actions), -1, -1).gather(-1, actions[..., None]).squeeze(-1)
         rewards = toy.reward(actions.numpy())
-        found = max(found, float(rewards.max()))
-        batch = ActionBatch(lambda: logits.expand(DRAWS, -1, -1), actions, chosen)
+        if rewards.max() > found:
+            found, best = float(rewards.max()), actions[int(rewards.argmax())][None]
+        batch = ActionBatch(partial(logits.expand, len(actions), -1, -1), actions, chosen)
         learner.update([batch], torch.from_numpy(rewards))
     mode = logits.detach().argmax(dim=-1).numpy()
     return Reached(found, float(toy.reward(mode[None])[0]), UPDATES * DRAWS)
@@ -90,30 +102,32 @@ def policy_gradient(toy: Toy, seed: int, settings: PpoSettings) -> Reached:
 
 def deterministic(toy: Toy, seed: int) -> Reached:
     """Return what DDPG reaches, deciding one after the other and seeing the weight that is left."""
-    learner = Ddpg(toy.decisions + 2, seed, DdpgSettings(random_episodes=100, decay=0.995, memory=400, updates=2))
+    settings = DdpgSettings(random_episodes=64, decay=0.996, batch=128, updates=1)
+    learner = Ddpg(toy.decisions + 2, toy.decisions, seed, settings)
 
-    def episode(explore: bool) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        states, actions, options, left = [], [], [], toy.limit
+    def play(count: int, explore: bool = True) -> tuple[NDArray[np.float64], ...]:
+        """Return (count, decisions, state), (count, decisions) meant and done, and (count, decisions) options."""
+        steps, left, done = [], np.full(count, toy.limit), np.zeros(count)
         for index in range(toy.decisions):
-            state = np.append(np.eye(toy.decisions)[index], [left / toy.limit, actions[-1] if actions else 0.0])
-            action = float(learner.act(state[None], explore)[0])
-            rest = toy.weight[index + 1 :, 0].sum()
-            room = max(int((toy.weight[index] + rest <= left + 1e-12).sum()), 1)
-            option = min(int(action * OPTIONS), room - 1)
-            left -= toy.weight[index, option]
-            states.append(state)
-            actions.append((option + 0.5) / OPTIONS)
-            options.append(option)
-        return np.stack(states), np.array(actions), np.array(options)
+            place = np.repeat(np.eye(toy.decisions)[index][None], count, axis=0)
+            state = np.column_stack([place, left / toy.limit, done])
+            action = learner.act(state, explore)
+            option = np.minimum(action * OPTIONS, OPTIONS - 1).astype(np.int64)
+            left, done = left - toy.weight[index, option], (option + 0.5) / OPTIONS
+            steps.append((state, action, done, option))
+        states, meant, took, options = zip(*steps, strict=True)
+        return np.stack(states, axis=1), np.stack(meant, axis=1), np.stack(took, axis=1), np.stack(options, axis=1)
 
-    found = -np.inf
-    for _ in range(EPISODES):
-        states, actions, options = episode(explore=True)
-        reward = float(toy.reward(options[None])[0])
-        found = max(found, reward)
-        learner.learn(states, actions, reward)
-    _, _, options = episode(explore=False)
-    return Reached(found, float(toy.reward(options[None])[0]), EPISODES)
+    rewards: dict[bytes, float] = {}
+    for _ in range(EPISODES // TOGETHER):
+        states, meant, took, options = play(TOGETHER * learner.candidates)
+        order = np.argsort(-learner.worth(meant), kind="stable")
+        new = [row for row in order if options[row].tobytes() not in rewards]
+        for row in [*new, *order][:TOGETHER]:
+            reward = rewards[options[row].tobytes()] = float(toy.reward(options[row][None])[0])
+            learner.learn(states[row], meant[row], reward, took[row])
+    last = play(1, explore=False)[3]
+    return Reached(max(rewards.values()), float(toy.reward(last)[0]), EPISODES)
 
 
 def random_draws(toy: Toy, seed: int, count: int) -> Reached:
@@ -152,12 +166,20 @@ def stable_baselines(toy: Toy, seed: int) -> Reached:
     return Reached(max(drawn), float(toy.reward(action[None])[0]), len(drawn))
 
 
-LEARNERS: dict[str, tuple[int, Callable[[Toy, int], Reached]]] = {
-    "PPO": (8, lambda toy, seed: policy_gradient(toy, seed, PpoSettings(epochs=4, entropy=0.1))),
-    "A2C": (8, lambda toy, seed: policy_gradient(toy, seed, replace(A2C, entropy=0.1))),
-    "DDPG": (5, deterministic),
+FINE_PPO = PpoSettings(learning_rate=0.015, epochs=4, entropy=0.2)
+FINE_A2C = replace(A2C, learning_rate=0.05, entropy=0.2)
+LEARNERS: dict[str, Callable[[Toy, int], Reached]] = {
+    "PPO": lambda toy, seed: policy_gradient(toy, seed, FINE_PPO),
+    "A2C": lambda toy, seed: policy_gradient(toy, seed, FINE_A2C),
+    "DDPG": deterministic,
+    "PPO without imitation": lambda toy, seed: policy_gradient(toy, seed, FINE_PPO, imitates=False),
+    "A2C without imitation": lambda toy, seed: policy_gradient(toy, seed, FINE_A2C, imitates=False),
 }
-"""Decisions of its toy, and the learner. DDPG sees a twentieth as many plans, so its toy is smaller."""
+
+
+def share_at_optimum(toys: Sequence[Toy], rewards: Sequence[float]) -> float:
+    """Return the share of the toys whose optimum was reached."""
+    return float(np.mean([reward >= toy.optimum - 1e-9 for toy, reward in zip(toys, rewards, strict=True)]))
 
 
 def main() -> int:
@@ -165,27 +187,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--stable-baselines3", action="store_true")
+    parser.add_argument("--only", nargs="*", help="Learners by name; all if not given.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     learners = dict(LEARNERS)
     if options.stable_baselines3:
-        learners["PPO of Stable-Baselines3"] = (8, stable_baselines)
+        learners["PPO of Stable-Baselines3"] = stable_baselines
     table = {}
-    for name, (decisions, learner) in learners.items():
-        runs = [(toy, learner(toy, seed)) for seed in range(options.seeds) if (toy := Toy.of(seed, decisions))]
-        plans = runs[0][1].plans
+    for name, learner in learners.items():
+        if options.only and name not in options.only:
+            continue
+        toys = [Toy.of(seed, DECISIONS) for seed in range(options.seeds)]
+        runs = [learner(toy, seed) for seed, toy in enumerate(toys)]
+        plans = runs[0].plans
+        draws = [random_draws(toy, seed, plans) for seed, toy in enumerate(toys)]
         table[name] = {
-            "decisions": decisions,
             "plans": plans,
-            "found": float(np.mean([run.found >= toy.optimum - 1e-9 for toy, run in runs])),
-            "learned": float(np.mean([run.learned >= toy.optimum - 1e-9 for toy, run in runs])),
-            "learned_below_optimum_mean": float(np.mean([toy.optimum - run.learned for toy, run in runs])),
-            "random_draws_found": float(
-                np.mean([random_draws(toy, s, plans).found >= toy.optimum - 1e-9 for s, (toy, _) in enumerate(runs)])
+            "found": share_at_optimum(toys, [run.found for run in runs]),
+            "learned": share_at_optimum(toys, [run.learned for run in runs]),
+            "learned_below_optimum_mean": float(
+                np.mean([toy.optimum - run.learned for toy, run in zip(toys, runs, strict=True)])
             ),
+            "random_draws_found": share_at_optimum(toys, [one.found for one in draws]),
         }
         print(name, table[name], file=sys.stderr, flush=True)
-    print(json.dumps(table, indent=1))
+    record = {**provenance(shlex.join(["python", *sys.argv])), "seeds": options.seeds, "learners": table}
+    print(json.dumps(record, indent=1))
     return 0
 
 

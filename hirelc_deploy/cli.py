@@ -226,6 +226,10 @@ def search(
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
     finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
     options: Annotated[int, typer.Option(min=2, help="Widths offered per unit, at most.")] = 8,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a finished search, of this or another model, whose agents begin here."),
+    ] = None,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
     calibration_images: CalibrationImages = None,
@@ -262,7 +266,14 @@ def search(
         include=tuple(include or ()),
         preprocess=_preprocess(input_size, mean, std),
         limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
-        search=SearchConfig(strategy, parse_duration(budget) if budget else None, trials, finalists, options),
+        search=SearchConfig(
+            strategy,
+            parse_duration(budget) if budget else None,
+            trials,
+            finalists,
+            options,
+            str(warm_start.resolve()) if warm_start else None,
+        ),
     )
     _run(config, out, None, as_json, quiet, jobs)
 
@@ -552,6 +563,14 @@ def export(
     ] = "onnx",
     bits: Annotated[int, typer.Option(help="Of a weight in the form `stored`: 2 to 7.")] = 4,
     scheme: Annotated[str, typer.Option(help="Of the form `stored`: linear, log or codebook.")] = "linear",
+    sparsity: Annotated[
+        float, typer.Option(help="`stored`: share of each layer's weights, the smallest, that is left out; not faster.")
+    ] = 0.0,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="`stored`: size of the file; the bits of each layer are then searched.")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="Of that search, as for `search`.")] = "two-stage",
+    trials: Annotated[int, typer.Option(min=1, help="Files judged in that search.")] = 48,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="onnx for any number of images; one at a time it is slower.")
     ] = False,
@@ -563,9 +582,10 @@ def export(
     \b
     Example: hirelc-deploy export runs/a --format onnx --out deploy
     """
-    from hirelc_deploy.job import export_files
+    from hirelc_deploy.job import Storage, export_files
 
-    for path in export_files(run, form, out, bits, scheme, dynamic_batch=dynamic_batch):
+    storage = Storage(bits, scheme, sparsity, max_bytes, strategy, trials)
+    for path in export_files(run, form, out, storage, dynamic_batch=dynamic_batch):
         print(path)
 
 

@@ -111,6 +111,7 @@ class SearchConfig:
         f1_evaluations: Sliced and compensated models judged per latency budget.
         finalists: Plans that are recovered by training at most.
         options: Widths offered per unit at most.
+        warm_start: Folder of another run whose agents this one begins with, if they foretell what is measured here.
     """
 
     strategy: str = "hirelc"
@@ -118,6 +119,7 @@ class SearchConfig:
     f1_evaluations: int = 24
     finalists: int = 3
     options: int = 8
+    warm_start: str | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

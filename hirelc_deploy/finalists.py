@@ -5,25 +5,30 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from hirelc_deploy.config import Limits, SearchConfig
-from hirelc_deploy.errors import ConstraintError
+from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.measure.accuracy import PairedDrop
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.runs import Run
+from hirelc_deploy.runs import Run, atomic_path
 from hirelc_deploy.search.baselines import make_strategy
 from hirelc_deploy.search.hierarchy import Hierarchy
 from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.search.loop import SearchResult, Trial, extended_front, run_search
 from hirelc_deploy.search.priced import within_bytes
 from hirelc_deploy.search.problem import Choices, Problem
+from hirelc_deploy.search.transfer import shared_weights
 from hirelc_deploy.tables import (
     build_problem,
     fit_network_time,
@@ -54,6 +59,9 @@ SECOND_CHANCES = 1
 
 BYTES_AIM = 0.99
 """Share of the allowed bytes that plans aim at: a cut file's graph and scales are not known to the byte beforehand."""
+
+AGENTS = "agents.safetensors"
+"""In a run's folder: what the agents of its last search learned that means something elsewhere."""
 
 NO_CHOICES: Choices = np.empty(0, np.int64)
 """Stands in for the choices of a trial that is known by its plan alone."""
@@ -86,6 +94,7 @@ class Search:
         self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self.searches: list[SearchResult] = []
         self.records: list[dict[str, Any]] = []
+        _ = self._elsewhere  # what cannot be read is said before anything is measured
         least = smallest_bytes(pipeline.graph)
         if limits.max_bytes is not None and least > limits.max_bytes:
             raise ConstraintError(
@@ -105,6 +114,21 @@ class Search:
         self.problem = build_problem(pipeline, network, options=config.options)
         # Where no width of any unit buys time there is nothing to search, and no budget is within reach.
         self.floor_ms = smallest(self.problem)[1] if self.problem.decisions else math.inf
+
+    @cached_property
+    def _elsewhere(self) -> dict[str, Tensor] | None:
+        """What the agents of the run that was given as `warm_start` learned."""
+        if self.config.warm_start is None:
+            return None
+        path = Path(self.config.warm_start) / AGENTS
+        try:
+            found: dict[str, Tensor] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path}: no agents of a search could be read ({error}); give the folder of a finished search with the "
+                "strategy hirelc as --warm-start."
+            ) from None
+        return found
 
     def finalists(self) -> list[Finalist]:
         """Return recovered and timed plans, in the order they were tried.
@@ -199,6 +223,8 @@ class Search:
             if smallest(problem)[1] > budget:
                 return best
             strategy = make_strategy(self.config.strategy, problem, budget, self.pipeline.seed)
+            if isinstance(strategy, Hierarchy):
+                strategy.elsewhere = self._elsewhere
             result = run_search(
                 problem,
                 strategy,
@@ -211,6 +237,10 @@ class Search:
             self.searches.append(result)
             if isinstance(strategy, Hierarchy):
                 self.records.append({"budget_ms": aim_ms, **strategy.record()})
+                if strategy.verdict is not None:
+                    self.pipeline.progress.say(strategy.verdict.says)
+                with atomic_path(self.run.directory / AGENTS) as partial:
+                    partial.write_bytes(save(shared_weights(strategy.agents)))
             if result.best is None:
                 return best
             best, outcome = result.best

@@ -46,6 +46,7 @@ from hirelc_deploy.runs import Run, write_atomic
 from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
 from hirelc_deploy.staircase import stairs_of, wanted_keys
 from hirelc_deploy.staircase_page import staircase_page
+from hirelc_deploy.stored_bits import StoredBits
 from hirelc_deploy.tensorrt_folder import write_folder
 
 RESULT = "result.json"
@@ -498,20 +499,45 @@ SAME_ANSWERS = 0.01
 STORED = "model.stored"
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How the form `stored` is written; see `codec.store`.
+
+    Attributes:
+        bits: Of every weight, where there is no limit.
+        sparsity: Share of each layer's weights that is left out, the smallest.
+        max_bytes: Of the stored file; the bits of each layer are then chosen by `strategy` in `trials` judged files.
+    """
+
+    bits: int = 4
+    scheme: str = "linear"
+    sparsity: float = 0.0
+    max_bytes: int | None = None
+    strategy: str = "two-stage"
+    trials: int = 48
+
+    def check(self) -> None:
+        """Raise InputError for what the codec or the search of bits cannot use."""
+        codec.check(self.bits, self.scheme, self.sparsity)
+        if self.strategy not in STRATEGIES:
+            raise InputError(f"--strategy {self.strategy!r} is unknown; use {', '.join(STRATEGIES)}.")
+
+
 def export_files(
-    run: Path, form: str, out: Path, bits: int = 4, scheme: str = "linear", *, dynamic_batch: bool = False
+    run: Path, form: str, out: Path, storage: Storage | None = None, *, dynamic_batch: bool = False
 ) -> list[Path]:
     """Write the shipped model of a finished run into a new folder, in one of its forms; return the files.
 
-    `bits` and `scheme` are those of the storage codec, for the form `stored`; `dynamic_batch` is for the form `onnx`.
+    `storage` is for the form `stored`; `dynamic_batch` is for the form `onnx`.
     """
+    storage = storage or Storage()
     forms = (*EXPORTED, "tensorrt", "stored")
     if form not in forms:
         raise InputError(f"--format {form!r} is unknown; use {', '.join(forms[:-1])} or {forms[-1]}.")
     if dynamic_batch and form != "onnx":
         raise InputError(f"--dynamic-batch is for --format onnx, not {form}; leave it out.")
     if form == "stored":
-        codec.check(bits, scheme)
+        storage.check()
     bundle = run / "bundle"
     if not bundle.is_dir():
         raise InputError(f"{run}: holds no bundle; give the folder of a finished search or apply.")
@@ -532,12 +558,27 @@ def export_files(
         if dynamic_batch:
             return export_batched(run, out)
         if form == "stored":
-            codec.store(bundle / EXPORTED["onnx"][0], out / STORED, bits, scheme)
+            model = bundle / EXPORTED["onnx"][0]
+            chosen = {} if storage.max_bytes is None else chosen_bits(run, model, storage, storage.max_bytes)
+            codec.store(model, out / STORED, storage.bits, storage.scheme, sparsity=storage.sparsity, bits_of=chosen)
             beside = [Path(restore.__file__), *(bundle / name for name in ("run.py", "preprocess.json", "labels.json"))]
             return [out / STORED, *(Path(shutil.copy2(file, out / file.name)) for file in beside)]
         return [Path(shutil.copy2(bundle / name, out / name)) for name in EXPORTED[form]]
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}).") from None
+
+
+def chosen_bits(run: Path, model: Path, storage: Storage, max_bytes: int) -> Mapping[str, int]:
+    """Return tensor name to bits, chosen by what the shipped file's answers lose on the run's selection images."""
+    pipeline = open_workplace(JobConfig.read(run / "config.toml"), run, "", Progress(quiet=True)).pipeline
+    images = pipeline.selection[0][: pipeline.effort.search_images].numpy()
+    shipped = pipeline.backend.build(model, pipeline.threads).infer(images)
+
+    def judge(path: Path) -> float:
+        return accuracy.kl_divergence(shipped, pipeline.backend.build(path, pipeline.threads).infer(images))
+
+    choice = StoredBits(model, judge, storage.scheme, storage.sparsity)
+    return choice.choose(max_bytes, storage.strategy, storage.trials, pipeline.seed).bits
 
 
 def export_batched(run: Path, out: Path) -> list[Path]:

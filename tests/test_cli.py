@@ -333,6 +333,19 @@ def test_a_stored_export_is_small_and_comes_back_without_this_project(
     assert np.mean(np.equal(found, expected)) > 0.8
 
 
+def test_a_stored_export_within_a_limit_has_bits_of_its_own_for_each_layer(
+    applied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = ["export", "half", "--format", "stored", "--sparsity", "0.2"]
+    answer(capsys, *store, "--bits", "3", "--out", "deploy-equal")
+    limit = Path("deploy-equal/model.stored").stat().st_size
+    answer(capsys, *store, "--max-bytes", str(limit), "--trials", "6", "--out", "deploy-chosen")
+    assert Path("deploy-chosen/model.stored").stat().st_size <= limit
+    subprocess.run([sys.executable, "-I", "restore.py", "model.stored", "."], cwd="deploy-chosen", check=True)
+    assert cli.run([*store, "--max-bytes", "10", "--out", "deploy-none"]) == 4
+    assert "with 2 bits everywhere" in capsys.readouterr().err
+
+
 def test_export_to_tensorrt_writes_forms_with_answers_and_the_program_that_builds_them(
     applied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

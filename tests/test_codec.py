@@ -37,6 +37,52 @@ def test_packed_indices_come_back_and_no_bit_is_wasted(bits):
     np.testing.assert_array_equal(restore.unpack(packed, bits, 1001), indices)
 
 
+def record_of(packed: codec.Packed, count: int, bits: int) -> dict[str, int]:
+    return {
+        "count": count,
+        "bits": bits,
+        "gap_bits": packed.gap_bits,
+        "common": packed.common,
+        "written": packed.written,
+    }
+
+
+@pytest.mark.parametrize("bits", codec.BITS)
+def test_indices_come_back_from_the_smallest_form_and_every_form_is_that_somewhere(bits):
+    rng, forms = np.random.default_rng(bits), set()
+    for share in (1.0, 0.6, 0.3, 0.12, 0.05, 0.02, 0.005, 0.0):
+        indices = rng.integers(0, 2**bits, 5000).astype(np.uint8)
+        indices[rng.uniform(size=5000) >= share] = 2**bits - 1
+        packed = codec.smallest(indices, bits)
+        record = record_of(packed, 5000, bits)
+        np.testing.assert_array_equal(restore.dense(packed.content, record), indices)
+        assert len(packed.content) == restore.code_size(record) <= -(-5000 * bits // 8)
+        forms.add(min(packed.gap_bits, 2))
+    assert forms == {0, 1, 2}
+
+
+def test_a_tenth_of_the_weights_takes_about_a_tenth_of_the_bytes_and_their_places():
+    indices = np.zeros(80_000, np.uint8)
+    indices[::10] = 5
+    packed = codec.smallest(indices, 4)
+    # 8,000 written, each 4 bits behind a distance of 4 bits (9 others fit): 8,000 bytes. Flags alone take 10,000.
+    assert (packed.gap_bits, packed.written, len(packed.content)) == (4, 8000, 8000)
+
+
+def test_a_distance_that_does_not_fit_is_bridged():
+    indices = np.zeros(2001, np.uint8)
+    indices[[1, 2000]] = [3, 2]
+    packed = codec.smallest(indices, 2)
+    assert (packed.gap_bits, packed.written) == (8, 2 + 7)  # 1,998 before the last: seven times 256, and 206
+    np.testing.assert_array_equal(restore.dense(packed.content, record_of(packed, 2001, 2)), indices)
+
+
+def test_small_weights_are_left_out_in_order_of_size():
+    weights = np.array([[0.5, -0.1, 0.2], [-3.0, 0.1, 0.4]], np.float32)
+    expected = np.array([[0.5, 0.0, 0.0], [-3.0, 0.0, 0.4]], np.float32)
+    np.testing.assert_array_equal(codec.without_small(weights, 0.5), expected)
+
+
 def test_three_bits_worked_by_hand():
     assert codec.pack(np.array([1, 2, 7], np.uint8), 3) == bytes([0b00101011, 0b10000000])
 
@@ -121,6 +167,34 @@ def test_a_stored_file_holds_its_codes_and_little_else(cnn, tmp_path):
     assert (tmp_path / "stored").stat().st_size > weights / 2
 
 
+@pytest.mark.parametrize("scheme", codec.ENCODERS)
+@pytest.mark.parametrize("file", ["cnn", "integer_cnn"])
+def test_weights_left_out_come_back_as_zeros_and_cost_their_places_only(file, tmp_path, scheme, request):
+    model = request.getfixturevalue(file)
+    codec.store(model, tmp_path / "whole", 4, scheme)
+    codec.store(model, tmp_path / "tenth", 4, scheme, sparsity=0.9)
+    before = {t.name: numpy_helper.to_array(t) for t in codec.coded_tensors(onnx.load(str(model)))}
+    weights = sum(tensor.size for tensor in before.values())
+    saved = (tmp_path / "whole").stat().st_size - (tmp_path / "tenth").stat().st_size
+    assert saved > weights * (0.5 - 0.14)  # half a byte each; a tenth takes as much again for its place, and bridges
+    for tensor in onnx.load(restore.restore(tmp_path / "tenth", tmp_path / "restored")).graph.initializer:
+        if tensor.name in before:
+            found, wanted = numpy_helper.to_array(tensor), before[tensor.name]
+            small = codec.without_small(wanted.astype(np.float32), 0.9) == 0
+            assert not found[small].any()
+            assert scheme == "linear" or found[~small].all()
+
+
+def test_each_tensor_may_have_its_own_bits(cnn, tmp_path):
+    names = [tensor.name for tensor in codec.coded_tensors(onnx.load(str(cnn)))]
+    codec.store(cnn, tmp_path / "stored", 2, "linear", bits_of={names[1]: 7})
+    for tensor in onnx.load(restore.restore(tmp_path / "stored", tmp_path / "restored")).graph.initializer:
+        if tensor.name in names:
+            found = numpy_helper.to_array(tensor).reshape(tensor.dims[0], -1)
+            most = max(len(np.unique(row)) for row in found)
+            assert most > 3 if tensor.name == names[1] else most <= 3
+
+
 @pytest.mark.parametrize("content", [b"", restore.MAGIC, b"an onnx file, say"])
 def test_what_is_no_stored_file_is_refused(tmp_path, content):
     (tmp_path / "stored").write_bytes(content)
@@ -133,3 +207,5 @@ def test_widths_and_schemes_that_do_not_exist_are_refused(cnn, tmp_path):
     for bits, scheme in ((8, "linear"), (1, "linear"), (4, "huffman")):
         with pytest.raises(InputError, match="use linear, log, codebook with 2 to 7 bits"):
             codec.store(cnn, tmp_path / "stored", bits, scheme)
+    with pytest.raises(InputError, match="from 0 to below 1"):
+        codec.store(cnn, tmp_path / "stored", 4, "linear", sparsity=1.0)

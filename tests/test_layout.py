@@ -19,7 +19,7 @@ ORDER = (
     ("compress",),
     ("search",),
     ("runs",),
-    ("pipeline", "tables", "staircase"),
+    ("pipeline", "tables", "staircase", "stored_bits"),
     ("finalists", "delivery", "agreement"),
     ("bundle", "bundle_template", "report", "comparison", "staircase_page"),
     ("tensorrt_folder",),

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-MAGIC = b"HDCODEC2"
+MAGIC = b"HDCODEC3"
 WEIGHTS = "model.bin"
 
 
@@ -23,6 +23,39 @@ def unpack(packed: bytes, bits: int, count: int) -> NDArray[np.uint8]:
     """Return (count,) indices below 2**bits that lie in `packed` with no bit between them."""
     each = np.unpackbits(np.frombuffer(packed, np.uint8), count=count * bits).reshape(count, bits)
     return np.packbits(np.pad(each, ((0, 0), (8 - bits, 0))), axis=1)[:, 0]
+
+
+def dense(packed: bytes, record: dict[str, int]) -> NDArray[np.uint8]:
+    """Return (count,) indices: those that are written, and the common one everywhere else.
+
+    The places of the written ones are a bit per weight (`gap_bits` 1), or how many common ones lie before each of them.
+    """
+    count, bits, gap_bits = record["count"], record["bits"], record["gap_bits"]
+    if not gap_bits:
+        return unpack(packed, bits, count)
+    indices = np.full(count, record["common"], np.uint8)
+    written, index_bytes = record["written"], index_size(record)
+    codes = unpack(packed[index_bytes:], bits, written)
+    if gap_bits == 1:
+        places = np.flatnonzero(unpack(packed[:index_bytes], 1, count))
+    else:
+        gaps = unpack(packed[:index_bytes], gap_bits, written)
+        places = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    indices[places] = codes
+    return indices
+
+
+def index_size(record: dict[str, int]) -> int:
+    """Return the bytes that say where the written indices of a tensor are."""
+    if not record["gap_bits"]:
+        return 0
+    return -(-record["count"] // 8) if record["gap_bits"] == 1 else -(-record["written"] * record["gap_bits"] // 8)
+
+
+def code_size(record: dict[str, int]) -> int:
+    """Return the bytes of a tensor's indices and of their places."""
+    written = record["written"] if record["gap_bits"] else record["count"]
+    return index_size(record) + -(-written * record["bits"] // 8)
 
 
 def decode_linear(indices: NDArray[np.uint8], table: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
@@ -66,13 +99,14 @@ def restore(stored: str, folder: str) -> str:
         header_bytes, graph_bytes = struct.unpack_from("<II", content, 8)
         header = json.loads(content[16 : 16 + header_bytes].decode())
         place = 16 + header_bytes + graph_bytes
-        graph, bits, tensors = content[16 + header_bytes : place], header["bits"], []
-        for count, dtype, shape in header["tensors"]:
-            ends = place + 4 * int(np.prod(shape)), place + 4 * int(np.prod(shape)) - (-count * bits // 8)
-            table = np.frombuffer(content[place : ends[0]], "<f4").reshape(shape)
-            indices = unpack(content[ends[0] : ends[1]], bits, count)
-            tensors.append(tensor_of(indices, table, bits, header["scheme"], dtype).tobytes())
-            place = ends[1]
+        graph, tensors = content[16 + header_bytes : place], []
+        for record in header["tensors"]:
+            table_ends = place + 4 * int(np.prod(record["table"]))
+            ends = table_ends + code_size(record)
+            table = np.frombuffer(content[place:table_ends], "<f4").reshape(record["table"])
+            indices = dense(content[table_ends:ends], record)
+            tensors.append(tensor_of(indices, table, record["bits"], header["scheme"], record["type"]).tobytes())
+            place = ends
         if place != len(content):
             raise ValueError(f"{len(content)} bytes where {place} were expected")
     except (ValueError, KeyError, TypeError, struct.error) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,54 +14,88 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class DdpgSettings:
-    """Lillicrap et al. 2016, as AMC (He et al. 2018) uses it: the final reward is that of every step.
+    """Lillicrap et al. 2016, as AMC (He et al. 2018) uses it, with other credit.
 
-    The critic learns that reward itself, so that no target network has to carry it back from the end.
+    AMC gives the final reward to every step, and its critic judges one step: what the other steps did is noise to it.
+    Here a critic judges all actions of an episode at once, so that its slope in each tells what that one is worth. It
+    learns them as the actor meant them, too: where a limit has only ever shown what it left of them, more looks better
+    everywhere. There are two critics, and the lower one counts (Fujimoto et al. 2018); of many episodes that could be
+    played, they choose those that are (Dulac-Arnold et al. 2015); and the actor is drawn to the best one
+    (self-imitation, Oh et al. 2018), for a search ends with its best plan and not with a mean of good ones.
 
     Attributes:
-        actor_rate, critic_rate: Learning rates of Adam; ten times AMC's, for a tenth of its 800 episodes.
+        actor_rate, critic_rate: Learning rates of Adam.
         noise: Deviation of the exploration at the start, of actions in [0, 1].
-        decay: Of the noise, per learning episode.
+        decay: Of the noise, per learning episode, down to `least_noise`.
+        astray: Share of the steps with a uniform action, always: noise around a settled actor reaches no other option.
         random_episodes: First episodes with uniform actions.
-        memory: Episodes that are remembered.
-        batch: Steps of one update.
+        memory: Episodes that are remembered, each as it was meant and as it was done.
+        batch: Episodes of one update.
         updates: Per episode.
+        candidates: Episodes to choose each played one from.
+        imitation: Weight of the squared distance from the best episode.
     """
 
-    actor_rate: float = 1e-3
-    critic_rate: float = 1e-2
+    actor_rate: float = 5e-3
+    critic_rate: float = 3e-3
     noise: float = 0.5
     decay: float = 0.97
+    least_noise: float = 0.15
+    astray: float = 0.12
     random_episodes: int = 16
-    memory: int = 100
+    memory: int = 2000
     batch: int = 64
     updates: int = 8
+    candidates: int = 64
+    imitation: float = 3.0
+
+
+@dataclass(frozen=True)
+class Played:
+    """An episode: (steps, state_size) states, (steps,) actions, the reward at its end."""
+
+    states: NDArray[np.float64]
+    actions: NDArray[np.float64]
+    reward: float
 
 
 class Ddpg:
-    """Actor and critic of one hidden pair of layers each.
+    """An actor that decides one step after the other, and critics of the whole episode.
+
+    Args:
+        state_size: Numbers that describe a step.
+        steps: Of every episode.
 
     Attributes:
         noise: Present deviation of the exploration.
-        baseline: Moving mean of the rewards, which the critic does not have to learn.
     """
 
-    def __init__(self, state_size: int, seed: int, settings: DdpgSettings | None = None) -> None:
+    def __init__(self, state_size: int, steps: int, seed: int, settings: DdpgSettings | None = None) -> None:
         self.settings = settings or DdpgSettings()
         self.noise = self.settings.noise
-        self.baseline: float | None = None
         self._rng = np.random.default_rng(seed)
         generator = torch.Generator().manual_seed(seed)
         self._actor = _network(state_size, generator)
-        self._critic = _network(state_size + 1, generator)
+        self._critics = [_network(steps, generator) for _ in range(2)]
         self._actor_steps = torch.optim.Adam(self._actor.parameters(), lr=self.settings.actor_rate)
-        self._critic_steps = torch.optim.Adam(self._critic.parameters(), lr=self.settings.critic_rate)
-        self._episodes: list[tuple[NDArray[np.float64], NDArray[np.float64], float]] = []
+        weights = itertools.chain.from_iterable(critic.parameters() for critic in self._critics)
+        self._critic_steps = torch.optim.Adam(weights, lr=self.settings.critic_rate)
+        self._memory: deque[Played] = deque(maxlen=2 * self.settings.memory)
+        self._best: Played | None = None
         self._seen = 0
+
+    @property
+    def candidates(self) -> int:
+        """Return of how many episodes each played one should be the best by `worth`; 1 before there is any learning."""
+        return self.settings.candidates if self._learning else 1
+
+    @property
+    def _learning(self) -> bool:
+        return self._seen >= self.settings.random_episodes
 
     def act(self, states: NDArray[np.float64], explore: bool = True) -> NDArray[np.float64]:
         """Return (n,) actions in [0, 1] for (n, state_size) states, from a truncated normal around the actor's."""
-        if explore and self._seen < self.settings.random_episodes:
+        if explore and not self._learning:
             return self._rng.uniform(size=len(states))
         with torch.no_grad():
             mean = self._act(torch.from_numpy(states)).numpy()
@@ -72,42 +107,71 @@ class Ddpg:
             if not outside.any():
                 break
             action[outside] = (mean + self.noise * self._rng.normal(size=len(mean)))[outside]
-        return np.clip(action, 0.0, 1.0)
+        uniform, astray = self._rng.uniform(size=len(mean)), self._rng.uniform(size=len(mean)) < self.settings.astray
+        return np.where(astray, uniform, np.clip(action, 0.0, 1.0))
 
-    def learn(self, states: NDArray[np.float64], actions: NDArray[np.float64], reward: float) -> None:
-        """Remember one episode of (steps, state_size) states and (steps,) actions, and take its updates."""
+    def worth(self, actions: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return (n,) what the critics expect of (n, steps) actions, in standardised rewards."""
+        with torch.no_grad():
+            return np.asarray(self._worth(torch.from_numpy(actions)).numpy())
+
+    def learn(
+        self,
+        states: NDArray[np.float64],
+        actions: NDArray[np.float64],
+        reward: float,
+        done: NDArray[np.float64] | None = None,
+    ) -> None:
+        """Remember one episode and take its updates.
+
+        Args:
+            states: (steps, state_size).
+            actions: (steps,) as `act` gave them.
+            reward: At the end of the episode.
+            done: (steps,) what became of the actions: rounded to what there is, or limited. Acted on, it does the same.
+        """
         self._seen += 1
-        self._episodes = [*self._episodes, (states, actions, reward)][-self.settings.memory :]
-        self.baseline = reward if self.baseline is None else 0.95 * self.baseline + 0.05 * reward
-        if self._seen < self.settings.random_episodes:
+        self._memory.append(Played(states, actions, reward))
+        if done is not None:
+            self._memory.append(Played(states, done, reward))
+        if self._best is None or reward > self._best.reward:
+            self._best = self._memory[-1]
+        if not self._learning:
             return
-        self.noise *= self.settings.decay
-        all_states = torch.from_numpy(np.concatenate([s for s, _, _ in self._episodes]))
-        all_actions = torch.from_numpy(np.concatenate([a for _, a, _ in self._episodes]))
-        rewards = np.concatenate([np.full(len(a), r - self.baseline) for _, a, r in self._episodes])
-        spread = float(rewards.std()) or 1.0
-        targets = torch.from_numpy(rewards / spread)
+        self.noise = max(self.noise * self.settings.decay, self.settings.least_noise)
+        rewards = np.array([played.reward for played in self._memory])
+        standardised = (rewards - rewards.mean()) / (float(rewards.std()) or 1.0)
         for _ in range(self.settings.updates):
-            rows = torch.from_numpy(self._rng.integers(len(targets), size=self.settings.batch))
-            self._update(all_states[rows], all_actions[rows], targets[rows])
+            rows = self._rng.integers(len(rewards), size=self.settings.batch)
+            played = [self._memory[row] for row in rows]
+            self._teach_critics(torch.from_numpy(np.stack([one.actions for one in played])), standardised[rows])
+            self._teach_actor(torch.from_numpy(np.stack([one.states for one in played])), self._best)
 
-    def _update(self, states: Tensor, actions: Tensor, targets: Tensor) -> None:
-        missed = (self._worth(states, actions) - targets).square().mean()
+    def _teach_critics(self, actions: Tensor, rewards: NDArray[np.float64]) -> None:
+        targets = torch.from_numpy(rewards)
+        missed = (self._worths(actions) - targets).square().mean(dim=1).sum()
         self._critic_steps.zero_grad()
         missed.backward()
         self._critic_steps.step()
-        worth = -self._worth(states, self._act(states)).mean()
+
+    def _teach_actor(self, states: Tensor, best: Played) -> None:
+        worth = self._worth(self._act(states)).mean()
+        distance = (self._act(torch.from_numpy(best.states)) - torch.from_numpy(best.actions)).square().sum()
+        loss = self.settings.imitation * distance - worth
         self._actor_steps.zero_grad()
-        worth.backward()
+        loss.backward()
         self._actor_steps.step()
 
     def _act(self, states: Tensor) -> Tensor:
-        action: Tensor = torch.sigmoid(self._actor(states)).squeeze(1)
+        action: Tensor = torch.sigmoid(self._actor(states)).squeeze(-1)
         return action
 
-    def _worth(self, states: Tensor, actions: Tensor) -> Tensor:
-        worth: Tensor = self._critic(torch.cat([states, actions[:, None]], dim=1)).squeeze(1)
-        return worth
+    def _worth(self, actions: Tensor) -> Tensor:
+        return self._worths(actions).amin(dim=0)
+
+    def _worths(self, actions: Tensor) -> Tensor:
+        """Return (critics, n) what each critic expects of (n, steps) actions."""
+        return torch.stack([critic(2.0 * actions - 1.0).squeeze(1) for critic in self._critics])
 
 
 def _network(inputs: int, generator: torch.Generator, hidden: int = 64) -> nn.Sequential:

@@ -19,6 +19,7 @@ from hirelc_deploy.search.ppo import A2C, PpoSettings
 from hirelc_deploy.search.problem import FISHER, Choices, Problem
 from hirelc_deploy.search.reward import FAILED_REWARD, Goal, Reward, reward_of
 from hirelc_deploy.search.surrogate import Surrogate, expected_improvement
+from hirelc_deploy.search.transfer import FRESH, Verdict, Weights, take_over
 from hirelc_deploy.search.votes import vote
 
 MEMBERS = (Member(PpoSettings()), Member(A2C, expected_changes=2.5), Member(PpoSettings(), 6.0, size_weight=0.1))
@@ -139,6 +140,10 @@ class Hierarchy:
         self._failed: set[bytes] = set()
         self._pending: list[Draws] = []
         self._merit = np.zeros(len(self.agents))
+        self.elsewhere: Weights | None = None
+        """What agents learned elsewhere, to begin with once FRESH plans were measured; see `transfer`."""
+        self.verdict: Verdict | None = None
+        """What became of it."""
 
     def budgets(self, choices: Choices) -> tuple[float, NDArray[np.float64]]:
         """Return the unavoidable ms and the (blocks,) ms handed out on top; together they are the budget."""
@@ -194,6 +199,11 @@ class Hierarchy:
             measured = self._measured.values()
             losses = np.array([outcome.loss for _, outcome in measured])
             self.surrogate.learn(np.stack([choices for choices, _ in measured]), losses)
+        if self.elsewhere is not None and len(self._measured) >= FRESH:
+            plans, outcomes = zip(*self._measured.values(), strict=True)
+            losses = np.array([outcome.loss for outcome in outcomes])
+            self.verdict = take_over(self.agents, self.elsewhere, np.stack(plans), losses)
+            self.elsewhere = None
         if self.parts.learns:
             this.updates = [self._teach(index, draws) for index, draws in enumerate(self._pending)]
         self._pending = []
@@ -291,7 +301,12 @@ class Hierarchy:
 
     def record(self) -> dict[str, Any]:
         """Return what was learned, as JSON values: gate decisions, foreseen and found log losses, budgets per round."""
-        return {"strategy": self.name, "blocks": list(self._problem.blocks), "rounds": [vars(r) for r in self.rounds]}
+        record = {
+            "strategy": self.name,
+            "blocks": list(self._problem.blocks),
+            "rounds": [vars(one) for one in self.rounds],
+        }
+        return record | ({} if self.verdict is None else {"transfer": vars(self.verdict)})
 
 
 def blind_to_fisher(problem: Problem) -> Problem:

@@ -22,9 +22,10 @@ class PricePolicy(nn.Module):
 
     Attributes:
         feedback: (blocks, 1) what measured plans have taught about each block since; 0 at the start.
+        shared: The network h, and `general` those of its inputs that mean the same in every model.
 
     Args:
-        features: (blocks, k).
+        features: (blocks, k), of which the last `blocks` only tell them apart.
         rng: For the initial weights.
         with_prior: Start at the common price (h = 0, prior at a multiplier of 1); else a random h and no prior.
     """
@@ -33,13 +34,15 @@ class PricePolicy(nn.Module):
         super().__init__()
         self._features = features
         self.feedback = torch.zeros(len(features), 1, dtype=torch.float64)
+        inputs = features.shape[1]
+        self.general = [*range(inputs - len(features)), inputs]
         octaves = torch.from_numpy(np.log2(MULTIPLIERS))
         self._prior = -0.5 * (octaves / PRIOR_DEVIATION).square() if with_prior else torch.zeros_like(octaves)
-        self._shared = small_network(features.shape[1] + 1, len(MULTIPLIERS), rng, zero=with_prior)
+        self.shared = small_network(features.shape[1] + 1, len(MULTIPLIERS), rng, zero=with_prior)
 
     def forward(self) -> Tensor:
         """Return (blocks, multipliers) logits."""
-        learned: Tensor = self._shared(torch.cat([self._features, self.feedback], dim=1))
+        learned: Tensor = self.shared(torch.cat([self._features, self.feedback], dim=1))
         return self._prior + learned
 
 

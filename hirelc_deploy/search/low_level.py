@@ -37,7 +37,7 @@ class OptionPolicy(nn.Module):
         self._ms = torch.from_numpy(tables.ms) / temperature
         self._absent = torch.where(offered, 0.0, -torch.inf).double()
         # The multiplier of its block is one more input of the shared network.
-        self._shared = small_network(features.shape[-1] + 1, 1, rng, zero=with_prior)
+        self.shared = small_network(features.shape[-1] + 1, 1, rng, zero=with_prior)
         self._own = nn.Parameter(torch.zeros(offered.shape, dtype=torch.float64))
 
     def residual(self, octaves: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class OptionPolicy(nn.Module):
         samples, options = len(octaves), self._features.shape[1]
         known = self._features.expand(samples, *self._features.shape)
         told = octaves[:, :, None, None].expand(-1, -1, options, 1)
-        shared: Tensor = self._shared(torch.cat([known, told], dim=-1))
+        shared: Tensor = self.shared(torch.cat([known, told], dim=-1))
         return shared.squeeze(-1) + self._own
 
     def priced(self, residual: Tensor, prices: Tensor) -> Tensor:

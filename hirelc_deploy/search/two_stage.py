@@ -24,10 +24,11 @@ FIRST_SHARE = 0.75
 
 @dataclass(frozen=True)
 class Episode:
-    """One pass over the decisions of a stage: (steps, state) and (steps,) in [0, 1], and the plan it ended with."""
+    """One pass over the decisions of a stage: (steps, state), (steps,) meant and done, and the plan it ended with."""
 
     states: NDArray[np.float64]
     actions: NDArray[np.float64]
+    done: NDArray[np.float64]
     choices: Choices
 
 
@@ -58,15 +59,24 @@ class TwoStage:
         self._start(self._widths if len(self._widths) else self._precisions, self._smallest)
 
     def propose(self, count: int) -> list[Choices]:
-        """Return up to `count` new plans, one episode each; an episode that ends at a known plan teaches at once."""
+        """Return up to `count` new plans, one episode each, of those that the critics expect the most from.
+
+        Some of the episodes that end at a known plan teach at once.
+        """
         found: list[Choices] = []
         for _ in range(10):
             if len(found) >= count:
                 break
-            for episode in self._episodes(count):
+            episodes = self._episodes(count * self._agent.candidates)
+            worth = self._agent.worth(np.stack([episode.actions for episode in episodes]))
+            known = 0
+            for index in np.argsort(-worth, kind="stable"):
+                episode = episodes[index]
                 key = episode.choices.tobytes()
                 if key in self._outcomes:
-                    self._learn(episode, self._outcomes[key])
+                    known += 1
+                    if known <= count:
+                        self._learn(episode, self._outcomes[key])
                 elif key in self._pending:
                     self._pending[key].append(episode)
                 elif len(found) < count:
@@ -88,10 +98,11 @@ class TwoStage:
     def _start(self, stage: NDArray[np.int64], base: Choices) -> None:
         self._stage, self._base = stage, base
         self._limit_ms = self._first_ms if stage is self._widths else self._budget_ms
-        self._agent = Ddpg(self._features.shape[1] + 4, self._seed)
+        self._agent = Ddpg(self._features.shape[1] + 4, len(stage), self._seed)
 
     def _learn(self, episode: Episode, outcome: Outcome) -> None:
-        self._agent.learn(episode.states, episode.actions, reward_of(outcome, self._goal).total)
+        reward = reward_of(outcome, self._goal).total
+        self._agent.learn(episode.states, episode.actions, reward, episode.done)
 
     def _episodes(self, count: int) -> list[Episode]:
         """Return `count` episodes, decided side by side."""
@@ -110,10 +121,13 @@ class TwoStage:
             choices[:, index] = np.where(allowed.any(axis=1), widest, times.argmin(axis=1))
             previous = choices[:, index] / max(options - 1, 1)
             states.append(state)
-            actions.append(previous)
+            actions.append(action)
         final = [project(self._problem, one, self._limit_ms) for one in choices]
+        most = np.array([max(len(self._problem.decisions[index].options) - 1, 1) for index in self._stage])
         return [
-            Episode(np.stack([s[row] for s in states]), np.array([a[row] for a in actions]), plan)
+            Episode(
+                np.stack([s[row] for s in states]), np.array([a[row] for a in actions]), plan[self._stage] / most, plan
+            )
             for row, plan in enumerate(final)
         ]
 
