@@ -142,7 +142,9 @@ def main() -> int:
     parser.add_argument("step", choices=("files", "time"))
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--name", help="of the record; models that it already holds stay")
+    parser.add_argument(
+        "--name", help="of the record; models that it holds stay, with the commit and processor of theirs"
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="at most, for each of a model's two final timings")
     options = parser.parse_args()
     target = RESULTS / f"{options.name}.json"

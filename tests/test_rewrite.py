@@ -145,34 +145,3 @@ def test_an_integer_file_with_the_faster_gelu_knows_the_scaled_ranges(tmp_path):
         steps.append([float(constants[name]) for name in scales])
     assert errors[1] < 2 * errors[0]
     np.testing.assert_allclose(steps[1], rewrite.GELU_SLOPE * np.array(steps[0]), rtol=1e-5)
-
-
-class Pixelwise(nn.Module):
-    """A depthwise convolution, a norm over the channels and two convolutions of single pixels, as in ConvNeXt."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.depthwise = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.norm, self.wide, self.narrow = nn.LayerNorm(8), nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 1)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = self.stem(x)
-        inner = self.norm(self.depthwise(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.fc((x + self.narrow(nn.functional.gelu(self.wide(inner)))).mean((2, 3)))
-
-
-def test_convolutions_of_single_pixels_behind_a_norm_are_matrices(tmp_path):
-    torch.manual_seed(0)
-    files = write(Pixelwise(), tmp_path)
-    proto = onnx.load(str(files[1]))
-    rewrite.rewrite(proto)
-    (tmp_path / "rewritten.onnx").write_bytes(proto.SerializeToString())
-    wanted = run(files[1], images(8))
-    np.testing.assert_allclose(run(tmp_path / "rewritten.onnx", images(8)), wanted, rtol=1e-4, atol=1e-5)
-    layers = {layer: node.op_type for node in proto.graph.node if (layer := export.layer_of_node(proto).get(node.name))}
-    assert layers == {"stem": "Conv", "depthwise": "Conv", "wide": "Gemm", "narrow": "Gemm", "fc": "Gemm"}
-    for pattern in ("weights-depthwise", "all-softmax-add", "weights-depthwise+sigmoid-gelu"):
-        path = built(files, tmp_path / "q.onnx", pattern)
-        assert kernels(path, tmp_path)["QGemm"] == 3
-        assert np.abs(run(path, images(8)) - wanted).max() < 0.05 * np.abs(wanted).max()

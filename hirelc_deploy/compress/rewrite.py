@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import onnx
@@ -17,9 +17,6 @@ ROWS = ":rows"
 PADDED = ":padded"
 """Ends the name of the image with a channel of zeros."""
 
-PIXELS, LAST = ":pixels", ":last"
-"""End the names of an (n, channels, height, width) tensor as (pixels, channels) and (n, height, width, channels)."""
-
 STEM_CHANNELS = 4
 GELU_SLOPE = 1.702
 """gelu(x) is nearly x * sigmoid(GELU_SLOPE x)."""
@@ -31,13 +28,12 @@ def rewrite(proto: ModelProto) -> None:
     # Before anything else: inference stops at operators that standard ONNX does not have.
     proto.CopyFrom(onnx.shape_inference.infer_shapes(proto))
     use_quick_gelu(proto)
-    use_matrices(proto)
     use_rows(proto)
 
 
 def source_of(tensor: str) -> str:
     """Return the tensor of the original file whose values a tensor of a rewritten file holds."""
-    return tensor.removesuffix(ROWS).removesuffix(PADDED).removesuffix(LAST).removesuffix(PIXELS)
+    return tensor.removesuffix(ROWS).removesuffix(PADDED)
 
 
 def use_quick_gelu(proto: ModelProto) -> None:
@@ -126,85 +122,6 @@ def use_sigmoid_gelu(proto: ModelProto) -> dict[str, float]:
 def _import_microsoft(proto: ModelProto) -> None:
     if all(opset.domain != MICROSOFT for opset in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-
-
-def use_matrices(proto: ModelProto) -> None:
-    """Let pointwise convolutions behind a norm over the channels be Gemm, whose integer form writes floats by itself.
-
-    The norm has its channels last already; the transposition moves behind the layers and what lies between them.
-    """
-    if not proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
-        return
-    graph, shapes = proto.graph, _shapes(proto)
-    constants = {initializer.name: initializer for initializer in graph.initializer}
-    last: dict[str, str] = {}  # tensor to the same with its channels last
-    nodes: list[NodeProto] = []
-
-    def constant(name: str, shape: tuple[int, ...]) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.array(shape, dtype=np.int64), name))
-        return name
-
-    for node in graph.node:
-        source, result = (node.input[0] if node.input else ""), node.output[0]
-        if node.op_type == "Transpose" and _perm(node) == (0, 3, 1, 2):
-            last[result] = source
-        elif source in last and _is_pointwise(node, constants):
-            batch, outputs, height, width = shapes[result]
-            inputs = shapes[source][1]
-            matrix, flat = f"{node.input[1]}:matrix", f"{source}{LAST}:flat:{node.name}"
-            graph.initializer.append(
-                numpy_helper.from_array(
-                    numpy_helper.to_array(constants[node.input[1]]).reshape(outputs, inputs), matrix
-                )
-            )
-            nodes.append(
-                helper.make_node(
-                    "Reshape", [last[source], constant(f"{flat}:shape", (-1, inputs))], [flat], f"{flat}/Reshape"
-                )
-            )
-            gemm = helper.make_node("Gemm", [flat, matrix, *node.input[2:]], [f"{result}{PIXELS}"], node.name, transB=1)
-            gemm.metadata_props.extend(node.metadata_props)
-            whole = constant(f"{result}{LAST}:shape", (batch, height, width, outputs))
-            nodes += [
-                gemm,
-                helper.make_node("Reshape", [f"{result}{PIXELS}", whole], [f"{result}{LAST}"], f"{result}{LAST}"),
-            ]
-            last[result] = f"{result}{LAST}"
-            nodes.append(_channels_first(last[result], result))
-            continue
-        elif source in last and node.op_type in _POINTWISE and all(name in constants for name in node.input[1:]):
-            last[result] = f"{result}{LAST}"
-            moved = helper.make_node(node.op_type, [last[source], *node.input[1:]], [last[result]], node.name)
-            moved.domain = node.domain
-            moved.attribute.extend(node.attribute)
-            nodes += [moved, _channels_first(last[result], result)]
-            continue
-        nodes.append(node)
-    if len(nodes) > len(graph.node):
-        _replace_nodes(proto, nodes)
-        proto.CopyFrom(onnx.shape_inference.infer_shapes(proto))
-
-
-def _channels_first(source: str, result: str) -> NodeProto:
-    return helper.make_node("Transpose", [source], [result], f"{result}/Transpose", perm=[0, 3, 1, 2])
-
-
-def _perm(node: NodeProto) -> tuple[int, ...]:
-    return next((tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), ())
-
-
-def _is_pointwise(node: NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
-    """Return whether a node is a convolution of single pixels, each output channel of all input channels."""
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return (
-        node.op_type == "Conv"
-        and node.input[1] in constants
-        and list(constants[node.input[1]].dims[2:]) == [1, 1]
-        and attributes.get("group", 1) == 1
-        and not any(attributes.get("pads", []))
-        and set(attributes.get("strides", [1])) == {1}
-        and attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-    )
 
 
 def use_rows(proto: ModelProto) -> None:
