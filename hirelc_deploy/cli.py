@@ -569,7 +569,7 @@ def export(
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="`stored`: size of the file; the bits of each layer are then searched.")
     ] = None,
-    strategy: Annotated[str, typer.Option(help="Of that search, as for `search`.")] = "two-stage",
+    strategy: Annotated[str, typer.Option(help="Of that search, as for `search`.")] = "knapsack",
     trials: Annotated[int, typer.Option(min=1, help="Files judged in that search.")] = 48,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="onnx for any number of images; one at a time it is slower.")

@@ -513,7 +513,7 @@ class Storage:
     scheme: str = "linear"
     sparsity: float = 0.0
     max_bytes: int | None = None
-    strategy: str = "two-stage"
+    strategy: str = "knapsack"
     trials: int = 48
 
     def check(self) -> None:
