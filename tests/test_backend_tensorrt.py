@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from fake_tensorrt import GPU_MILLISECONDS, INSPECTED, OUTPUTS, SHAPE, SURFACES, FakeDriver, FakeTensorrt
 from hirelc_backends import tensorrt_program as program
 from hirelc_backends.tensorrt_gpu import TensorrtGpu
 
+from hirelc_deploy.graph.model_graph import LayerShape
 from hirelc_deploy.measure.backend import Backend, Portable
+from hirelc_deploy.measure.table import LayerKey, layer_model
 from hirelc_deploy.testing.backend_contract import BackendContract
 
 RELEASES = [f"{surface['module']} {surface['version']}" for surface in SURFACES]
@@ -303,3 +306,43 @@ def test_the_program_without_a_gpu_is_one_sentence(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("engine.py: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", program.PROVIDERS)
+@pytest.mark.parametrize("precision", ["float", "int8"])
+def test_onnx_runtime_s_providers_run_files_where_no_tensorrt_can_be_imported(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+
+    class Session:
+        """A session on the CPU that says it is on the provider it was asked for."""
+
+        def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+            asked.extend(providers)
+            self._real = real(path, options, providers=["CPUExecutionProvider"])
+
+        def __getattr__(self, member: str) -> Any:
+            return getattr(self._real, member)
+
+        def get_providers(self) -> list[str]:
+            return [name, "CPUExecutionProvider"]
+
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
+    monkeypatch.setattr(program, "MODULES", ("no_such_module",))
+    orin = {one.name: one for one in TensorrtGpu.precisions_on({"runtime": {"compute_capability": "8.7"}})}
+    shape = LayerShape("conv", 64, (8, 8), (3, 3), (1, 1), (1, 1), activation="relu")
+    model, image_shape, _ = layer_model(LayerKey(shape, 4, 8, precision), orin[precision])
+    path = tmp_path / "layer.onnx"
+    path.write_bytes(model.SerializeToString())
+    session = program.open_session(str(path), 1, str(tmp_path))
+    images = np.ones((3, *image_shape[1:]), np.float32)
+    assert session.infer(images).shape == (3, 8, 8, 8)
+    assert session.timed_run()[0] > 0
+    ((what, operator, is_integer, microseconds),) = session.profile(images[:1], 4)
+    assert (what, operator, is_integer) == ("whole file", name, False)
+    assert microseconds > 0
+    assert asked[0][0] == name
+    assert ("trt_int8_enable" in asked[0][1]) == (name == "TensorrtExecutionProvider")
