@@ -166,8 +166,8 @@ class Hierarchy:
             pool = self._unseen([*pool, *self._near_the_best()])
             picked = self._most_expected(np.stack(pool), count) if pool else []
         elif self.parts.surrogate and self.parts.warm_start:
-            near = neighbours(self._problem, self._best(), self._budget_ms) if self._measured else []
-            picked = self._half_by_tables(pool, self._unseen(near))[:count]
+            near = neighbours(self._problem, self._best(), self._budget_ms) if self._measured else ()
+            picked = self._half_by_tables(pool, self._unseen([*near]))[:count]
         else:
             picked = pool[:count]
         for noise in range(2, 2 + WILDER):
