@@ -182,9 +182,11 @@ def test_with_many_options_only_those_near_a_solution_are_measured(monkeypatch: 
         decisions = tuple(replace(decision, loss=losses[decision.name]) for decision in toy.problem.decisions)
         return replace(toy.problem, decisions=decisions)
 
-    stub: Any = SimpleNamespace(progress=Progress(quiet=True), outcome=outcome)
+    begun: list[list[CompressionPlan]] = []
+    stub: Any = SimpleNamespace(progress=Progress(quiet=True), outcome=outcome, begin=begun.append)
     complete = tables.single_losses(stub, removed, offered, problem_of)
     assert len(asked) == 4 * len(truth)
+    assert [len(plans) for plans in begun] == [len(asked)]  # all of them may be judged side by side
     assert all(np.array_equal(complete[name], truth[name]) for name in truth)
     asked.clear()
     monkeypatch.setattr(tables, "MEASURED_SINGLES", 0)
