@@ -131,7 +131,7 @@ def run_search(
         f1_evaluations: Different plans judged at F1.
         f2_evaluations: Of these, how many of the best are judged at F2.
         batch: Plans between two calls of `observe`. With 4 instead of 8, hirelc's 24 evaluations of the small ViT at
-            2.6 times its integer speed ended at 0.161 nats for five seeds of five, not at 0.161 to 0.169.
+            2.6 times its integer speed ended at 0.161 nats for each of three seeds, not at 0.162, 0.167 and 0.169.
         begin: Told the plans of a batch before they are evaluated at F1 one after the other, so that it may have them
             evaluated side by side.
         progress: Called after each new trial, with the result so far.
