@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from toy_problem import Toy
 
+from hirelc_deploy.search import surrogate as module
 from hirelc_deploy.search.agent import Agent, Member, Scene, counterfactual_credit
 from hirelc_deploy.search.hierarchy import neighbours
 from hirelc_deploy.search.knapsack import solve, tables_around, tables_of
@@ -65,17 +66,40 @@ def test_leaving_one_out_in_closed_form_is_leaving_it_out() -> None:
     fit = surrogate._fit
     assert fit is not None
     missed = surrogate._left_out(fit)
-    from hirelc_deploy.search import surrogate as module
-
     for index in range(len(known)):
+        # Only the measured values are left out: the kernel, and where heights are counted from, stay.
         rest = np.delete(np.arange(len(known)), index)
-        shares, steps, prior = surrogate._features(known)
+        others, own = surrogate._features(known[rest]), surrogate._features(known[[index]])
         truth = np.log(losses(toy, known))
-        without = module._fitted(fit.kernel, shares[rest], steps[rest], (truth - prior)[rest])
+        without = module._fitted(fit.kernel, others, truth[rest] - others.log_sum)
         assert without is not None
-        cross = module._covariance(fit.kernel, shares[[index]], steps[[index]], shares[rest], steps[rest])
-        predicted = prior[index] + float((cross @ without.weights)[0])
-        assert truth[index] - predicted == pytest.approx(missed[index], abs=1e-8)
+        predicted = own.log_sum + module._covariance(fit.kernel, own, others) @ without.weights
+        assert truth[index] - predicted[0] == pytest.approx(missed[index], abs=1e-8)
+
+
+def test_what_all_plans_cost_beyond_the_sum_is_no_surprise() -> None:
+    # Plans that all cost six times the sum of their parts: eight of them tell what a ninth costs.
+    toy = Toy(7)
+    tables, known, fresh = tables_of(toy.problem), plans(toy, 8), plans(toy, 20, seed=1)
+    surrogate = Surrogate(tables)
+    surrogate.learn(known, np.array([6 * tables.additive_loss(one) for one in known]))
+    truth = np.log([6 * tables.additive_loss(one) for one in fresh])
+    assert surrogate.mean(fresh) == pytest.approx(truth, abs=0.1)
+    assert surrogate.correlation > 0.95
+
+
+def test_the_smooth_part_is_a_matern_kernel_on_the_roots_of_the_shares() -> None:
+    toy = Toy(8, blocks=2)
+    surrogate, two = Surrogate(tables_of(toy.problem)), plans(toy, 2)
+    features = surrogate._features(two)
+    roots = np.sqrt(features.shares)
+    distance = math.sqrt(3 * 2.0) * float(np.linalg.norm(roots[0] - roots[1]))
+    linear = 0.3 * float(features.shares[0] @ features.shares[1])
+    together = module.OFFSET + module.SLOPE * features.height[0] * features.height[1]
+    expected = together + linear + 0.1 * (1 + distance) * math.exp(-distance)
+    assert module._covariance((0.3, 0.1, 2.0), features, features)[0, 1] == pytest.approx(expected)
+    both = module._covariance((0.3, 0.1, 2.0), features, features)
+    assert module._own_covariance((0.3, 0.1, 2.0), features) == pytest.approx(np.diag(both))
 
 
 def test_believing_a_plan_makes_it_sure_there_and_moves_no_expectation() -> None:

@@ -38,7 +38,7 @@ def test_what_moves_has_the_same_shapes_for_a_model_with_other_blocks_and_is_use
     learned = shared_weights(searched(there, hierarchy(there), 32).agents)
     assert any(tensor.abs().sum() > 0 for name, tensor in learned.items() if name.endswith("low.2.weight"))
     agents = hierarchy(here).agents
-    verdict = take_over(agents, learned, *sampled(here))
+    verdict = take_over(agents, learned, *sampled(here, 40))
     assert verdict.taken, verdict.says
     moved = shared_weights(agents)
     assert all(moved[name].equal(learned[name]) for name in learned)

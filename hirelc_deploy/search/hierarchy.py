@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,7 +49,7 @@ class Parts:
 
     Attributes:
         high_level: A price per block, not one for all.
-        surrogate: Guides what is evaluated, and teaches the agents between evaluations.
+        surrogate: Chooses what is evaluated, and teaches the agents between evaluations.
         warm_start: Agents begin at the solver's answer; else at random networks that know no losses.
         learns: Agents learn from outcomes.
         fisher: Agents see the Fisher sensitivity of what they decide.
@@ -71,7 +70,7 @@ class Round:
     Attributes:
         foreseen: Predicted log losses of the plans of this batch before they were measured; `found` the measured ones.
         correlation, error: Of held-out predictions; see `Surrogate`.
-        trusted: Whether the surrogate guides the next batch.
+        trusted: Whether the surrogate may teach the agents.
         weights: (members,) in votes.
         budgets_ms: (blocks,) that the vote's plan hands out on top of what nobody can avoid.
         feedback: (blocks,) log loss that each block was found to cost more than the tables said.
@@ -92,11 +91,12 @@ class Round:
 class Hierarchy:
     """An ensemble of agents over one problem.
 
-    Each batch, every member draws feasible plans and the ensemble votes on one. Until the surrogate's held-out
-    predictions rank plans well, the vote and draws of each member in turn are evaluated; from then on those plans of
-    the pool (draws, vote, neighbours of the best) from which it expects the most. Outcomes teach the surrogate and the
-    members that drew them; the surrogate teaches the members further, and tells the HLA which blocks cost more than
-    the tables said.
+    Each batch, every member draws feasible plans and the ensemble votes on one. The first batch is the solver's answer
+    and draws, in turn those that the tables like best and those of each member. From then on the plans of the pool
+    (draws, vote, neighbours of the best) are evaluated from which the surrogate expects the most improvement, which
+    counts how little it knows. Outcomes teach the surrogate and the members that drew them. While its held-out
+    predictions rank plans well, the surrogate teaches the members further, and tells the HLA which blocks cost more
+    than the tables said.
 
     Args:
         problem: The tables, and the prediction that decides what fits.
@@ -161,15 +161,7 @@ class Hierarchy:
         first = self._scene.answer if self.parts.warm_start and not self._proposed else self.vote()
         # One draw of each member after the other, so that every one is heard when all are taken in this order.
         drawn = [draws.choices[index] for index in range(DRAWS) for draws in self._pending]
-        pool = self._unseen([first, *drawn] if self.parts.warm_start else drawn)
-        if self._guided:
-            pool = self._unseen([*pool, *self._near_the_best()])
-            picked = self._most_expected(np.stack(pool), count) if pool else []
-        elif self.parts.surrogate and self.parts.warm_start:
-            near = neighbours(self._problem, self._best(), self._budget_ms) if self._measured else ()
-            picked = self._half_by_tables(pool, self._unseen([*near]))[:count]
-        else:
-            picked = pool[:count]
+        picked = self._chosen(self._unseen([first, *drawn] if self.parts.warm_start else drawn), count)
         for noise in range(2, 2 + WILDER):
             if len(picked) >= count:
                 break
@@ -210,21 +202,27 @@ class Hierarchy:
         self._write_down(this)
 
     @property
-    def _guided(self) -> bool:
+    def _trusted(self) -> bool:
         return self.parts.surrogate and self.surrogate.trusted
 
-    def _half_by_tables(self, pool: list[Choices], near: list[Choices]) -> list[Choices]:
+    def _chosen(self, pool: list[Choices], count: int) -> list[Choices]:
+        """Return up to `count` plans of the pool, or of what lies near the best, to be evaluated next."""
+        if self.parts.surrogate and self.surrogate.fitted:
+            pool = self._unseen([*pool, *self._near_the_best()])
+            return self._most_expected(np.stack(pool), count) if pool else []
+        if self.parts.surrogate and self.parts.warm_start:
+            pool = self._half_by_tables(pool)
+        return pool[:count]
+
+    def _half_by_tables(self, pool: list[Choices]) -> list[Choices]:
         """Return the pool with its first plan first, then in turn what the tables expect most of and the next drawn.
 
-        Until the surrogate is trusted its prior, the tables, chooses half, also among the neighbours of the best plan;
-        the other half shows the surrogate how plans differ.
+        While it has no data the surrogate is what the tables say; the other half shows it how plans differ.
         """
-        candidates = [*pool[1:], *near]
-        if not candidates:
+        if len(pool) < 2:
             return pool
-        best = np.argsort(self.surrogate.expected_by_tables(np.stack(candidates)), kind="stable")
-        by_tables, drawn = (candidates[index] for index in best), iter(pool[1:])
-        in_turn = (plan for pair in itertools.zip_longest(by_tables, drawn) for plan in pair if plan is not None)
+        best = np.argsort(self.surrogate.expected_by_tables(np.stack(pool[1:])), kind="stable")
+        in_turn = (plan for pair in zip((pool[1 + index] for index in best), pool[1:], strict=True) for plan in pair)
         return self._unseen([*pool[:1], *in_turn])
 
     def _unseen(self, plans: Sequence[Choices]) -> list[Choices]:
@@ -248,7 +246,7 @@ class Hierarchy:
             self._merit[index] = 0.5 * (self._merit[index] + found.mean())
             if len(known) > 1:
                 statistics = agent.update(draws.take(known), found)
-        if self._guided and self.parts.warm_start:
+        if self._trusted and self.parts.warm_start:
             for _ in range(IMAGINED_STEPS):
                 statistics = agent.imagine(self.surrogate, IMAGINED)
         return statistics
@@ -287,14 +285,14 @@ class Hierarchy:
 
     def _write_down(self, this: Round) -> None:
         this.correlation, this.error = self.surrogate.correlation, self.surrogate.error
-        this.trusted = self._guided
+        this.trusted = self._trusted
         this.weights = np.exp(self._merit).tolist()
         if self._measured:
             best = self._best()
             feedback = self.surrogate.excess_of_blocks(self._block, len(self._problem.blocks), best)
             this.feedback = feedback.tolist()
             this.budgets_ms = self.budgets(best)[1].tolist()
-            if self._guided and self.parts.learns:
+            if self._trusted and self.parts.learns:
                 for agent in self.agents:
                     agent.high.feedback = torch.from_numpy(feedback)[:, None]
         self.rounds.append(this)
