@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from hirelc_deploy.compress.links import makers_of, readers_of
+
 
 def absorb(proto: ModelProto) -> int:
     """Let x -> Q -> DQ -> * c -> Q -> DQ be x -> Q -> DQ with c times the scale, in place; return how often.
@@ -14,11 +16,7 @@ def absorb(proto: ModelProto) -> int:
     """
     graph = proto.graph
     constants = {initializer.name: initializer for initializer in graph.initializer}
-    makers = {tensor: node for node in graph.node for tensor in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for tensor in node.input:
-            readers.setdefault(tensor, []).append(node)
+    makers, readers = makers_of(graph), readers_of(graph)
     ends = {value.name for value in graph.output}
 
     def factor(tensor: str) -> float | None:
@@ -35,10 +33,10 @@ def absorb(proto: ModelProto) -> int:
 
     gone: list[NodeProto] = []
     for node in [node for node in graph.node if node.op_type == "Mul"]:
-        rounding = readers.get(node.output[0], [])
+        rounding = readers[node.output[0]]
         if node.output[0] in ends or len(rounding) != 1 or rounding[0].op_type != "QuantizeLinear":
             continue
-        back = readers.get(rounding[0].output[0], [])
+        back = readers[rounding[0].output[0]]
         for tensor, other in (tuple(node.input), tuple(reversed(node.input))):
             before, c = makers.get(tensor), factor(other)
             if before is None or before.op_type != "DequantizeLinear" or c is None or c <= 0:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from hirelc_deploy.compress.export import give_each_layer_its_own_constants, layer_of_node
+from hirelc_deploy.compress.links import makers_of, readers_of
 from hirelc_deploy.compress.watch import Watch
 
 LARGEST = 16.0
@@ -41,11 +42,7 @@ class Stream:
 
 def streams(proto: ModelProto) -> list[Stream]:
     """Return the streams of a float file that only convolutions write and read."""
-    makers = {tensor: node for node in proto.graph.node for tensor in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in proto.graph.node:
-        for tensor in node.input:
-            readers.setdefault(tensor, []).append(node)
+    makers, readers = makers_of(proto.graph), readers_of(proto.graph)
     constants = {initializer.name: initializer for initializer in proto.graph.initializer}
     named = layer_of_node(proto)
     layers = [layer for layer in named.values() if layer]

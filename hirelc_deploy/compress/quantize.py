@@ -22,6 +22,7 @@ from hirelc_deploy.compress.bias_correction import correct_biases
 from hirelc_deploy.compress.calibration import Ranges
 from hirelc_deploy.compress.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
 from hirelc_deploy.compress.four_bits import use_four_bits
+from hirelc_deploy.compress.links import makers_of, readers_of
 from hirelc_deploy.compress.sums import align_sums
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import Precision
@@ -231,11 +232,7 @@ def _keep_float(proto: ModelProto, integer: set[str]) -> None:
     """
     graph = proto.graph
     constants = {initializer.name: initializer for initializer in graph.initializer}
-    makers = {tensor: node for node in graph.node for tensor in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for tensor in node.input:
-            readers.setdefault(tensor, []).append(node)
+    makers, readers = makers_of(graph), readers_of(graph)
     for node in list(graph.node):
         maker = makers.get(node.input[0]) if len(node.input) > 0 else None
         if (

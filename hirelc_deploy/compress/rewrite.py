@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
+from hirelc_deploy.compress.links import makers_of, readers_of
+
 MICROSOFT = "com.microsoft"
 ROWS = ":rows"
 """Ends the name of a tensor that holds the values of another one as (positions, features)."""
@@ -78,11 +80,7 @@ def use_sigmoid_gelu(proto: ModelProto) -> dict[str, float]:
     """
     graph = proto.graph
     constants = {initializer.name: initializer for initializer in graph.initializer}
-    makers = {tensor: node for node in graph.node for tensor in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for tensor in node.input:
-            readers.setdefault(tensor, []).append(node)
+    makers, readers = makers_of(graph), readers_of(graph)
     ends = {value.name for value in graph.output}
 
     def is_layer(node: NodeProto | None) -> bool:

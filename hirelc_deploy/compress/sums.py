@@ -16,6 +16,8 @@ from collections.abc import Collection, Mapping
 
 from onnx import ModelProto
 
+from hirelc_deploy.compress.links import makers_of, readers_of
+
 GRID = 511
 """Odd. Scales grow by at most 1/GRID of the sum's: one that is a quarter of it by at most 0.8 %."""
 
@@ -40,16 +42,11 @@ def align_sums(
         integer: Names of the nodes that become integer.
     """
     found = dict(ranges)
-    makers = {tensor: node for node in proto.graph.node for tensor in node.output}
-    readers: dict[str, list[str]] = {}
-    for node in proto.graph.node:
-        for tensor in node.input:
-            readers.setdefault(tensor, []).append(node.name)
-    nodes = {node.name: node for node in proto.graph.node}
+    makers, readers = makers_of(proto.graph), readers_of(proto.graph)
     aligned = set[str]()
 
     def written(tensor: str) -> str:
-        after = [nodes[name] for name in readers.get(tensor, ())]
+        after = readers[tensor]
         folded = len(after) == 1 and after[0].op_type in ("Relu", "Clip") and after[0].name in integer
         return str(after[0].output[0]) if folded else tensor
 
