@@ -16,9 +16,9 @@ Everything is journaled in --run: an interrupted run goes on with the same comma
 of all files and the test split, which want a quiet machine. Files of another number of epochs belong in another --run.
 
 "Speed at equal accuracy": between its files and the uncut one a method's log time is linear in its accuracy (files that
-another of its own beats are left out); at the accuracies of both methods' files that both reach, the ratio of times is
-taken, and the geometric mean over them. Intervals are from resampled test images. Where the other's file is less
-accurate than all of ours, our fastest is at most that slow and counts as that: `at_most`.
+another of its own beats are left out); at the accuracy of every cut file of both methods that lies between files of
+both, the ratio of times is taken, and the geometric mean over them. Intervals are from resampled test images. Where the
+other's file is less accurate than all of ours, the time of our fastest is a bound: `at_most`.
 
 The result goes to benchmarks/results/NAME.json.
 """
@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from answers import drop, on_test_split, timings
+from equal_accuracy import speed_at_equal_accuracy
 from numpy.typing import NDArray
 from peers_resnet18 import cut_globally, gradients, write_files
 from record import RESULTS, provenance
@@ -57,8 +58,6 @@ from hirelc_deploy.tables import NetworkTime
 
 UNCUT, UNCUT_RUNTIME = "uncut INT8", "uncut ONNX Runtime INT8"
 PEER_RUNTIME, PEER_OURS = "Torch-Pruning + ONNX Runtime INT8", "Torch-Pruning + our INT8"
-RESAMPLES = 1000
-"""Of the test images, for intervals of the speed at equal accuracy."""
 
 
 @dataclass(frozen=True)
@@ -195,70 +194,6 @@ def our_files(
         )
     losses = {f"{s.strategy} at {problem.uncut_ms / s.budget_ms:g}": s.best_loss for s in searches}
     return files, {"uncut_ms_predicted": problem.uncut_ms, "losses_before_training": losses}
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """The files of a method that none of its own beats: ascending accuracy, and the log of the time of each."""
-
-    accuracy: NDArray[np.float64]
-    log_time: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, accuracy: NDArray[np.float64], log_time: NDArray[np.float64]) -> Frontier:
-        """Leave out every file that another one is at least as accurate and as fast as."""
-        order = np.lexsort((log_time, -accuracy))
-        kept, fastest = [], np.inf
-        for index in order:
-            if log_time[index] < fastest:
-                kept.append(index)
-                fastest = log_time[index]
-        return cls(accuracy[kept[::-1]], log_time[kept[::-1]])
-
-    def at(self, accuracy: float) -> float:
-        """Return the log time at an accuracy, linear between files; above the best inf, below the worst its own."""
-        if accuracy > self.accuracy[-1]:
-            return np.inf
-        return float(np.interp(accuracy, self.accuracy, self.log_time))
-
-
-def equal_accuracy(ours: Frontier, theirs: Frontier) -> dict[str, Any]:
-    """Return our time over theirs at the accuracies of both methods' files that both reach, and below our least."""
-    both = np.unique(np.concatenate([ours.accuracy, theirs.accuracy]))
-    low, high = max(ours.accuracy[0], theirs.accuracy[0]), min(ours.accuracy[-1], theirs.accuracy[-1])
-    shared = [a for a in both if low <= a <= high]
-    below = [a for a in theirs.accuracy if a < ours.accuracy[0]]
-    logs = {float(a): ours.at(a) - theirs.at(a) for a in shared}
-    bounds = {float(a): ours.at(a) - theirs.at(a) for a in below}
-    return {
-        "at": {f"{100 * a:.2f}": float(np.exp(log)) for a, log in logs.items()},
-        "at_most": {f"{100 * a:.2f}": float(np.exp(log)) for a, log in bounds.items()},
-        "geometric_mean": float(np.exp(np.mean(list(logs.values())))) if logs else None,
-    }
-
-
-def speed_at_equal_accuracy(
-    right: Mapping[str, NDArray[np.bool_]], log_times: Mapping[str, float], ours: Sequence[str], theirs: Sequence[str]
-) -> dict[str, Any]:
-    """Return `equal_accuracy` of two methods' files, with the interval of its mean over resampled test images."""
-    answers = np.stack([right[name] for name in (*ours, *theirs)])
-    times = np.array([log_times[name] for name in (*ours, *theirs)])
-
-    def compared(accuracy: NDArray[np.float64]) -> dict[str, Any]:
-        count = len(ours)
-        return equal_accuracy(
-            Frontier.of(accuracy[:count], times[:count]), Frontier.of(accuracy[count:], times[count:])
-        )
-
-    rng = np.random.default_rng(0)
-    images = answers.shape[1]
-    weights = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES).astype(np.float32)
-    resampled = (weights @ answers.T.astype(np.float32)).astype(np.float64) / images
-    means = [mean for row in resampled if (mean := compared(row)["geometric_mean"]) is not None]
-    found = compared(answers.mean(axis=1))
-    if means:
-        found["low"], found["high"] = np.percentile(means, [2.5, 97.5]).tolist()
-    return found | {"resamples_that_overlap": len(means) / RESAMPLES}
 
 
 def compared_methods(

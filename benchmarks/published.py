@@ -206,7 +206,7 @@ def train(pipeline: Pipeline, study: Study, options: argparse.Namespace) -> Trai
         [pipeline.seed],
         pipeline.outcome,
         f1_evaluations=options.trials,
-        progress=pipeline.progress.say,
+        progress=lambda text: pipeline.progress.say(text.replace(" ms:", f" {study.currency}:")),
     )
     watch_epochs(pipeline)
     whole = pipeline.cost(CompressionPlan())
