@@ -280,7 +280,6 @@ def options_of_the_command() -> argparse.Namespace:
     parser.add_argument("--options", type=int, default=12, help="widths per unit")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--dropout", type=float, default=1.0, help="share of the model's own drop-out while training")
     parser.add_argument("--images", type=int, default=256, help="selection images that judge an F1 evaluation")
     parser.add_argument("--scheme", default="linear", help="of the codec for storage")
     parser.add_argument("--timing-seconds", type=float, default=120.0)
@@ -300,11 +299,8 @@ def main() -> int:
     workplace = job.open_workplace(config, options.run, command, Progress())
     pipeline = workplace.pipeline
     pipeline.effort = replace(pipeline.effort, search_images=options.images, norm_images=options.images // 2)
-    for module in pipeline.model.modules():
-        if isinstance(module, nn.Dropout):  # changes no answer of the uncut model, only how a cut one is trained
-            module.p *= options.dropout
     with workplace.run as run:
-        fixed = {"images": options.images, "dropout": options.dropout, "options": options.options}
+        fixed = {"images": options.images, "options": options.options}
         if (before := run.remember("options of the study", lambda: fixed)) != fixed:
             raise SystemExit(f"{options.run}: begun with {before}, now {fixed}; give another --run.")
         made = train(pipeline, study, options)

@@ -220,7 +220,7 @@ def fine_tune(
     batch_size = min(recovery.batch_size, len(images))
     per_epoch = len(images) // batch_size
     steps = max(1, round(recovery.epochs * per_epoch))
-    student = laid_out(student, device).train()
+    student = _in_training(laid_out(student, device))
     optimizer = _optimizer(student, recovery)
     peaks = [group["lr"] for group in optimizer.param_groups]
     averaged = copy.deepcopy(student) if recovery.weights_ema else None
@@ -257,10 +257,23 @@ def fine_tune(
         if position == per_epoch - 1:
             standing = _standing(step + 1, steps, student, averaged, optimizer, match._variances)
             after_epoch(epoch + 1, student.eval(), standing)
-            student.train()
+            _in_training(student)
     match.close()
     result = averaged or student
     return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
+
+
+def _in_training(student: nn.Module) -> nn.Module:
+    """Put a student in training mode, but leave drop-out off: it hides what student and teacher should have in common.
+
+    VGG-16 with drop-out behind every layer, cut uniformly to about a ninth of its parameters: 38 % of 1,000 selection
+    images; after 100 steps with drop-out 19 % (48 % with `feature_weight` 0), without it 79 % (76 %).
+    """
+    student.train()
+    for module in student.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    return student
 
 
 def _standing(
