@@ -32,6 +32,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,7 @@ def main() -> int:
         record = {
             "name": options.name,
             **provenance(command),
+            "training_versions": {name: metadata.version(name) for name in ("torch", "torch-pruning")},
             "recovery": asdict(pipeline.effort.recovery) if pipeline.effort.recovery else None,
             "training_images": len(pipeline.data.train),
             "trials": options.trials,

@@ -313,6 +313,7 @@ def main() -> int:
         record = {
             "name": options.name or f"published-{options.study}",
             **provenance(command),
+            "training_versions": {"torch": torch.__version__},
             "counted": study.currency,
             "times_fewer_asked_for": study.times,
             "trials": options.trials,
