@@ -22,19 +22,22 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torch_pruning
+from answers import drop, right
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
+from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
 from hirelc_deploy.compress import export, quantize
 from hirelc_deploy.compress.recovery import Recovery, Teacher, fine_tune
 from hirelc_deploy.data import Data, load_data
-from hirelc_deploy.measure.accuracy import paired_drop
 from hirelc_deploy.models import ModelSource, load_for
 from hirelc_deploy.pipeline import batches
 from hirelc_deploy.progress import Progress
@@ -53,30 +56,63 @@ class OneByOne(CalibrationDataReader):  # type: ignore[misc]  # untyped library
         return next(self._rest, None)
 
 
-def cut_globally(model: nn.Module, data: Data, ratio: float) -> nn.Module:
-    """Return a copy without `ratio` of all channels, the least important by global group Taylor scores."""
-    cut = copy.deepcopy(model)
-    example = data.calibration.batch(range(1))
+def gradients(model: nn.Module, data: Data) -> dict[str, Tensor]:
+    """Return the summed gradients of the loss on IMPORTANCE_IMAGES training images, by parameter name."""
+    watched = copy.deepcopy(model)
     labels = data.train.labels
     assert labels is not None
     start = 0
     for pictures in batches(data.train, 128, IMPORTANCE_IMAGES):
-        F.cross_entropy(cut(pictures), torch.from_numpy(labels[start : start + len(pictures)])).backward()
+        F.cross_entropy(watched(pictures), torch.from_numpy(labels[start : start + len(pictures)])).backward()
         start += len(pictures)
-    importance = torch_pruning.importance.GroupTaylorImportance()
+    return {name: parameter.grad for name, parameter in watched.named_parameters() if parameter.grad is not None}
+
+
+def cut_globally(
+    model: nn.Module, data: Data, ratio: float, slopes: Mapping[str, Tensor]
+) -> tuple[nn.Module, dict[str, NDArray[np.int64]]]:
+    """Return a copy without `ratio` of all channels, the least important by global group Taylor scores.
+
+    Args:
+        slopes: Of the parameters; see `gradients`.
+
+    Returns:
+        The copy, and by layer name which of its uncut input features it still reads (layers that lost some).
+    """
+    cut = copy.deepcopy(model)
+    for name, parameter in cut.named_parameters():
+        parameter.grad = slopes[name].clone()
     pruner = torch_pruning.pruner.BasePruner(
         cut,
-        example,
-        importance,
+        data.calibration.batch(range(1)),
+        torch_pruning.importance.GroupTaylorImportance(),
         pruning_ratio=ratio,
         global_pruning=True,
         max_pruning_ratio=0.9,
         ignored_layers=[cut.fc],
         round_to=8,
     )
-    pruner.step()
+    names = {module: name for name, module in cut.named_modules()}
+    reads: dict[str, NDArray[np.int64]] = {}
+    for group in pruner.step(interactive=True):
+        for dependency, gone in group:
+            layer = dependency.target.module
+            if isinstance(layer, nn.Conv2d | nn.Linear) and dependency.handler.__name__ == "prune_in_channels":
+                before = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+                reads[names[layer]] = np.setdiff1d(np.arange(before), gone)
+        group.prune()
     cut.zero_grad()
-    return cut
+    check_reads(model, cut, reads)
+    return cut, reads
+
+
+def check_reads(model: nn.Module, cut: nn.Module, reads: Mapping[str, NDArray[np.int64]]) -> None:
+    """Raise RuntimeError unless every row of a cut layer's weights is a row of the uncut one's at these inputs."""
+    layers, narrow = dict(model.named_modules()), dict(cut.named_modules())
+    for name, index in reads.items():
+        rows = {row.numpy().tobytes() for row in layers[name].weight.detach()[:, index].flatten(1)}
+        if not all(row.numpy().tobytes() in rows for row in narrow[name].weight.detach().flatten(1)):
+            raise RuntimeError(f"{name}: it is not known which features the cut layer reads.")
 
 
 def write_files(model: nn.Module, data: Data, folder: Path, name: str) -> tuple[Path, Path]:
@@ -119,7 +155,7 @@ def main() -> int:
     factory = f"{Path(__file__).with_name('pretrained.py')}:cifar_resnet18"
     model, data, _ = load_for(ModelSource(factory, options.weights), data)
     started = time.monotonic()
-    cut = cut_globally(model, data, options.ratio)
+    cut, _ = cut_globally(model, data, options.ratio, gradients(model, data))
     params = sum(p.numel() for p in cut.parameters())
     if options.epochs:
         recipe = Recovery(options.epochs)
@@ -129,20 +165,14 @@ def main() -> int:
     fp32, int8 = write_files(model, data, options.out, "uncut")
     _, ours = write_files(cut.eval(), data, options.out, f"cut-{options.ratio:g}")
     test = data.take_test()
-    assert test.labels is not None
-    backend = OnnxRuntimeCpu()
-    images = torch.cat(list(batches(test, 500))).numpy()
-    right = {path.stem: backend.build(path).infer(images).argmax(1) == test.labels for path in (fp32, int8, ours)}
-    drop = paired_drop(right["uncut-fp32"], right[ours.stem])
+    answers = {path.stem: right(path, test, OnnxRuntimeCpu()) for path in (fp32, int8, ours)}
     record = {
         "ratio": options.ratio,
         "epochs": options.epochs,
         "params": params,
         "seconds": round(seconds, 1),
-        "accuracy": {name: float(correct.mean()) for name, correct in right.items()},
-        "drop_points": drop.points,
-        "drop_low": drop.low,
-        "drop_high": drop.high,
+        **drop(answers["uncut-fp32"], answers[ours.stem]),
+        "accuracy": {name: float(correct.mean()) for name, correct in answers.items()},
         "size_bytes": {path.stem: path.stat().st_size for path in (fp32, int8, ours)},
     }
     print(json.dumps(record, indent=2))

@@ -31,17 +31,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from answers import drop, on_test_split
 
 from hirelc_deploy import comparison, job, tables
 from hirelc_deploy.agreement import agreement
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.demo import demo_config
-from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
-from hirelc_deploy.pipeline import BATCH, Pipeline, batches
+from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
@@ -108,23 +107,17 @@ def finals(pipeline: Pipeline, searches: Sequence[comparison.Search]) -> list[di
     first = min(s.seed for s in searches)
     chosen = [s for s in searches if s.seed == first and s.strategy in FINALISTS]
     outcomes = [(s, pipeline.outcome(CompressionPlan.from_dict(s.best_plan), "F3")) for s in chosen]
-    test = pipeline.data.take_test()
-    assert test.labels is not None
-    labels, images = test.labels, [pictures.numpy() for pictures in batches(test, BATCH)]
-
-    def right(path: Path) -> NDArray[np.bool_]:
-        return accuracy.correct(accuracy.predict(pipeline.backend.build(path, pipeline.threads), iter(images)), labels)
-
-    uncut, found = right(pipeline.reference), []
-    for search, outcome in outcomes:
-        plan = CompressionPlan.from_dict(search.best_plan)
+    plans = [CompressionPlan.from_dict(search.best_plan) for search, _ in outcomes]
+    files = {plan.digest: pipeline.file_of(plan, "F3") for plan in plans if pipeline.file_of(plan, "F3").exists()}
+    right = on_test_split(pipeline, {"uncut": pipeline.reference, **files})
+    found = []
+    for plan, (search, outcome) in zip(plans, outcomes, strict=True):
         one: dict[str, Any] = {"strategy": search.strategy, "budget_ms": search.budget_ms, "plan": plan.to_dict()}
         if isinstance(outcome, Measured):
-            drop = accuracy.paired_drop(uncut, right(pipeline.file_of(plan, "F3")))
-            one |= {"drop_points": drop.points, "drop_low": drop.low, "drop_high": drop.high}
+            one |= drop(right["uncut"], right[plan.digest])
             one |= {key: getattr(outcome, key) for key in ("ratio", "ratio_low", "ratio_high", "size_bytes", "params")}
         found.append(one)
-    return [{"strategy": "uncut", "accuracy": float(uncut.mean())}, *found]
+    return [{"strategy": "uncut", "accuracy": float(right["uncut"].mean())}, *found]
 
 
 def main() -> int:

@@ -13,13 +13,12 @@ import json
 import sys
 from pathlib import Path
 
+from answers import drop, right
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from record import RESULTS, provenance
 
 from hirelc_deploy.data import load_data
 from hirelc_deploy.images import Preprocess
-from hirelc_deploy.measure.accuracy import correct, paired_drop, predict
-from hirelc_deploy.pipeline import BATCH, batches
 
 
 def main() -> int:
@@ -34,20 +33,13 @@ def main() -> int:
     for run in options.runs:
         preprocess = Preprocess.from_dict(json.loads((run / "bundle" / "preprocess.json").read_text("utf-8")))
         test = load_data(options.data).preprocessed(preprocess).take_test()
-        assert test.labels is not None
-        before, after = (
-            correct(predict(backend.build(file), (images.numpy() for images in batches(test, BATCH))), test.labels)
-            for file in (run / "files" / "uncut-float.onnx", run / "bundle" / "model.onnx")
-        )
-        drop = paired_drop(before, after)
+        before = right(run / "files" / "uncut-float.onnx", test, backend)
+        after = right(run / "bundle" / "model.onnx", test, backend)
         result = json.loads((run / "result.json").read_text("utf-8"))
         found[run.name] = {
             "test_images": len(test),
-            "accuracy": float(after.mean()),
             "baseline": float(before.mean()),
-            "drop_points": drop.points,
-            "drop_low": drop.low,
-            "drop_high": drop.high,
+            **drop(before, after),
             **{key: result[key] for key in ("latency", "best_unpruned", "size_ratio")},
             "on_the_job's_own_test_part": result["accuracy"],
         }

@@ -46,7 +46,7 @@ from hirelc_deploy.runs import Run, write_atomic
 from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
 from hirelc_deploy.staircase import stairs_of, wanted_keys
 from hirelc_deploy.staircase_page import staircase_page
-from hirelc_deploy.stored_bits import StoredBits
+from hirelc_deploy.stored_bits import Chosen, StoredBits
 from hirelc_deploy.tensorrt_folder import write_folder
 
 RESULT = "result.json"
@@ -569,16 +569,21 @@ def export_files(
 
 
 def chosen_bits(run: Path, model: Path, storage: Storage, max_bytes: int) -> Mapping[str, int]:
-    """Return tensor name to bits, chosen by what the shipped file's answers lose on the run's selection images."""
+    """Return tensor name to bits for the shipped file of a run; see `best_bits`."""
     pipeline = open_workplace(JobConfig.read(run / "config.toml"), run, "", Progress(quiet=True)).pipeline
+    return best_bits(pipeline, model, storage, max_bytes).bits
+
+
+def best_bits(pipeline: Pipeline, model: Path, storage: Storage, max_bytes: int) -> Chosen:
+    """Return bits of each tensor, chosen by what the answers of a file lose on the selection images."""
     images = pipeline.selection[0][: pipeline.effort.search_images].numpy()
-    shipped = pipeline.backend.build(model, pipeline.threads).infer(images)
+    whole = pipeline.backend.build(model, pipeline.threads).infer(images)
 
     def judge(path: Path) -> float:
-        return accuracy.kl_divergence(shipped, pipeline.backend.build(path, pipeline.threads).infer(images))
+        return accuracy.kl_divergence(whole, pipeline.backend.build(path, pipeline.threads).infer(images))
 
     choice = StoredBits(model, judge, storage.scheme, storage.sparsity)
-    return choice.choose(max_bytes, storage.strategy, storage.trials, pipeline.seed).bits
+    return choice.choose(max_bytes, storage.strategy, storage.trials, pipeline.seed)
 
 
 def export_batched(run: Path, out: Path) -> list[Path]:

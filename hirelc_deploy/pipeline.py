@@ -109,6 +109,7 @@ class Pipeline:
         run: Remembers what was measured; its `files/` receives exported files and recovered weights, whole or absent.
         start: Weights of the cut model, recovered before, from which its recovery goes on.
         jobs: Processes that judge cut models (F1) side by side, with one thread each; below 2 this process judges.
+        after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Pipeline:
             self.graph = graph  # known from before the run was opened, so that a bad option leaves no run behind
         self.start = start
         self.jobs = jobs
+        self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self._begun: set[str] = set()
         self.machine = fingerprint(describe(backend))
         self._scratch = tempfile.TemporaryDirectory()
@@ -543,21 +545,39 @@ class Pipeline:
         return loss, right
 
     def _recovered(self, model: nn.Module, plan: CompressionPlan) -> nn.Module:
-        """Return the model after fine-tuning; weights that a killed run left whole are taken as they are."""
-        path = self.weights_of(plan)
-        if path.exists():
-            model.load_state_dict(load_file(str(path)))
-            return model.eval()
-        if self.start is not None:
+        """Return the model cut to a plan after its recovery."""
+        if self.start is not None and not self.weights_of(plan).exists():
             try:
                 model.load_state_dict(load_file(str(self.start)))
             except RuntimeError as error:
                 raise ExportError(f"{self.start}: these are not weights of this model cut to this plan.") from error
             model.eval()
+        kept = slicing.keep_indices(self.graph, plan, self.scores) if self.effort.recovery else {}
+        return self.trained(model, plan, recovery.kept_inputs(self.graph, kept))
+
+    def trained(self, model: nn.Module, plan: CompressionPlan, reads: Mapping[str, NDArray[np.int64]]) -> nn.Module:
+        """Return a cut model after the fine-tuning that `effort` asks for.
+
+        Weights that a killed run left whole are taken as they are, a training that it left goes on after its last
+        whole epoch.
+
+        Args:
+            plan: Names the weights on the disk.
+            reads: See `recovery.fine_tune`.
+        """
+        path = self.weights_of(plan)
+        if path.exists():
+            model.load_state_dict(load_file(str(path)))
+            return model.eval()
+        training = path.with_suffix(".training")
+
+        def after_epoch(epoch: int, student: nn.Module, standing: bytes) -> None:
+            write_atomic(training, standing)
+            self.after_epoch(plan, epoch, student)
+
         if self.effort.recovery is not None:
             name = f"recovery of {plan.digest}"
             self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
-            reads = recovery.kept_inputs(self.graph, slicing.keep_indices(self.graph, plan, self.scores))
             model = recovery.fine_tune(
                 model,
                 self.teacher,
@@ -566,12 +586,18 @@ class Pipeline:
                 progress=self.progress,
                 name=name,
                 reads=reads,
+                begun=training.read_bytes() if training.exists() else b"",
+                after_epoch=after_epoch,
             )
-        # Clones, because safetensors refuses tensors that share memory, as tied layers do.
-        state = {key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}
-        with atomic_path(path) as partial:
-            partial.write_bytes(save(state))  # save_file would write a file that only its owner can read
+        write_atomic(path, weights_of_model(model))
+        training.unlink(missing_ok=True)
         return model
+
+
+def weights_of_model(model: nn.Module) -> bytes:
+    """Return a model's weights as a safetensors file; `save_file` would write one that only its owner can read."""
+    # Clones, because safetensors refuses tensors that share memory, as tied layers do.
+    return bytes(save({key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}))
 
 
 def two_images(data: Data) -> Tensor:

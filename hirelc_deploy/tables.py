@@ -110,7 +110,7 @@ def uniform_keep(graph: ModelGraph, ratio: float) -> dict[str, int]:
     return {unit.name: min(unit.widths, key=lambda width: abs(width - ratio * unit.size)) for unit in graph.units}
 
 
-def offered_widths(unit: Unit, network: NetworkTime, most: int) -> tuple[int, ...]:
+def offered_widths(unit: Unit, network: NetworkTime, most: int, least_kept: float = LEAST_KEPT) -> tuple[int, ...]:
     """Return at most `most` widths of a unit that buy time, ascending, the uncut one last.
 
     Of the timed staircase the widest width of each step stays; of these, those that divide the time most evenly.
@@ -121,16 +121,16 @@ def offered_widths(unit: Unit, network: NetworkTime, most: int) -> tuple[int, ..
         return sum(network.layer_ms(layer, {unit.name: width}, "int8") for layer in layers)
 
     offered, times = [unit.size], [ms_at(unit.size)]
-    for width in reversed(considered_widths(unit)):
+    for width in reversed(considered_widths(unit, least_kept)):
         if (ms := ms_at(width)) <= times[-1] * (1 - MIN_STEP):
             offered.append(width)
             times.append(ms)
     return tuple(reversed([offered[index] for index in evenly_spaced(np.array(times), most)]))
 
 
-def considered_widths(unit: Unit) -> list[int]:
+def considered_widths(unit: Unit, least_kept: float = LEAST_KEPT) -> list[int]:
     """Return at most CONSIDERED legal widths below the uncut one, ascending: multiples of the largest kernel step."""
-    legal = [width for width in unit.widths if LEAST_KEPT * unit.size <= width < unit.size] or list(unit.widths[:-1])
+    legal = [width for width in unit.widths if least_kept * unit.size <= width < unit.size] or list(unit.widths[:-1])
     for step in KERNEL_STEPS:
         friendly = [width for width in legal if width % step == 0]
         # Half of what may be timed, or all there is: a coarser step would throw choices away.
@@ -248,14 +248,17 @@ def _between(network: NetworkTime, layer: Layer, offered: Mapping[str, tuple[int
     return Between(gone(layer.reads), gone(layer.writes), *ends, network.scale * np.array(ms))
 
 
-def build_problem(pipeline: Pipeline, network: NetworkTime, *, options: int = 8) -> Problem:
+def build_problem(
+    pipeline: Pipeline, network: NetworkTime, *, options: int = 8, least_kept: float = LEAST_KEPT
+) -> Problem:
     """Return what a strategy may know: the time of every width, and the loss of each (unit, width) alone.
 
     Args:
         options: Widths offered per unit at most, the uncut one included.
+        least_kept: Share of a unit below which no width is offered, where wider ones are legal.
     """
     graph = pipeline.graph
-    offered = {unit.name: offered_widths(unit, network, options) for unit in graph.units}
+    offered = {unit.name: offered_widths(unit, network, options, least_kept) for unit in graph.units}
     units = [unit for unit in graph.units if len(offered[unit.name]) > 1]
     times = LayerTimes.of(network, {unit.name: offered[unit.name] for unit in units})
     uncut_ms = network.predict({}, lambda _: "int8")

@@ -107,6 +107,27 @@ def test_recovery_lowers_the_loss_and_its_weights_are_reused_after_a_kill(pipeli
     assert again.seconds["recover"] < after.seconds["recover"]
 
 
+def test_a_killed_recovery_goes_on_after_its_last_epoch_to_the_same_weights(data_file: Path, tmp_path: Path):
+    whole, killed = make_pipeline(data_file, tmp_path / "whole"), make_pipeline(data_file, tmp_path / "killed")
+    plan = slicing.uniform_plan(whole.graph, 0.5, "float")
+    seen: list[int] = []
+
+    def stop(_plan: CompressionPlan, epoch: int, _model: nn.Module) -> None:
+        seen.append(epoch)
+        if seen == [1, 2]:
+            raise KeyboardInterrupt
+
+    killed.after_epoch = stop
+    with pytest.raises(KeyboardInterrupt):
+        killed.evaluate(plan, "F3")
+    assert not killed.weights_of(plan).exists()
+    killed.evaluate(plan, "F3")
+    whole.evaluate(plan, "F3")
+    assert seen == [1, 2, 3]
+    assert killed.weights_of(plan).read_bytes() == whole.weights_of(plan).read_bytes()
+    assert not list(killed.files.glob("*.training"))
+
+
 def test_layers_that_share_their_weights_are_recovered_and_kept(data_file: Path, tmp_path: Path):
     pipeline = make_pipeline(data_file, tmp_path / "run")
     layer = nn.Conv2d(3, 3, 3, padding=1)

@@ -46,6 +46,13 @@ class Pictures:
         return self.batch(indices).roll(view, 3)
 
 
+class Noise(nn.Module):
+    """Draws random numbers of its own while it is trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.2, self.training)
+
+
 def small_net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -172,6 +179,74 @@ def test_fine_tuning_brings_the_student_nearer_to_its_teacher_and_repeats_exactl
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("weights_ema", [0.0, 0.9])
+def test_a_training_that_was_interrupted_ends_as_an_undisturbed_one(weights_ema: float):
+    class InterruptedError(Exception):
+        pass
+
+    pictures, uncut = Pictures(), small_net()
+    recipe = Recovery(epochs=3.5, batch_size=16, learning_rate=0.1, weights_ema=weights_ema)
+    kept = np.arange(16)
+
+    def train(begun: bytes, stop_at: int) -> tuple[nn.Module | None, list[int], bytes]:
+        torch.manual_seed(3)
+        student, epochs, left = nn.Sequential(*small_net(), Noise()), list[int](), begun
+
+        def after_epoch(epoch: int, student: nn.Module, standing: bytes) -> None:
+            nonlocal left
+            assert not student.training
+            epochs.append(epoch)
+            left = standing
+            if epoch == stop_at:
+                raise InterruptedError
+
+        teacher = Teacher(uncut, pictures, 2, CPU)
+        try:
+            return (
+                fine_tune(
+                    student,
+                    teacher,
+                    recipe,
+                    seed=1,
+                    progress=QUIET,
+                    reads={"3": kept},
+                    begun=begun,
+                    after_epoch=after_epoch,
+                ),
+                epochs,
+                left,
+            )
+        except InterruptedError:
+            return None, epochs, left
+
+    whole, epochs, _ = train(b"", 99)
+    assert epochs == [1, 2, 3]
+    nothing, _, left = train(b"", 2)
+    assert nothing is None
+    resumed, rest, _ = train(left, 99)
+    assert rest == [3]
+    assert whole is not None
+    assert resumed is not None
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+
+
+def test_drop_out_stays_off_while_a_student_is_trained_and_running_statistics_do_not():
+    pictures, uncut = Pictures(), small_net()
+
+    def trained(*behind: nn.Module) -> nn.Module:
+        student = nn.Sequential(*small_net(), *behind)
+        recipe = Recovery(epochs=2.5, batch_size=16)
+        return fine_tune(student, Teacher(uncut, pictures, 2, CPU), recipe, seed=1, progress=QUIET)
+
+    plain, with_drop_out = trained(), trained(nn.Dropout(0.9))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.state_dict().values(), with_drop_out.state_dict().values(), strict=True)
+    )
+    assert not torch.equal(plain.state_dict()["1.running_mean"], small_net().state_dict()["1.running_mean"])
 
 
 def test_kept_inputs_are_the_positions_that_stay_in_what_a_reader_reads():

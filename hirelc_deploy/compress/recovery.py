@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
@@ -185,6 +186,9 @@ class Teacher:
         return fresh
 
 
+AfterEpoch = Callable[[int, nn.Module, bytes], None]
+
+
 def fine_tune(
     student: nn.Module,
     teacher: Teacher,
@@ -194,6 +198,8 @@ def fine_tune(
     progress: Progress,
     name: str = "recovery",
     reads: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
+    begun: bytes = b"",
+    after_epoch: AfterEpoch = lambda epoch, student, standing: None,
 ) -> nn.Module:
     """Train `student` in place to answer like the teacher and return it in eval mode, on the CPU.
 
@@ -202,6 +208,10 @@ def fine_tune(
 
     Args:
         reads: Layer name to the features of its uncut input that the student still has (`kept_inputs`).
+        begun: What `after_epoch` was last given of an interrupted training of this kind; the result is that of an
+            undisturbed one.
+        after_epoch: Called after every whole epoch with its number from 1, the student in eval mode, and all that is
+            needed to go on from there.
     """
     images, device = teacher.images, teacher.device
     if len(images) < 2:
@@ -210,13 +220,16 @@ def fine_tune(
     batch_size = min(recovery.batch_size, len(images))
     per_epoch = len(images) // batch_size
     steps = max(1, round(recovery.epochs * per_epoch))
-    student = laid_out(student, device).train()
+    student = _in_training(laid_out(student, device))
     optimizer = _optimizer(student, recovery)
     peaks = [group["lr"] for group in optimizer.param_groups]
     averaged = copy.deepcopy(student) if recovery.weights_ema else None
     order = torch.empty(0, dtype=torch.long)
     match = FeatureMatch(student, teacher.model, reads if recovery.feature_weight else {})
-    for step in progress.track(range(steps), name, steps):
+    first = _resume(begun, steps, student, averaged, optimizer, match._variances) if begun else 0
+    for _ in range(math.ceil(first / per_epoch)):
+        order = torch.randperm(len(images), generator=generator)
+    for step in progress.track(range(first, steps), name, steps - first):
         epoch, position = divmod(step, per_epoch)
         if position == 0:
             order = torch.randperm(len(images), generator=generator)
@@ -241,9 +254,76 @@ def fine_tune(
             _average(averaged, student, min(recovery.weights_ema, (step + 1) / (step + 10)))
         if step % 20 == 0:
             progress.note(f"loss {loss.item():.3f}")
+        if position == per_epoch - 1:
+            standing = _standing(step + 1, steps, student, averaged, optimizer, match._variances)
+            after_epoch(epoch + 1, student.eval(), standing)
+            _in_training(student)
     match.close()
     result = averaged or student
     return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
+
+
+def _in_training(student: nn.Module) -> nn.Module:
+    """Put a student in training mode, but leave drop-out off: it hides what student and teacher should have in common.
+
+    VGG-16 with drop-out behind every layer, cut uniformly to about a ninth of its parameters: 38 % of 1,000 selection
+    images; after 100 steps with drop-out 19 % (48 % with `feature_weight` 0), without it 79 % (76 %).
+    """
+    student.train()
+    for module in student.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    return student
+
+
+def _standing(
+    done: int,
+    steps: int,
+    student: nn.Module,
+    averaged: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    variances: Mapping[str, Tensor],
+) -> bytes:
+    """Return where a training stands: weights, the optimizer's memory, and the state of the random generator."""
+    parts = {f"student {key}": value for key, value in student.state_dict().items()}
+    parts |= {f"averaged {key}": value for key, value in averaged.state_dict().items()} if averaged else {}
+    for index, parameter in enumerate(student.parameters()):
+        memory = optimizer.state.get(parameter, {})
+        parts |= {f"optimizer {index} {key}": value for key, value in memory.items() if value is not None}
+    parts |= {f"variance {key}": value for key, value in variances.items()}
+    parts |= {"steps": torch.tensor([done, steps]), "random": torch.get_rng_state()}
+    return bytes(save({key: value.detach().cpu().clone().contiguous() for key, value in parts.items()}))
+
+
+def _resume(
+    standing: bytes,
+    steps: int,
+    student: nn.Module,
+    averaged: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    variances: dict[str, Tensor],
+) -> int:
+    """Put everything back as `_standing` found it; return the steps done, 0 if the length is another."""
+    parts = load(standing)
+    done, planned = parts.pop("steps").tolist()
+    if planned != steps:
+        return 0
+    torch.set_rng_state(parts.pop("random"))
+    parameters = list(student.parameters())
+    for model, word in ((student, "student "), (averaged, "averaged ")):
+        if model is not None:
+            model.load_state_dict({k.removeprefix(word): v for k, v in parts.items() if k.startswith(word)})
+    for key, value in parts.items():
+        kind, _, rest = key.partition(" ")
+        if kind == "variance":
+            variances[rest] = value.to(parameters[0].device)
+        elif kind == "optimizer":
+            index, _, name = rest.partition(" ")
+            parameter = parameters[int(index)]
+            # In the layout of the parameter: another would be as right and slower.
+            same = value.shape == parameter.shape
+            optimizer.state[parameter][name] = torch.empty_like(parameter.data).copy_(value) if same else value
+    return int(done)
 
 
 def kept_inputs(graph: ModelGraph, kept: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
