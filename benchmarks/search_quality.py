@@ -102,6 +102,30 @@ def surrogate(searches: Sequence[comparison.Search]) -> dict[str, Any]:
     }
 
 
+def budgets(searches: Sequence[comparison.Search]) -> dict[str, Any]:
+    """Return how the HLA's prices and budgets moved in searches of hirelc, and whether feedback explains it.
+
+    Per budget the mean over seeds, block by block: expected octaves above the common price after the last batch (0
+    before the first), milliseconds handed out by the solver's answer's batch and by the best plan at the end, and the
+    log loss that the block was found to cost more than the tables said. The rank correlations are over all blocks.
+    """
+    found: dict[str, Any] = {}
+    ours = [search for search in searches if search.strategy == "hirelc"]
+    for budget_ms in sorted({search.budget_ms for search in ours}, reverse=True):
+        rounds = [search.record["rounds"] for search in ours if search.budget_ms == budget_ms]
+        octaves, feedback = (np.mean([one[-1][key] for one in rounds], axis=0) for key in ("octaves", "feedback"))
+        before, after = (np.mean([one[at]["budgets_ms"] for one in rounds], axis=0) for at in (0, -1))
+        found[f"{budget_ms:.4g} ms"] = {
+            "blocks": {
+                block: {"octaves": o, "ms_before": b, "ms_after": a, "costs_more": f}
+                for block, o, b, a, f in zip(ours[0].record["blocks"], octaves, before, after, feedback, strict=True)
+            },
+            "spearman_price_and_costs_more": rank_correlation(octaves, feedback),
+            "spearman_moved_ms_and_costs_more": rank_correlation(after - before, feedback),
+        }
+    return found
+
+
 def finals(pipeline: Pipeline, searches: Sequence[comparison.Search]) -> list[dict[str, Any]]:
     """Return what the first seed's plans of FINALISTS are after recovery: ratio, bytes, and drop on the test split."""
     first = min(s.seed for s in searches)
@@ -182,6 +206,7 @@ def main() -> int:
             "sensitivity": sensitivity(pipeline, problem),
             "agreement": agreement(problem, pipeline.run.trials, pipeline.reference_ms),
             "surrogate": surrogate(searches),
+            "budgets": budgets(searches),
             "finals": finals(pipeline, searches) if options.finals else [],
         }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -207,7 +232,7 @@ def main() -> int:
             f"better {test['better']} worse {test['worse']}  volume {found['hypervolume']:.3f}  "
             f"thinking {found['thinking_seconds_per_search']:.2f} s"
         )
-    for key in ("sensitivity", "agreement", "surrogate"):
+    for key in ("sensitivity", "agreement", "surrogate", "budgets"):
         print(key, json.dumps(facts[key], indent=1))
     return 0
 

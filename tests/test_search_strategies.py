@@ -208,6 +208,10 @@ def test_an_untaught_high_level_leaves_every_block_at_the_common_price_most_ofte
     probabilities = torch.softmax(policy(), dim=-1).detach()
     assert (MULTIPLIERS[probabilities.argmax(dim=-1).numpy()] == 1.0).all()
     assert float(probabilities.max()) == pytest.approx(0.57, abs=0.01)
+    assert policy.octaves() == pytest.approx(np.zeros(4), abs=1e-12)
+    with torch.no_grad():
+        policy.shared[2].bias[-1] = 50.0  # all on the last multiplier: 4, two octaves up
+    assert policy.octaves() == pytest.approx(np.full(4, 2.0))
 
 
 def test_uniform_keeps_the_same_share_everywhere_and_as_much_as_fits() -> None:

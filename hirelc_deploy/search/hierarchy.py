@@ -72,7 +72,8 @@ class Round:
         correlation, error: Of held-out predictions; see `Surrogate`.
         trusted: Whether the surrogate may teach the agents.
         weights: (members,) in votes.
-        budgets_ms: (blocks,) that the vote's plan hands out on top of what nobody can avoid.
+        octaves: (blocks,) by which the price of a block's time is expected to lie above the common one, mean of members.
+        budgets_ms: (blocks,) that the best plan so far hands out on top of what nobody can avoid.
         feedback: (blocks,) log loss that each block was found to cost more than the tables said.
         updates: Statistics of each member's last step.
     """
@@ -83,6 +84,7 @@ class Round:
     error: float = float("nan")
     trusted: bool = False
     weights: list[float] = field(default_factory=list)
+    octaves: list[float] = field(default_factory=list)
     budgets_ms: list[float] = field(default_factory=list)
     feedback: list[float] = field(default_factory=list)
     updates: list[dict[str, float]] = field(default_factory=list)
@@ -287,6 +289,7 @@ class Hierarchy:
         this.correlation, this.error = self.surrogate.correlation, self.surrogate.error
         this.trusted = self._trusted
         this.weights = np.exp(self._merit).tolist()
+        this.octaves = np.mean([agent.high.octaves() for agent in self.agents], axis=0).tolist()
         if self._measured:
             best = self._best()
             feedback = self.surrogate.excess_of_blocks(self._block, len(self._problem.blocks), best)

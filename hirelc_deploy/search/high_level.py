@@ -45,6 +45,12 @@ class PricePolicy(nn.Module):
         learned: Tensor = self.shared(torch.cat([self._features, self.feedback], dim=1))
         return self._prior + learned
 
+    def octaves(self) -> NDArray[np.float64]:
+        """Return the (blocks,) expected octaves by which each block's price lies above the common one."""
+        with torch.no_grad():
+            expected = torch.softmax(self(), dim=1) @ torch.from_numpy(np.log2(MULTIPLIERS))
+        return np.asarray(expected.numpy())
+
 
 def small_network(inputs: int, outputs: int, rng: torch.Generator, zero: bool, hidden: int = 32) -> nn.Sequential:
     """Return a float64 network of one hidden layer; `zero` makes its answer 0 until it has learned."""
