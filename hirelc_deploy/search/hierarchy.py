@@ -72,7 +72,7 @@ class Round:
         correlation, error: Of held-out predictions; see `Surrogate`.
         trusted: Whether the surrogate may teach the agents.
         weights: (members,) in votes.
-        octaves: (blocks,) by which the price of a block's time is expected to lie above the common one, mean of members.
+        octaves: (blocks,) that the price of a block's time is expected to lie above the common one, mean of members.
         budgets_ms: (blocks,) that the best plan so far hands out on top of what nobody can avoid.
         feedback: (blocks,) log loss that each block was found to cost more than the tables said.
         updates: Statistics of each member's last step.
