@@ -103,20 +103,31 @@ class Exported:
 
 
 class Uncut(Protocol):
-    """What a cut is made of; see the attributes of `Pipeline`."""
+    """What a cut is made of: a `Pipeline`, which computes it when asked, or a `Judge`, which has it."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        """The uncut model."""
+
     @property
-    def graph(self) -> ModelGraph: ...
+    def graph(self) -> ModelGraph:
+        """Its blocks, units and layers."""
+
     @property
-    def scores(self) -> Mapping[str, NDArray[np.float64]]: ...
+    def scores(self) -> Mapping[str, NDArray[np.float64]]:
+        """Unit name to the importance of each of its elements."""
+
     @property
-    def grams(self) -> Mapping[str, Gram]: ...
+    def grams(self) -> Mapping[str, Gram]:
+        """Reader layer name to the moments of its input features."""
+
     @property
-    def restated(self) -> nn.Module: ...
+    def restated(self) -> nn.Module:
+        """The uncut model with batch-norm statistics from `norm_batches`."""
+
     @property
-    def norm_batches(self) -> Sequence[Tensor]: ...
+    def norm_batches(self) -> Sequence[Tensor]:
+        """Images for batch-norm statistics, preprocessed."""
 
 
 @dataclass(frozen=True)
