@@ -680,6 +680,10 @@ def targets(context: typer.Context, as_json: Json = False) -> None:
 def add_target(
     name: Annotated[str, typer.Argument(help="A profile such as jetson or raspberrypi5, or a name of your own.")],
     host: Annotated[list[str], typer.Option(help="me@board, as `ssh` takes it; several for a pool of equal boards.")],
+    via: Annotated[
+        list[str] | None,
+        typer.Option(help="Ray node that the board hangs on: one for all, or one for each --host ('' for none)."),
+    ] = None,
     like: Annotated[str | None, typer.Option(help="The profile that a name of your own begins from.")] = None,
     python: Annotated[str, typer.Option(help="Command of the Python on the board that has the runtime.")] = "python3",
     folder: Annotated[str | None, typer.Option(help="Folder on the board for files while they are needed.")] = None,
@@ -694,7 +698,7 @@ def add_target(
     """
     from hirelc_deploy.measure import targets as profiles
 
-    found = profiles.check_boards(profiles.new_target(name, host, like or name, python, folder, threads))
+    found = profiles.check_boards(profiles.new_target(name, host, like or name, python, folder, threads, via or ()))
     path = profiles.targets_file()
     profiles.add_target(path, found.target, replace=replace)
     _show(found.to_dict(), as_json, "\n".join([*found.lines(), f"written to {path}; use it with --target {name}"]))

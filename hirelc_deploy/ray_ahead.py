@@ -17,6 +17,7 @@ import torch
 
 from hirelc_deploy import __version__, _torchvision_guard
 from hirelc_deploy.errors import COMMAND, InputError, TargetUnavailable
+from hirelc_deploy.ray_cluster import reason
 
 _torchvision_guard.install()  # what answers may need timm when it arrives on a host
 
@@ -119,7 +120,7 @@ class RayAhead:
                 there = self._ray.get(one)
             except self._ray.exceptions.RayError as error:
                 raise InputError(
-                    f"--ray: an evaluator does not start ({_reason(error)}). Every host needs this version of "
+                    f"--ray: an evaluator does not start ({reason(error)}). Every host needs this version of "
                     f"hirelc-deploy, and the modules that the model imports:{COMMAND}"
                     f"pip install hirelc-deploy=={__version__} torch=={here['versions']['torch']}"
                 ) from None
@@ -161,7 +162,7 @@ class RayAhead:
             else:
                 self._answers[question] = ""
             self._say(
-                f"an evaluator on {host} is lost, {len(self._hosts)} left, its plan is judged again: {_reason(error)}"
+                f"an evaluator on {host} is lost, {len(self._hosts)} left, its plan is judged again: {reason(error)}"
             )
         else:
             self._free.append(actor)
@@ -189,10 +190,3 @@ def place() -> dict[str, Any]:
         },
         "processor": f"{platform.machine()} {capability}",
     }
-
-
-def _reason(error: Exception) -> str:
-    """Return what an error of Ray says, without the traceback of the other host."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "Error: " in line and not line.startswith("File")]
-    return (named[-1] if named else lines[0] if lines else type(error).__name__).rstrip(".")

@@ -41,7 +41,7 @@ def connect(address: str, who: str) -> Any:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, ValueError, RuntimeError, AssertionError, ray.exceptions.RayError) as error:
         raise TargetUnavailable(
-            f"{who} {address}: {_first_sentence(error)}. This machine must be a node of a running cluster, of the same "
+            f"{who} {address}: {reason(error)}. This machine must be a node of a running cluster, of the same "
             f"versions of Ray and Python and with the same token:{COMMAND}ray start --address=HOST:PORT"
         ) from None
     return ray
@@ -76,5 +76,8 @@ def _knock(address: str, who: str) -> None:
         ) from None
 
 
-def _first_sentence(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
+def reason(error: Exception) -> str:
+    """Return what an error of Ray says, without the traceback of another host."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "Error: " in line and not line.startswith("File")]
+    return (named[-1] if named else lines[0] if lines else type(error).__name__).partition(". ")[0].rstrip(".")
