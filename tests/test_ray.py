@@ -1,4 +1,4 @@
-"""Ray: two real nodes on this machine give the journal of a serial search, and a node that is lost takes nothing along."""
+"""Ray: two real nodes on this machine give the journal of a serial search, and one that is lost takes nothing along."""
 
 import importlib.util
 import os
