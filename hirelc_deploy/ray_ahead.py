@@ -119,6 +119,9 @@ class RayAhead:
             try:
                 there = self._ray.get(one)
             except self._ray.exceptions.RayError as error:
+                if "creation task" not in str(error):  # its host was lost meanwhile
+                    self._say(f"an evaluator is lost before it began: {reason(error)}")
+                    continue
                 raise InputError(
                     f"--ray: an evaluator does not start ({reason(error)}). Every host needs this version of "
                     f"hirelc-deploy, and the modules that the model imports:{COMMAND}"

@@ -70,8 +70,8 @@ def far_process(ray: Any, node: str, command: Sequence[str]) -> Any:
     return actor.remote(list(command))
 
 
-def join(ray: Any, far: Any) -> int:
-    """Carry bytes until the far process has ended and all that it said is here; return its exit code."""
+def join(ray: Any, far: Any, out: int) -> int:
+    """Carry bytes, to descriptor `out` and to our errors, until the far process has ended; return its exit code."""
     failed: list[Exception] = []
 
     def carried(flow: Callable[..., None], *values: int) -> threading.Thread:
@@ -92,13 +92,13 @@ def join(ray: Any, far: Any) -> int:
             if not ray.get(far.write.remote(data)):
                 return
 
-    def back(number: int) -> None:
+    def back(number: int, ours: int) -> None:
         while data := ray.get(far.read.remote(number)):
             while data:
-                data = data[os.write(number, data) :]
+                data = data[os.write(ours, data) :]
 
     carried(there)
-    for thread in (carried(back, 1), carried(back, 2)):
+    for thread in (carried(back, 1, out), carried(back, 2, 2)):
         thread.join()
     if failed:
         raise failed[0]
@@ -108,10 +108,12 @@ def join(ray: Any, far: Any) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line: the node, then the command."""
     node, *command = arguments
+    out = os.dup(1)
+    os.dup2(2, 1)  # Ray prints what befalls a node on standard output, where it would be taken for the board's bytes
     try:
         ray = connect("auto", f"via {node}: ray")
         try:
-            return join(ray, far_process(ray, node, command))
+            return join(ray, far_process(ray, node, command), out)
         except ray.exceptions.RayError as error:
             raise TargetUnavailable(f"via {node}: its Ray actor is lost ({reason(error)})") from None
     except HirelcError as error:
