@@ -11,9 +11,22 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Protocol
 
 from hirelc_deploy.errors import InputError
+
+
+class Evaluators(Protocol):
+    """Processes that compute answers before they are asked for; see `Ahead` and `RayAhead`."""
+
+    def begin(self, questions: Sequence[str]) -> None:
+        """Announce what `take` will ask for, in this order, instead of what was announced and not begun before."""
+
+    def take(self, question: str) -> str | None:
+        """Return the answer to a question once it is there; None where it was not announced or could not be found."""
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
 
 
 class Ahead:

@@ -69,7 +69,22 @@ Include = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one inference; the target's own if not given.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder that is made for the results.", show_default=False)]
 Jobs = Annotated[
-    int, typer.Option(min=1, help="Processes that judge cut models side by side, one thread each; same results.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes that judge cut models side by side, one thread each; same results. 1 if not given, "
+        "with --ray one per free CPU, at most 8.",
+        show_default=False,
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Have them on the hosts of a Ray cluster that this machine is a node of: HOST:PORT, auto, "
+        "or local (this machine alone).",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -157,12 +172,13 @@ def _preprocess(input_size: str | None, mean: str | None, std: str | None) -> Pr
     )
 
 
-def _run(config: JobConfig, out: Path, plan: str | None, as_json: bool, quiet: bool, jobs: int = 1) -> None:
-    """Open the workplace, do the job and print what it gave."""
+def _run(config: JobConfig, out: Path, plan: str | None, as_json: bool, quiet: bool, **side_by_side: Any) -> None:
+    """Open the workplace, do the job and print what it gave; `side_by_side` as of `job.open_workplace`."""
     from hirelc_deploy import job
 
     progress = Progress(quiet=quiet)
-    workplace = job.open_workplace(config, out, shlex.join(["hirelc-deploy", *sys.argv[1:]]), progress, jobs=jobs)
+    command = shlex.join(["hirelc-deploy", *sys.argv[1:]])
+    workplace = job.open_workplace(config, out, command, progress, **side_by_side)
     with workplace.run:
         result = job.run_apply(workplace, plan) if plan is not None else job.run_search(workplace)
     _show(result, as_json, summary(result, out))
@@ -240,7 +256,8 @@ def search(
     exclude: Exclude = None,
     include: Include = None,
     threads: Threads = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    ray: Ray = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -275,7 +292,7 @@ def search(
             str(warm_start.resolve()) if warm_start else None,
         ),
     )
-    _run(config, out, None, as_json, quiet, jobs)
+    _run(config, out, None, as_json, quiet, jobs=jobs, ray=ray)
 
 
 @app.command()
@@ -663,6 +680,10 @@ def targets(context: typer.Context, as_json: Json = False) -> None:
 def add_target(
     name: Annotated[str, typer.Argument(help="A profile such as jetson or raspberrypi5, or a name of your own.")],
     host: Annotated[list[str], typer.Option(help="me@board, as `ssh` takes it; several for a pool of equal boards.")],
+    via: Annotated[
+        list[str] | None,
+        typer.Option(help="Ray node that the board hangs on: one for all, or one for each --host ('' for none)."),
+    ] = None,
     like: Annotated[str | None, typer.Option(help="The profile that a name of your own begins from.")] = None,
     python: Annotated[str, typer.Option(help="Command of the Python on the board that has the runtime.")] = "python3",
     folder: Annotated[str | None, typer.Option(help="Folder on the board for files while they are needed.")] = None,
@@ -677,7 +698,7 @@ def add_target(
     """
     from hirelc_deploy.measure import targets as profiles
 
-    found = profiles.check_boards(profiles.new_target(name, host, like or name, python, folder, threads))
+    found = profiles.check_boards(profiles.new_target(name, host, like or name, python, folder, threads, via or ()))
     path = profiles.targets_file()
     profiles.add_target(path, found.target, replace=replace)
     _show(found.to_dict(), as_json, "\n".join([*found.lines(), f"written to {path}; use it with --target {name}"]))

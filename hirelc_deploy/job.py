@@ -19,6 +19,7 @@ from torch import nn
 
 from hirelc_deploy import comparison
 from hirelc_deploy.agreement import agreement
+from hirelc_deploy.ahead import Ahead, Evaluators
 from hirelc_deploy.bundle import BundleContents, read_manifest, write_bundle
 from hirelc_deploy.bundle import load as load_bundle
 from hirelc_deploy.compress import codec, restore, slicing
@@ -36,11 +37,13 @@ from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.measure.targets import find_target, open_target
-from hirelc_deploy.models import ModelSource, load_for
+from hirelc_deploy.models import ModelSource, factory_modules, load_for
 from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.pipeline import Effort, Pipeline, proven_graph
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
+from hirelc_deploy.ray_ahead import RayAhead, default_evaluators
+from hirelc_deploy.ray_cluster import connect
 from hirelc_deploy.report import read_run, write_report
 from hirelc_deploy.runs import Run, write_atomic
 from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
@@ -65,12 +68,22 @@ class Workplace:
     command: str
 
 
-def open_workplace(config: JobConfig, directory: Path, command: str, progress: Progress, *, jobs: int = 1) -> Workplace:
+def open_workplace(
+    config: JobConfig,
+    directory: Path,
+    command: str,
+    progress: Progress,
+    *,
+    jobs: int | None = None,
+    ray: str | None = None,
+) -> Workplace:
     """Load model and data, open the target and the run directory; every problem with them is one sentence.
 
     Args:
         jobs: Processes that judge cut models side by side. It changes no result, so it is no part of the configuration.
+        ray: Address of the Ray cluster on whose hosts they are; None for this machine.
     """
+    evaluators, jobs = evaluators_of(ray, jobs, config.model.spec, progress.say)
     target = find_target(config.target)
     backend = open_target(target)
     data = configured_data(config)
@@ -104,8 +117,29 @@ def open_workplace(config: JobConfig, directory: Path, command: str, progress: P
         graph=graph,
         start=earlier if config.plan and (earlier := Path(config.plan) / "weights.safetensors").is_file() else None,
         jobs=jobs,
+        evaluators=evaluators,
     )
     return Workplace(config, pipeline, run, source, command)
+
+
+def evaluators_of(
+    address: str | None, jobs: int | None, spec: str, say: Callable[[str], None]
+) -> tuple[Callable[[Callable[[str], str], int], Evaluators], int]:
+    """Return what makes the processes that judge cut models side by side, and how many they are.
+
+    Args:
+        address: Of the Ray cluster; None for copies of this process.
+        spec: Of the model: what its factory defines is sent to the hosts, where nobody may have it.
+    """
+    if address is None:
+        return Ahead, jobs or 1
+    if jobs == 1:
+        raise InputError("--jobs 1 with --ray: one process is this one; give at least 2, or leave --jobs out.")
+    ray = connect(address, "--ray")
+    count = jobs or default_evaluators(ray)
+    if count == 1:
+        say("--ray: the cluster has one free CPU, so this process judges alone")
+    return lambda answer, jobs: RayAhead(answer, jobs, ray, say, factory_modules(spec)), count
 
 
 def check_contents(run: Run, source: ModelSource, data: Data) -> None:

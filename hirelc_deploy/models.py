@@ -411,8 +411,7 @@ def _importing_from(file: Path | None) -> Iterator[None]:
 def _import_file(file: Path) -> ModuleType:
     if not file.is_file():
         raise InputError(f"--model {file}: no such file.")
-    # A name of its own, so that a file called like an installed package hides nothing.
-    name = f"hirelc_model_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    name = _module_name(file)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -424,6 +423,27 @@ def _import_file(file: Path) -> ModuleType:
         del sys.modules[name]
         raise InputError(f"{_place(error, file, str(file))}: {_first_line(error)}.") from None
     return module
+
+
+def _module_name(file: Path) -> str:
+    """Return a name of its own, so that a file called like an installed package hides nothing."""
+    return f"hirelc_model_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+
+
+def factory_modules(spec: str) -> list[ModuleType]:
+    """Return the loaded modules behind a model that no installation brought: another host may not have them.
+
+    Args:
+        spec: A timm name, `file.py:factory` or `package.module:factory`.
+    """
+    target = spec.rpartition(":")[0]
+    if target.endswith(".py"):
+        name = _module_name(Path(target))
+    else:
+        name = target.partition(".")[0]
+        if name == __name__.partition(".")[0] or name in importlib.metadata.packages_distributions():
+            return []
+    return [sys.modules[name]] if name in sys.modules else []
 
 
 def _import_module(name: str, spec: str) -> ModuleType:

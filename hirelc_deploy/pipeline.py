@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hirelc_deploy.ahead import Ahead
+from hirelc_deploy.ahead import Ahead, Evaluators
 from hirelc_deploy.compress import calibration, guard, placement, quantize, recovery, slicing
 from hirelc_deploy.compress.equalisation import write_equalised
 from hirelc_deploy.compress.forms import Form, form_of
@@ -102,6 +102,75 @@ class Exported:
     ranges: calibration.Ranges
 
 
+class Uncut(Protocol):
+    """What a cut is made of: a `Pipeline`, which computes it when asked, or a `Judge`, which has it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The uncut model."""
+
+    @property
+    def graph(self) -> ModelGraph:
+        """Its blocks, units and layers."""
+
+    @property
+    def scores(self) -> Mapping[str, NDArray[np.float64]]:
+        """Unit name to the importance of each of its elements."""
+
+    @property
+    def grams(self) -> Mapping[str, Gram]:
+        """Reader layer name to the moments of its input features."""
+
+    @property
+    def restated(self) -> nn.Module:
+        """The uncut model with batch-norm statistics from `norm_batches`."""
+
+    @property
+    def norm_batches(self) -> Sequence[Tensor]:
+        """Images for batch-norm statistics, preprocessed."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges cut models before any training (F1). It has all it needs, so it can be sent to another process or host.
+
+    Attributes:
+        images: (n, channels, height, width) selection images, preprocessed.
+        labels: (n,) their classes, where there are any.
+        answers: (n, classes) logits of the uncut model on them.
+    """
+
+    model: nn.Module
+    graph: ModelGraph
+    scores: Mapping[str, NDArray[np.float64]]
+    grams: Mapping[str, Gram]
+    restated: nn.Module
+    norm_batches: Sequence[Tensor]
+    images: Tensor
+    labels: NDArray[np.int64] | None
+    answers: Tensor
+
+    def answer(self, text: str) -> str:
+        """Return the outcome of a plan, both as JSON, computed by one thread."""
+        torch.set_num_threads(1)
+        return json.dumps(outcome_to_dict(self.outcome(CompressionPlan.from_dict(json.loads(text), "plan"))))
+
+    def outcome(self, plan: CompressionPlan) -> Outcome:
+        """Return what a plan loses, or Failed where the model cannot take it."""
+        seconds: dict[str, float] = {}
+        try:
+            with clocked(seconds, "slice"):
+                model = cut(self, plan)
+                cost = cost_of(self.model, self.graph, plan.keep)
+        except SliceError as error:
+            return Failed(plan.digest, "F1", "slice", str(error), seconds)
+        with clocked(seconds, "judge"):
+            with recovery.half_precision(torch.device("cpu")):
+                logits = forward(model, self.images)
+            loss, correct = judged(logits.numpy(), self.answers, self.labels)
+        return Measured(plan.digest, "F1", loss, correct, cost.params, cost.macs, seconds=seconds)
+
+
 class Pipeline:
     """One uncut model with its data and target, and everything about them that is computed once.
 
@@ -109,6 +178,7 @@ class Pipeline:
         run: Remembers what was measured; its `files/` receives exported files and recovered weights, whole or absent.
         start: Weights of the cut model, recovered before, from which its recovery goes on.
         jobs: Processes that judge cut models (F1) side by side, with one thread each; below 2 this process judges.
+        evaluators: Makes those processes from what answers in them and their number.
         after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
     """
 
@@ -126,6 +196,7 @@ class Pipeline:
         graph: ModelGraph | None = None,
         start: Path | None = None,
         jobs: int = 1,
+        evaluators: Callable[[Callable[[str], str], int], Evaluators] = Ahead,
     ) -> None:
         self.model = model.eval()
         self.data = data
@@ -140,7 +211,7 @@ class Pipeline:
         if graph is not None:
             self.graph = graph  # known from before the run was opened, so that a bad option leaves no run behind
         self.start = start
-        self.jobs = jobs
+        self.jobs, self.evaluators = jobs, evaluators
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self._begun: set[str] = set()
         self.machine = fingerprint(describe(backend))
@@ -338,16 +409,26 @@ class Pipeline:
         self._begun.update(texts)
 
     @cached_property
-    def _ahead(self) -> Ahead:
-        """Copies of this process, made when everything that an F1 evaluation needs is known."""
-        _ = self.scores, self.grams, self.restated, self.norm_batches, self.selection, self.answers
+    def _ahead(self) -> Evaluators:
+        """Made when everything that an F1 evaluation needs is known."""
+        return self.evaluators(self.judge.answer, self.jobs)
 
-        def answer(text: str) -> str:
-            torch.set_num_threads(1)
-            plan = CompressionPlan.from_dict(json.loads(text), "plan")
-            return json.dumps(outcome_to_dict(self.evaluate(plan, "F1")))
-
-        return Ahead(answer, self.jobs)
+    @cached_property
+    def judge(self) -> Judge:
+        """What judges cut models before any training (F1)."""
+        count = self.effort.search_images
+        images, labels = self.selection
+        return Judge(
+            self.model,
+            self.graph,
+            self.scores,
+            self.grams,
+            self.restated,
+            self.norm_batches,
+            images[:count].clone(),  # a slice would be sent with all images behind it
+            None if labels is None else labels[:count],
+            self.answers[:count].clone(),
+        )
 
     def evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
         """Walk the path as far as `fidelity` says. What cannot be built or run comes back as Failed."""
@@ -355,18 +436,14 @@ class Pipeline:
             self._begun.discard(text)
             if (answer := self._ahead.take(text)) is not None:
                 return outcome_from_dict(json.loads(answer))
+        if fidelity == "F1":
+            return self.judge.outcome(plan)
         seconds: dict[str, float] = {}
         stage = "slice"
         try:
             with clocked(seconds, stage):
                 model = self.cut(plan)
                 cost = self.cost(plan)
-            found: dict[str, Any] = {"params": cost.params, "macs": cost.macs}
-            if fidelity == "F1":
-                stage = "judge"
-                with clocked(seconds, stage):
-                    loss, correct = self._judge_model(model)
-                return Measured(plan.digest, fidelity, loss, correct, **found, seconds=seconds)
             if fidelity == "F3" and (self.effort.recovery or self.start):
                 stage = "recover"
                 with clocked(seconds, stage):
@@ -387,7 +464,8 @@ class Pipeline:
             fidelity,
             loss,
             correct,
-            **found,
+            cost.params,
+            cost.macs,
             median_ms=timing.median_ms,
             ratio=timing.ratio,
             ratio_low=timing.ratio_low,
@@ -398,14 +476,7 @@ class Pipeline:
 
     def cut(self, plan: CompressionPlan) -> nn.Module:
         """Return the sliced model, compensated, with batch-norm statistics of its own; not trained."""
-        slicing.check_plan(self.graph, plan)
-        if all(plan.keep.get(unit.name, unit.size) == unit.size for unit in self.graph.units):
-            return slicing.slice_model(self.model, self.graph, {})
-        kept = slicing.keep_indices(self.graph, plan, self.scores)
-        model = slicing.slice_model(recovery.compensate(self.model, self.graph, kept, self.grams), self.graph, kept)
-        with recovery.half_precision(torch.device("cpu")):
-            recovery.correct_norms(model, slicing.slice_model(self.restated, self.graph, kept), self.norm_batches)
-        return model
+        return cut(self, plan)
 
     def cost(self, plan: CompressionPlan) -> Cost:
         """Return the parameters and multiply-accumulates that a plan leaves, counted without building it."""
@@ -528,21 +599,9 @@ class Pipeline:
             self.form.write_integer(static, ranges, _integer_but(floats), self.integer, pattern, path)
         return path
 
-    def _judge_model(self, model: nn.Module) -> tuple[float, float | None]:
-        images, labels = self.selection
-        count = min(self.effort.search_images, len(images))
-        with recovery.half_precision(torch.device("cpu")):
-            logits = forward(model, images[:count])
-        return self._judge(logits.numpy(), labels)
-
     def _judge_file(self, path: Path) -> tuple[float, float | None]:
         images, labels = self.selection
-        return self._judge(self.backend.build(path, self.threads).infer(images.numpy()), labels)
-
-    def _judge(self, logits: NDArray[np.float32], labels: NDArray[np.int64] | None) -> tuple[float, float | None]:
-        loss = accuracy.kl_divergence(self.answers[: len(logits)].numpy(), logits)
-        right = None if labels is None else float(np.mean(logits.argmax(1) == labels[: len(logits)]))
-        return loss, right
+        return judged(self.backend.build(path, self.threads).infer(images.numpy()), self.answers, labels)
 
     def _recovered(self, model: nn.Module, plan: CompressionPlan) -> nn.Module:
         """Return the model cut to a plan after its recovery."""
@@ -598,6 +657,26 @@ def weights_of_model(model: nn.Module) -> bytes:
     """Return a model's weights as a safetensors file; `save_file` would write one that only its owner can read."""
     # Clones, because safetensors refuses tensors that share memory, as tied layers do.
     return bytes(save({key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}))
+
+
+def cut(uncut: Uncut, plan: CompressionPlan) -> nn.Module:
+    """Return the sliced model, compensated, with batch-norm statistics of its own; not trained."""
+    slicing.check_plan(uncut.graph, plan)
+    if all(plan.keep.get(unit.name, unit.size) == unit.size for unit in uncut.graph.units):
+        return slicing.slice_model(uncut.model, uncut.graph, {})
+    kept = slicing.keep_indices(uncut.graph, plan, uncut.scores)
+    model = slicing.slice_model(recovery.compensate(uncut.model, uncut.graph, kept, uncut.grams), uncut.graph, kept)
+    with recovery.half_precision(torch.device("cpu")):
+        recovery.correct_norms(model, slicing.slice_model(uncut.restated, uncut.graph, kept), uncut.norm_batches)
+    return model
+
+
+def judged(
+    logits: NDArray[np.float32], answers: Tensor, labels: NDArray[np.int64] | None
+) -> tuple[float, float | None]:
+    """Return the divergence of (n, classes) logits from the uncut model's answers, and how many are right."""
+    loss = accuracy.kl_divergence(answers.numpy(), logits)
+    return loss, None if labels is None else float(np.mean(logits.argmax(1) == labels))
 
 
 def two_images(data: Data) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports from its own line and from those above it. A folder's name stands for all modules in it.
 ORDER = (
-    ("__init__", "errors", "progress", "ahead", "scatter", "_torchvision_guard"),
+    ("__init__", "errors", "progress", "ahead", "ray_ahead", "ray_cluster", "scatter", "_torchvision_guard"),
     ("plan", "outcome"),
     ("config", "images", "data", "models", "demo"),
     ("graph",),
@@ -28,13 +28,14 @@ ORDER = (
 )
 SEARCH_SEES = {"errors", "plan", "outcome", "search"}
 BACKENDS_SEE = {"errors", "measure", "hirelc_backends"}
-RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "nncf", "openvino"}
+RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "nncf", "openvino", "ray"}
 ADAPTERS = {
     "hirelc_backends",
     "compress/four_bits.py",
     "compress/quantize.py",
     "compress/export.py",
     "compress/nncf_engine.py",
+    "ray_cluster.py",
     "bundle_template/run.py",
 }
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}

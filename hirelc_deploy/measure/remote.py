@@ -454,7 +454,7 @@ class Board:
     def _unreachable(self, dropped: Dropped) -> str:
         return (
             f"{self.name} cannot be reached ({dropped}). Switch it on and try by hand:\n"
-            f"  ssh {self.name} {self._python} --version"
+            f"  {shlex.join(self._ssh)} {self.name} {self._python} --version"
         )
 
     def _no_room(self, where: str) -> None:

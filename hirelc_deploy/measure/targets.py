@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from hirelc_deploy.errors import InputError, TargetUnavailable
+from hirelc_deploy.measure import ray_pipe
 from hirelc_deploy.measure.backend import Backend, Portable, Precision
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.pool import PoolBackend
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.measure.registry import get_backend, installed_backends
 from hirelc_deploy.measure.remote import FOLDER, Board
+from hirelc_deploy.ray_cluster import installed
 
 ENVIRONMENT_VARIABLE = "HIRELC_DEPLOY_TARGETS"
-KEYS = ("backend", "host", "threads", "precisions", "power_mode", "python", "folder", "description")
+KEYS = ("backend", "host", "via", "threads", "precisions", "power_mode", "python", "folder", "description")
 ARM = ("aarch64", "arm64")
 HOST = re.compile(r"[^-\s]\S*\Z")
 """The SSH name of a board; one that starts with a dash would be an option of ssh."""
@@ -39,6 +41,7 @@ class Target:
         precisions: Names that a plan may use, a subset of what the backend executes; empty for all of them.
         source: Where it was defined: `built in` or a file.
         hosts: SSH names of boards; several are a pool of equal ones. Empty for this machine.
+        via: For each of `hosts` the Ray node that it hangs on, empty where it is reached from this machine.
         remote: Whether the device is meant to be another machine, so that without a host there is none.
         power_mode: What the device must run in: the number of a Jetson's nvpmodel, or the name of a CPU governor.
         python: Command of the Python on the board that has the runtime.
@@ -56,6 +59,12 @@ class Target:
     power_mode: str = ""
     python: str = "python3"
     folder: str = FOLDER
+    via: tuple[str, ...] = ()
+
+    def ssh(self, host: str) -> tuple[str, ...]:
+        """Return the command that stands for `ssh` to one of the hosts."""
+        node = dict(zip(self.hosts, self.via, strict=False)).get(host)
+        return (sys.executable, "-m", ray_pipe.__name__, node, "ssh") if node else ("ssh",)
 
 
 BUILT_IN = (
@@ -171,7 +180,10 @@ def open_board(target: Target, host: str, say: Callable[[str], None] = print_to_
             f"{target.source}: target {target.name!r}: backend {target.backend!r} runs on this machine only; "
             "remove `host`."
         )
-    board = Board(host, python=target.python, folder=target.folder, say=say)
+    ssh = target.ssh(host)
+    if ssh != ("ssh",):
+        installed(f"target {target.name!r}: {host} hangs on another host (via)")
+    board = Board(host, python=target.python, folder=target.folder, ssh=ssh, say=say)
     if target.power_mode:
         found = power_mode(board.hardware())
         if found != target.power_mode:
@@ -235,6 +247,7 @@ def new_target(
     python: str = "python3",
     folder: str | None = None,
     threads: int | None = None,
+    via: Sequence[str] = (),
 ) -> Target:
     """Return a target on boards, made from the built-in profile `like`; raises InputError for what it cannot be."""
     profiles = {target.name: target for target in BUILT_IN}
@@ -250,6 +263,8 @@ def new_target(
             raise InputError(f"host {host!r}: give the name of a board as `ssh` takes it, such as me@board.")
     if len(set(hosts)) < len(hosts):
         raise InputError(f"host {', '.join(hosts)}: the same board twice; each can do one thing at a time.")
+    if not _fits(via, hosts):
+        raise InputError(f"via {', '.join(via)}: give one for all boards, or one for each --host, in their order.")
     profile = profiles[like]
     return dataclasses.replace(
         profile,
@@ -259,7 +274,16 @@ def new_target(
         folder=folder or FOLDER,
         threads=threads or profile.threads,
         source="the command line",
+        via=_for_each(via, hosts),
     )
+
+
+def _fits(via: Sequence[str], hosts: Sequence[str]) -> bool:
+    return len(via) in ((0, 1, len(hosts)) if hosts else (0,))
+
+
+def _for_each(via: Sequence[str], hosts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(via) * len(hosts) if len(via) == 1 else tuple(via)
 
 
 def check_boards(target: Target) -> CheckedBoards:
@@ -307,6 +331,7 @@ def _table(target: Target) -> str:
     values = {
         "backend": target.backend,
         "host": hosts,
+        "via": target.via[0] if len({*target.via}) == 1 else list(target.via),
         "threads": target.threads,
         "precisions": list(target.precisions),
         "power_mode": target.power_mode,
@@ -396,6 +421,10 @@ def _target(name: str, table: Any, path: Path, text: str) -> Target:
         )
     if len(set(hosts)) < len(hosts):
         raise wrong("host", f"host names the same board twice: {', '.join(hosts)}; each can do one thing at a time")
+    via = table.get("via", [])
+    nodes = [via] if isinstance(via, str) else via
+    if not isinstance(nodes, list) or not all(isinstance(one, str) for one in nodes) or not _fits(nodes, hosts):
+        raise wrong("via", f"via is {via!r}; give the name of a Ray node for all hosts, or a list with one for each")
     texts = {"description": "", "power_mode": "", "python": "python3", "folder": FOLDER}
     for key, default in texts.items():
         texts[key] = table.get(key, default)
@@ -412,6 +441,7 @@ def _target(name: str, table: Any, path: Path, text: str) -> Target:
         power_mode=texts["power_mode"],
         python=texts["python"],
         folder=texts["folder"],
+        via=_for_each(nodes, hosts),
     )
 
 
