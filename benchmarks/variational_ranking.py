@@ -97,7 +97,8 @@ def noise_levels(pipeline: Pipeline, beta: float, steps: int) -> dict[str, NDArr
 
 def losses(pipeline: Pipeline, scores: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
     """Return keep ratio to the loss of the uniform plan cut by these scores."""
-    pipeline.__dict__["scores"] = dict(scores)  # what the pipeline computed once
+    pipeline.__dict__["scores"] = dict(scores)  # in place of what the pipeline computed once,
+    pipeline.__dict__.pop("judge", None)  # and of what was made with it
     found = {}
     for keep in KEEPS:
         plan = CompressionPlan(tables.uniform_keep(pipeline.graph, keep), default_precision="auto")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -157,7 +158,8 @@ def refused(kind: type[HirelcError], *words: str) -> Any:
 
         def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> bool:
             assert isinstance(error, kind), f"expected {kind.__name__}, found {error!r}"
-            self.sentence = f"exit {error.exit_code}: {error}".replace(COMMAND, " | ")
+            whole = f"exit {error.exit_code}: {error}".replace(COMMAND, " | ")
+            self.sentence = re.sub(r"ssh -F \S+", "ssh", whole)  # the user's own ssh has no such file
             for word in words:
                 assert word in self.sentence, (word, self.sentence)
             return True
