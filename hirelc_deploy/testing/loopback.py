@@ -144,7 +144,9 @@ class LoopbackBoard:
 
     def leftovers(self) -> list[str]:
         """Return files of ours that are still on the board, and processes that still run."""
-        files = [str(path.relative_to(self.folder)) for path in self.home.rglob("*") if path.is_file()]
+        # os.walk passes over folders that vanish meanwhile, which rglob does not.
+        there = (Path(folder, name) for folder, _, names in os.walk(self.home) for name in names)
+        files = [str(path.relative_to(self.folder)) for path in there if path.is_file()]
         return files + [f"process {pid}" for pid in self.keepers()]
 
     def kill_everything(self) -> None:
