@@ -115,7 +115,7 @@ class CountingTable:
     def layer_ms(self, shape: LayerShape, in_features: int, out_features: int, precision: str) -> float:
         """Return the count of one layer at these widths, whatever its precision."""
         if shape.kind == "attention" or shape.depthwise:
-            raise NotImplementedError(f"no count for a layer of this kind: {shape}")
+            raise SystemExit(f"published.py counts plain convolutions and linear layers only, found {shape}.")
         weights = in_features * out_features * math.prod(shape.kernel) / shape.groups
         return weights if self.currency == "params" else weights * shape.positions
 
