@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from hirelc_deploy import __version__
-from hirelc_deploy.compress.slicing import rebuild, shapes
+from hirelc_deploy.compress.slicing import IDENTITY, ZERO, Shapes, rebuild, shapes
 from hirelc_deploy.data import Data
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.images import ArrayImages, Preprocess
@@ -521,10 +521,10 @@ def _preprocess(folder: Path) -> Preprocess:
     return Preprocess.from_dict(_json_object(folder / PREPROCESS))
 
 
-def _shapes(folder: Path) -> dict[str, list[int] | int]:
+def _shapes(folder: Path) -> Shapes:
     value = _json_object(folder / SHAPES)
     for name, shape in value.items():
-        if type(shape) is int:
+        if type(shape) is int or shape in (IDENTITY, ZERO):
             continue
         if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise InputError(f"{folder / SHAPES}: {name} has shape {shape!r}; give a list of whole numbers.")

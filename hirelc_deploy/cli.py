@@ -246,6 +246,9 @@ def search(
         Path | None,
         typer.Option(help="Folder of a finished search, of this or another model, whose agents begin here."),
     ] = None,
+    depth: Annotated[
+        bool, typer.Option("--depth/--widths-only", help="Whether residual branches may be left out.")
+    ] = True,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
     calibration_images: CalibrationImages = None,
@@ -290,6 +293,7 @@ def search(
             finalists,
             options,
             str(warm_start.resolve()) if warm_start else None,
+            depth,
         ),
     )
     _run(config, out, None, as_json, quiet, jobs=jobs, ray=ray)
@@ -422,6 +426,7 @@ def _unit_record(network: nn.Module, graph: ModelGraph, unit: Unit) -> dict[str,
         "size": unit.size,
         "block": unit.block,
         "widths": list(unit.widths),
+        "branch": unit.branch.module if unit.branch else None,
         "params": params,
         "macs": graph.macs - without.macs,
         "bytes": 4 * params,
@@ -448,7 +453,7 @@ def inspect(
     """
     import torch
 
-    from hirelc_deploy.compress.slicing import provable
+    from hirelc_deploy.compress.branches import proven
     from hirelc_deploy.graph.units import build_graph, matches
     from hirelc_deploy.models import ModelSource, preprocess_of
 
@@ -459,7 +464,7 @@ def inspect(
     everything = graph = build_graph(network, images)
     if patterns := [*(exclude or ()), *(include or ())]:
         graph = build_graph(network, images, exclude=tuple(exclude or ()), include=tuple(include or ()))
-    graph, _ = provable(network, graph, images)
+    graph = proven(network, graph, images)
     matched = {pattern: [u.name for u in everything.units if matches(u, pattern)] for pattern in patterns}
     record: dict[str, Any] = {
         "model": model,
@@ -475,6 +480,7 @@ def inspect(
         f"{len(graph.blocks)} blocks, {len(graph.units)} units that can be cut (size, parameters, operations):",
         *(
             f"  {u['name']:<40} {u['kind']:<18} {u['size']:>5} {u['params']:>11,} {u['macs']:>14,}  in {u['block']}"
+            + (f", may go with all of {u['branch']}" if u["branch"] else "")
             for u in record["units"]
         ),
         f"{len(graph.kept_whole)} layers kept whole:" if graph.kept_whole else "nothing is kept whole",
@@ -631,7 +637,7 @@ def profile(
     """
     import torch
 
-    from hirelc_deploy.compress.slicing import provable
+    from hirelc_deploy.compress.branches import proven
     from hirelc_deploy.graph.units import build_graph
     from hirelc_deploy.job import profile_model
     from hirelc_deploy.measure.targets import find_target, open_target
@@ -643,7 +649,7 @@ def profile(
     network = source.load().eval()
     size = preprocess_of(network, None, _preprocess(input_size, None, None).overrides()).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
-    graph, _ = provable(network, build_graph(network, images, exclude=tuple(exclude or ())), images)
+    graph = proven(network, build_graph(network, images, exclude=tuple(exclude or ())), images)
     found = profile_model(
         graph,
         backend,

@@ -112,6 +112,7 @@ class SearchConfig:
         finalists: Plans that are recovered by training at most.
         options: Widths offered per unit at most.
         warm_start: Folder of another run whose agents this one begins with, if they foretell what is measured here.
+        depth: Whether residual branches may be left out.
     """
 
     strategy: str = "hirelc"
@@ -120,6 +121,7 @@ class SearchConfig:
     finalists: int = 3
     options: int = 8
     warm_start: str | None = None
+    depth: bool = True
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

@@ -97,6 +97,8 @@ def open_workplace(
         )
     # Whatever can be wrong with the options is found before the run directory is made.
     graph = proven_graph(model, data, config.exclude, config.include)
+    if not config.search.depth:
+        graph = graph.without_branches()
     options = config
     if config.plan is not None:
         plan = read_plan(config.plan, graph)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.ahead import Ahead, Evaluators
 from hirelc_deploy.compress import calibration, guard, placement, quantize, recovery, slicing
+from hirelc_deploy.compress.branches import proven
 from hirelc_deploy.compress.equalisation import write_equalised
 from hirelc_deploy.compress.forms import Form, form_of
 from hirelc_deploy.compress.guard import Guarded
@@ -695,7 +696,7 @@ def proven_graph(
             f"{type(model).__name__}: no convolution and no linear layer was seen in its forward pass; "
             "there is nothing to cut or to make integer."
         )
-    return slicing.provable(model, graph, example)[0]
+    return proven(model, graph, example)
 
 
 def batches(images: Images, size: int, limit: int | None = None) -> Iterator[Tensor]:
@@ -721,7 +722,8 @@ def _digest(layers: frozenset[str]) -> str:
 
 def cost_of(model: nn.Module, graph: ModelGraph, keep: Mapping[str, int]) -> Cost:
     """Return what is left of a model when units keep `keep` elements, those not named all of theirs."""
-    left = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+    gone = tuple(f"{u.branch.module}." for u in graph.units if u.branch and keep.get(u.name) == 0)
+    left = {name: list(tensor.shape) for name, tensor in model.named_parameters() if not name.startswith(gone)}
     for name, width in keep.items():
         unit = graph.unit(name)
         for part in unit.slices:
@@ -732,7 +734,12 @@ def cost_of(model: nn.Module, graph: ModelGraph, keep: Mapping[str, int]) -> Cos
 
 
 def kept_features(layer: Layer, graph: ModelGraph, keep: Mapping[str, int]) -> tuple[int, int]:
-    """Return (input, output) features of a layer when units keep `keep` elements; units not named stay whole."""
+    """Return (input, output) features of a layer when units keep `keep` elements; units not named stay whole.
+
+    (0, 0) where the layer is left out.
+    """
+    if graph.leaves_out(layer.name, keep):
+        return 0, 0
 
     def features(count: int, shares: tuple[Share, ...]) -> int:
         cut = (share for share in shares if share.unit in keep)

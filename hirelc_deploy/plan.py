@@ -23,6 +23,7 @@ class CompressionPlan:
 
     Attributes:
         keep: Unit name to the number of elements (channels, heads, MLP units) it keeps; a unit not named stays whole.
+            With 0 its residual branch is left out, where it has one.
         precision: Layer name to `int8`, `float` or, for Linear layers, `int4` (weights in four bits, float
             activations); a layer not named takes `default_precision`.
         default_precision: `int8`, `float`, or `auto` (placed by measurement on the target).
@@ -44,8 +45,8 @@ class CompressionPlan:
         if self.default_precision not in PRECISIONS:
             raise InputError(f"plan: precision {self.default_precision!r} is unknown; use int8, float or auto.")
         for unit, width in self.keep.items():
-            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-                raise InputError(f"plan: unit {unit!r} keeps {width!r}; give a whole number of at least 1.")
+            if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+                raise InputError(f"plan: unit {unit!r} keeps {width!r}; give a whole number of at least 0.")
 
     def __hash__(self) -> int:
         return hash(self.digest)

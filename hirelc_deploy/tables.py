@@ -40,6 +40,9 @@ PROBED_BUDGETS = (0.2, 0.4, 0.6, 0.8)
 MIN_STEP = 0.02
 """A width is offered only if it makes the unit's layers at least this share faster than the next wider one."""
 
+NO_GATE = -1
+"""Where the position of a decision would stand: no choice leaves the layer out."""
+
 FAILED_LOSS = 10.0
 """Loss in nats charged to an option that could not be built: worse than guessing among thousands of classes."""
 
@@ -62,7 +65,8 @@ class NetworkTime:
         narrow, wide = kept_features(layer, self.graph, keep)
         key = (layer.name, narrow, wide, precision)
         if key not in self._known:
-            self._known[key] = self.table.layer_ms(layer.shape, narrow, wide, precision)
+            there = narrow and wide  # else its branch is left out
+            self._known[key] = self.table.layer_ms(layer.shape, narrow, wide, precision) if there else 0.0
         return self._known[key]
 
     def predict(self, keep: Mapping[str, int], precision_of: Callable[[str], str]) -> float:
@@ -111,7 +115,7 @@ def uniform_keep(graph: ModelGraph, ratio: float) -> dict[str, int]:
 
 
 def offered_widths(unit: Unit, network: NetworkTime, most: int, least_kept: float = LEAST_KEPT) -> tuple[int, ...]:
-    """Return at most `most` widths of a unit that buy time, ascending, the uncut one last.
+    """Return at most `most` widths of a unit that buy time, ascending, the uncut one last; before them 0 for a branch.
 
     Of the timed staircase the widest width of each step stays; of these, those that divide the time most evenly.
     """
@@ -125,7 +129,8 @@ def offered_widths(unit: Unit, network: NetworkTime, most: int, least_kept: floa
         if (ms := ms_at(width)) <= times[-1] * (1 - MIN_STEP):
             offered.append(width)
             times.append(ms)
-    return tuple(reversed([offered[index] for index in evenly_spaced(np.array(times), most)]))
+    widths = reversed([offered[index] for index in evenly_spaced(np.array(times), most)])
+    return (0, *widths) if unit.branch else tuple(widths)
 
 
 def considered_widths(unit: Unit, least_kept: float = LEAST_KEPT) -> list[int]:
@@ -156,6 +161,7 @@ class Between:
         inputs, outputs: Decision to the (options,) features that each option takes away at this end.
         narrow, wide: (LEVELS,) features kept when all these decisions are at the same level, ascending.
         ms: (LEVELS, LEVELS) milliseconds.
+        gate: Decision with whose first option the layer is left out, or NO_GATE.
     """
 
     inputs: Mapping[int, NDArray[np.float64]]
@@ -163,6 +169,7 @@ class Between:
     narrow: NDArray[np.float64]
     wide: NDArray[np.float64]
     ms: NDArray[np.float64]
+    gate: int
 
     def at(self, choices: Choices) -> NDArray[np.float64]:
         """Return (n,) milliseconds at (n, decisions) choices, by bilinear interpolation."""
@@ -172,7 +179,8 @@ class Between:
         i, j = (np.minimum(place.astype(np.int64), LEVELS - 2) for place in (row, column))
         u, v = row - i, column - j
         left = (1 - u) * self.ms[i, j] + u * self.ms[i + 1, j]
-        return np.asarray((1 - v) * left + v * ((1 - u) * self.ms[i, j + 1] + u * self.ms[i + 1, j + 1]))
+        ms = (1 - v) * left + v * ((1 - u) * self.ms[i, j + 1] + u * self.ms[i + 1, j + 1])
+        return np.asarray(ms * _there(choices, self.gate))
 
     @staticmethod
     def _kept(ends: Mapping[int, NDArray[np.float64]], counts: NDArray[np.float64], choices: Choices) -> Any:
@@ -185,51 +193,62 @@ class LayerTimes:
 
     Attributes:
         fixed: Milliseconds that no choice changes.
-        pairs: Two decisions, or one twice, to the (options, options) milliseconds of all layers between them.
+        pairs: Two decisions, or one twice, and a gate (see `Between`), to the (options, options) milliseconds of all
+            layers between them.
         others: The layers between more than two.
     """
 
     fixed: float
-    pairs: Mapping[tuple[int, int], NDArray[np.float64]]
+    pairs: Mapping[tuple[int, int, int], NDArray[np.float64]]
     others: tuple[Between, ...]
 
     @classmethod
     def of(cls, network: NetworkTime, offered: Mapping[str, tuple[int, ...]]) -> LayerTimes:
         """Look up every layer at every pair of offered widths of its two ends."""
         position = {unit: index for index, unit in enumerate(offered)}
-        fixed, pairs, others = network.fixed, dict[tuple[int, int], NDArray[np.float64]](), []
+        fixed, pairs, others = network.fixed, dict[tuple[int, int, int], NDArray[np.float64]](), []
         for layer in network.graph.layers:
-            ends = sorted((unit for unit in layer.units if unit in position), key=position.__getitem__)
+            gate = network.graph.gates.get(layer.name)
+            units = {unit for unit in layer.units if unit in position}
+            if gate in position and len(units | {gate}) <= 2:
+                units, gate = units | {gate}, None  # what goes at its first option is seen in the pair
+            ends = sorted(units, key=position.__getitem__)
             if not ends:
                 fixed += network.scale * network.layer_ms(layer, {}, "int8")
                 continue
+            gated = NO_GATE if gate is None else position[gate]
             if len(ends) > 2:
-                others.append(_between(network, layer, offered))
+                others.append(_between(network, layer, offered, gated))
                 continue
             first, last = ends[0], ends[-1]
             ms = np.zeros((len(offered[first]), len(offered[last])))
             for (i, a), (j, b) in product(enumerate(offered[first]), enumerate(offered[last])):
                 if first != last or i == j:
                     ms[i, j] = network.scale * network.layer_ms(layer, {first: a, last: b}, "int8")
-            pair = (position[first], position[last])
+            pair = (position[first], position[last], gated)
             pairs[pair] = pairs[pair] + ms if pair in pairs else ms
         return cls(fixed, pairs, tuple(others))
 
     def predict(self, choices: Choices) -> NDArray[np.float64]:
         """Return (n,) predicted milliseconds of (n, decisions) choices."""
         total = np.full(len(choices), self.fixed)
-        for (first, last), ms in self.pairs.items():
-            total += ms[choices[:, first], choices[:, last]]
+        for (first, last, gate), ms in self.pairs.items():
+            total += ms[choices[:, first], choices[:, last]] * _there(choices, gate)
         for layer in self.others:
             total += layer.at(choices)
         return total
 
 
-def _between(network: NetworkTime, layer: Layer, offered: Mapping[str, tuple[int, ...]]) -> Between:
+def _there(choices: Choices, gate: int) -> NDArray[np.bool_] | bool:
+    """Return (n,) whether the layers behind a gate are there."""
+    return True if gate == NO_GATE else choices[:, gate] > 0
+
+
+def _between(network: NetworkTime, layer: Layer, offered: Mapping[str, tuple[int, ...]], gate: int) -> Between:
     position = {unit: index for index, unit in enumerate(offered)}
 
     def at_level(shares: tuple[Share, ...], level: int) -> dict[str, int]:
-        widths = {share.unit: offered[share.unit] for share in shares if share.unit in position}
+        widths = {s.unit: [w for w in offered[s.unit] if w] for s in shares if s.unit in position}
         return {unit: w[round(level * (len(w) - 1) / (LEVELS - 1))] for unit, w in widths.items()}
 
     def gone(shares: tuple[Share, ...]) -> dict[int, NDArray[np.float64]]:
@@ -245,7 +264,7 @@ def _between(network: NetworkTime, layer: Layer, offered: Mapping[str, tuple[int
     paired = layer.shape.depthwise  # both its ends are the same features
     ms = [[network.table.layer_ms(layer.shape, b if paired else a, b, "int8") for b in wide] for a in narrow]
     ends = np.array(narrow, np.float64), np.array(wide, np.float64)
-    return Between(gone(layer.reads), gone(layer.writes), *ends, network.scale * np.array(ms))
+    return Between(gone(layer.reads), gone(layer.writes), *ends, network.scale * np.array(ms), gate)
 
 
 def build_problem(
@@ -358,12 +377,12 @@ def interpolated_losses(removed: NDArray[np.float64], measured: Mapping[int, flo
 
 def smallest_ms(network: NetworkTime) -> float:
     """Return the predicted time of the network with every unit at its narrowest legal width."""
-    return network.predict({unit.name: unit.widths[0] for unit in network.graph.units}, lambda _: "int8")
+    return network.predict({unit.name: unit.least for unit in network.graph.units}, lambda _: "int8")
 
 
 def smallest_bytes(graph: ModelGraph) -> int:
     """Return the bytes that the weights of the layers take as 8-bit integers, with every unit at its narrowest."""
-    return _weight_bytes(graph, {unit.name: unit.widths[0] for unit in graph.units})
+    return _weight_bytes(graph, {unit.name: unit.least for unit in graph.units})
 
 
 def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 8) -> int:
@@ -380,7 +399,8 @@ def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 8) ->
             keep = {
                 u: w for u, w in ((layer.in_unit, narrow), (layer.out_unit, wide)) if u is not None and w is not None
             }
-            keys.add(LayerKey(layer.shape, *kept_features(layer, graph, keep), "int8"))
+            if all(features := kept_features(layer, graph, keep)):
+                keys.add(LayerKey(layer.shape, *features, "int8"))
     missing = network.table.measure_missing(sorted(keys, key=str))
     return sum(1 for _ in pipeline.progress.track(missing, "layer times", len(keys)))
 
@@ -396,9 +416,11 @@ def weight_bytes(graph: ModelGraph, decisions: Sequence[Decision], choices: Choi
         return features - sum(gone[share.unit] * share.per_element for share in shares if share.unit in gone)
 
     total = np.zeros(len(choices))
+    position = {decision.name: index for index, decision in enumerate(decisions)}
     for layer in graph.layers:
         narrow, wide = kept(layer.in_features, layer.reads), kept(layer.out_features, layer.writes)
-        total += layer.params * narrow * wide / (layer.in_features * layer.out_features)
+        there = _there(choices, position.get(graph.gates.get(layer.name, ""), NO_GATE))
+        total += there * layer.params * narrow * wide / (layer.in_features * layer.out_features)
     return total
 
 

@@ -182,7 +182,7 @@ def test_inspect_says_what_can_be_cut_and_why_not(place: Path, capsys: pytest.Ca
     assert set(record) == {"model", "params", "macs", "blocks", "units", "kept_whole", "matched"}
     assert record["params"] == 3 * 8 * 9 + 8 + 2 * 8 + 8 * 8 * 9 + 8 + 8 * 2 + 2
     assert record["macs"] == 64 * 3 * 8 * 9 + 16 * 8 * 8 * 9 + 8 * 2
-    keys = {"name", "kind", "size", "block", "widths", "params", "macs", "bytes"}
+    keys = {"name", "kind", "size", "block", "widths", "branch", "params", "macs", "bytes"}
     assert [set(unit) for unit in record["units"]] == [keys] * 2
     first = record["units"][0]
     assert first["params"] == 3 * 8 * 9 + 8 + 2 * 8 + 8 * 8 * 9, "the first convolution, its norm, the second's inputs"

@@ -45,7 +45,7 @@ def compensate(
     result = copy.deepcopy(model)
     removed: dict[str, list[NDArray[np.int64]]] = {}
     for unit in graph.units:
-        if unit.name not in kept or len(kept[unit.name]) == unit.size:
+        if unit.name not in kept or len(kept[unit.name]) in (0, unit.size):  # without elements its readers go too
             continue
         gone = np.setdiff1d(np.arange(unit.size), kept[unit.name])
         for reader in unit.readers:
@@ -327,13 +327,18 @@ def _resume(
 
 
 def kept_inputs(graph: ModelGraph, kept: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
-    """Return, for every layer that reads a unit, the ascending positions among its uncut input features that stay."""
-    layers = {layer.name: layer for layer in graph.layers}
+    """Return, for every layer that reads a unit, the ascending positions among its uncut input features that stay.
+
+    Layers that are left out read nothing.
+    """
+    widths = {name: len(elements) for name, elements in kept.items()}
+    layers = {layer.name: layer for layer in graph.layers if not graph.leaves_out(layer.name, widths)}
     gone: dict[str, list[NDArray[np.int64]]] = {}
     for unit in graph.units:
         removed = np.setdiff1d(np.arange(unit.size), kept.get(unit.name, np.arange(unit.size)))
         for reader in unit.readers:
-            gone.setdefault(reader.layer, []).append(reader.index[removed].ravel())
+            if reader.layer in layers:
+                gone.setdefault(reader.layer, []).append(reader.index[removed].ravel())
     return {
         name: np.setdiff1d(np.arange(layers[name].in_features), np.concatenate(parts)) for name, parts in gone.items()
     }

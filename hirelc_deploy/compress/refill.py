@@ -25,7 +25,8 @@ class Exporter:
     Two exports of a model at different widths differ in their weights, which come from the module's tensors, and in
     integers, such as the shapes that Reshape is given. Both are certain or not used: a weight by how it was computed
     in the first export, an integer when every width that could explain it in all exports so far says the same about
-    the next. What cannot be told is exported, and learned from. Every file is compared with torch either way.
+    the next. What cannot be told is exported, and learned from. Every file is compared with torch either way. Cut forms
+    that lack other branches have nothing in common here.
 
     Attributes:
         filled: Number of models written without exporting.
@@ -36,8 +37,8 @@ class Exporter:
         self.filled = 0
         self.exported: Counter[str] = Counter()
         self._example = example
-        self._template: Template | None = None
-        self._why_none = "first"
+        self._templates: dict[tuple[str, ...], Template] = {}
+        self._why_none: dict[tuple[str, ...], str] = {}
 
     def write(self, model: nn.Module, batched: Path, static: Path) -> None:
         """Write a model for any number of images, and for one; see `export_onnx` for what is checked and raised."""
@@ -52,10 +53,11 @@ class Exporter:
         static.write_bytes(files[1])
 
     def _fill(self, model: nn.Module) -> tuple[bytes, bytes]:
-        if self._template is None:
-            raise _NotCertain(self._why_none)
+        template = self._templates.get(names := tuple(tensors_of(model)))
+        if template is None:
+            raise _NotCertain(self._why_none.get(names, "first"))
         with export.evaluating(model):
-            batched, static = (proto.SerializeToString() for proto in self._template.fill(model))
+            batched, static = (proto.SerializeToString() for proto in template.fill(model))
             one, several = export.probe(model, self._example)
         try:
             export.check_parity(batched, [several])
@@ -67,15 +69,16 @@ class Exporter:
     def _export(self, model: nn.Module) -> tuple[bytes, bytes]:
         exported = export.exported(model, self._example)
         static = export.static_batch(exported.proto)
+        names = tuple(tensors_of(model))
         try:
             if exported.recipe is None:
                 raise _NotCertain("the exporter does not tell where weights come from")
-            if self._template is None:
-                self._template = Template(exported.recipe, exported.proto, static, model)
+            if names in self._templates:
+                self._templates[names].learn(exported.recipe, exported.proto, static, model)
             else:
-                self._template.learn(exported.recipe, exported.proto, static, model)
+                self._templates[names] = Template(exported.recipe, exported.proto, static, model)
         except _NotCertain as reason:
-            self._why_none = str(reason)
+            self._why_none[names] = str(reason)
         return exported.proto.SerializeToString(), static.SerializeToString()
 
 

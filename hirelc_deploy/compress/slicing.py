@@ -35,7 +35,7 @@ def check_plan(graph: ModelGraph, plan: CompressionPlan) -> None:
         if name not in units:
             raise InputError(f"plan: unit {name!r} does not exist.{_near(name, units)}")
         widths = units[name].widths
-        if width not in widths:
+        if width not in widths and width != units[name].least:
             around = [w for w in widths if w < width][-1:] + [w for w in widths if w > width][:1]
             choice = " or ".join(str(w) for w in around)
             raise InputError(f"plan: unit {name!r} cannot keep {width} of {units[name].size} elements; use {choice}.")
@@ -75,10 +75,11 @@ def slice_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
     """Return a smaller copy of the model in which only the kept elements exist; the model itself is not touched.
 
     The copy is an ordinary module of the same classes: it can be trained, exported and sliced again. Weights that are
-    not cut are copied too, so nothing is shared.
+    not cut are copied too, so nothing is shared. A branch without elements is a `LeftOut`.
 
     Raises:
-        SliceError: An unknown unit, no element left, or numbers that are not ascending elements of the unit.
+        SliceError: An unknown unit, no element left and no branch that goes with them, or numbers that are not
+            ascending elements of the unit.
     """
     stays = _staying(model, graph, kept)
     counts = _counts_left(model, graph, kept)
@@ -95,7 +96,36 @@ def slice_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
     for path, number in counts.items():
         set_whole_number(small, path, number)
     _fix_attributes(small)
+    leave_out(small, graph, kept)
     return small
+
+
+class LeftOut(nn.Module):
+    """Stands where a residual branch was: an identity where the shortcut was in it, else a zero that is added.
+
+    `forward` returns its first argument, or one zero of as many dimensions.
+    """
+
+    def __init__(self, passes: bool) -> None:
+        super().__init__()
+        self.passes = passes
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Ignore whatever else the branch was told."""
+        return x if self.passes else x.new_zeros((1,) * x.ndim)
+
+
+def leave_out(model: nn.Module, graph: ModelGraph, kept: Kept) -> None:
+    """Replace, in place, the branches of units of which nothing stays."""
+    for name, elements in kept.items():
+        branch = graph.unit(name).branch
+        if branch is not None and not len(elements):
+            _replace(model, branch.module, branch.passes)
+
+
+def _replace(model: nn.Module, path: str, passes: bool) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, LeftOut(passes).train(model.training))
 
 
 def mask_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
@@ -115,6 +145,7 @@ def mask_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
                 if name in graph.averaged:
                     # It stands over the mean of all, which is smaller by this than the mean of those that stay.
                     tensor.mul_(len(index) / tensor.shape[dim])
+    leave_out(masked, graph, kept)
     norms = _NormsOverKept(masked, {name: index[0] for name, index in stays.items() if 0 in index})
     masked.register_forward_pre_hook(norms.begin)
     masked.register_forward_hook(norms.end, always_call=True)
@@ -182,31 +213,19 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
     uniform = uniform_plan(graph, 0.5, "float").keep
     rng = np.random.default_rng(0)  # not the same places in every unit: two of them could agree by accident
     chosen = {u.name: np.sort(rng.choice(u.size, uniform[u.name], replace=False)) for u in graph.units}
-    model, example, tolerance = _in_double(model, example)
+    model, example, tolerance = in_double(model, example)
 
-    def difference(units: tuple[Unit, ...]) -> float:
-        half = {u.name: chosen[u.name] for u in units}
-        part = replace(graph, units=units)
-        masked = _outputs(mask_model(model, part, half), example)
-        try:
-            sliced = _outputs(slice_model(model, part, half), example)
-        except Exception:  # the model is the user's code and may raise anything once its sizes change
-            return math.inf
-        if sliced.shape != masked.shape:
-            return math.inf
-        error = float((sliced - masked).abs().max() / masked.abs().max().clamp_min(1e-12))
-        return error if math.isfinite(error) else math.inf
+    def apart(units: tuple[Unit, ...]) -> float:
+        return difference(model, replace(graph, units=units), {u.name: chosen[u.name] for u in units}, example)
 
     def faulty(units: tuple[Unit, ...]) -> list[Unit]:
         """Return the units at fault among `units`, which together differ."""
         if len(units) == 1:
             return list(units)
         middle = len(units) // 2
-        return [
-            bad for half in (units[:middle], units[middle:]) if difference(half) > tolerance for bad in faulty(half)
-        ]
+        return [bad for half in (units[:middle], units[middle:]) if apart(half) > tolerance for bad in faulty(half)]
 
-    error = difference(graph.units)
+    error = apart(graph.units)
     if error <= tolerance:
         return graph, error
     bad = faulty(graph.units)
@@ -225,23 +244,46 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
     )
     units = tuple(unit for unit in graph.units if unit not in bad)
     graph = replace(graph, units=units, layers=layers, kept_whole=(*graph.kept_whole, *reasons))
-    return graph, difference(graph.units)
+    return graph, apart(graph.units)
 
 
-def _in_double(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, float]:
+def difference(model: nn.Module, graph: ModelGraph, kept: Kept, example: Tensor) -> float:
+    """Return how far the outputs of the sliced and of the masked model are apart, as a share of their scale.
+
+    Infinite where the sliced model cannot run or its outputs are not finite.
+    """
+    try:
+        masked = outputs(mask_model(model, graph, kept), example)
+        sliced = outputs(slice_model(model, graph, kept), example)
+    except Exception:  # the model is the user's code and may raise anything once its sizes change
+        return math.inf
+    if sliced.shape != masked.shape:
+        return math.inf
+    error = float((sliced - masked).abs().max() / masked.abs().max().clamp_min(1e-12))
+    return error if math.isfinite(error) else math.inf
+
+
+def in_double(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, float]:
     """Return model and images in double precision and 1e-5, or as they are and 1e-4 where its code needs floats."""
     double = copy.deepcopy(model).double()
     try:
-        _outputs(double, example.double())
+        outputs(double, example.double())
     except RuntimeError:  # torch's answer to operands of different types
         return model, example, 1e-4
     return double, example.double(), 1e-5
 
 
-def shapes(model: nn.Module) -> dict[str, list[int] | int]:
+Shapes = Mapping[str, list[int] | int | str]
+"""See `shapes`."""
+
+IDENTITY, ZERO = "identity", "zero"
+
+
+def shapes(model: nn.Module) -> Shapes:
     """Return the shape manifest, as JSON values: shapes of the state dict, and the numbers that modules keep.
 
-    A tensor has a list, a number (`blocks.0.attn.num_heads`) is one. Numbers that follow from a weight are left out.
+    A tensor has a list, a number (`blocks.0.attn.num_heads`) is one, and a branch that was left out (`layer1.1`) is
+    IDENTITY or ZERO. Numbers that follow from a weight are left out.
     """
     sized = [path for path, module in model.named_modules() if any(applies(module) for applies, _ in ATTRIBUTE_FIXES)]
     numbers = {
@@ -249,17 +291,21 @@ def shapes(model: nn.Module) -> dict[str, list[int] | int]:
         for path, number in whole_numbers(model).items()
         if not any(path.startswith(f"{owner}.") for owner in sized)
     }
-    return {**{name: list(tensor.shape) for name, tensor in model.state_dict().items()}, **numbers}
+    gone = {
+        path: IDENTITY if module.passes else ZERO
+        for path, module in model.named_modules()
+        if isinstance(module, LeftOut)
+    }
+    return {**{name: list(tensor.shape) for name, tensor in model.state_dict().items()}, **numbers, **gone}
 
 
-def rebuild(
-    model_uncut: nn.Module, shapes: Mapping[str, list[int] | int], state_dict: Mapping[str, Tensor]
-) -> nn.Module:
+def rebuild(model_uncut: nn.Module, shapes: Shapes, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Turn a freshly built uncut model into the sliced one, in place, and return it.
 
     Raises:
         InputError: The manifest, the weights and the model do not belong together.
     """
+    _leave_out_again(model_uncut, shapes)
     expected = set(model_uncut.state_dict())
     sizes = {name: shape for name, shape in shapes.items() if isinstance(shape, list)}
     for what, names in (("shape manifest", set(sizes)), ("weights", set(state_dict))):
@@ -292,6 +338,15 @@ def rebuild(
         reason = str(error).strip().split("\n")[-1].strip()
         raise InputError(f"weights: they do not have the shapes of the manifest ({reason}).") from error
     return model_uncut
+
+
+def _leave_out_again(model: nn.Module, shapes: Shapes) -> None:
+    modules = dict(model.named_modules())
+    for path, stands in shapes.items():
+        if isinstance(stands, str):
+            if not path or path not in modules:
+                raise InputError(f"shape manifest: leaves out an unknown module {path!r}; it belongs to another model.")
+            _replace(model, path, stands == IDENTITY)
 
 
 # ---- attributes that repeat what the shapes of weights say --------------------------------------------------------
@@ -363,6 +418,8 @@ def _staying(model: nn.Module, graph: ModelGraph, kept: Kept) -> dict[str, dict[
             raise SliceError(f"unit {name!r} does not exist.{_near(name, units)}")
         unit = units[name]
         numbers = np.asarray(elements)
+        if not len(numbers) and unit.branch is not None:
+            continue  # see `leave_out`
         if not len(numbers) or (np.diff(numbers) <= 0).any() or numbers[0] < 0 or numbers[-1] >= unit.size:
             raise SliceError(f"{name}: keep at least one element, in ascending numbers from 0 to {unit.size - 1}.")
         if len(numbers) == unit.size:
@@ -385,6 +442,7 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Return what a model in eval mode answers, without gradients; the first tensor where it returns several."""
     output = model.eval()(images)
     return output if isinstance(output, Tensor) else output[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -42,6 +42,19 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual branch that is left out when nothing of a unit stays (stochastic depth: Huang et al. 2016).
+
+    Attributes:
+        module: Everything in it goes. What it returns has the shape of what it is given.
+        passes: Its shortcut is in it: it becomes an identity. Otherwise that is around it, and it becomes a zero.
+    """
+
+    module: str
+    passes: bool
+
+
+@dataclass(frozen=True)
 class Unit:
     """Elements that can only be cut together: coupled channels, MLP hidden units or attention heads.
 
@@ -53,6 +66,7 @@ class Unit:
         slices: Everything that is removed with an element. Zeroing it gives the masked twin.
         readers: Layers whose input features come from this unit.
         counts: Numbers that modules keep and that shrink with the unit.
+        branch: Left out when none of its elements stays; without one at least `widths[0]` stay.
     """
 
     name: str
@@ -63,6 +77,12 @@ class Unit:
     slices: tuple[TensorSlice, ...]
     readers: tuple[Reader, ...]
     counts: tuple[Count, ...] = ()
+    branch: Branch | None = None
+
+    @property
+    def least(self) -> int:
+        """The fewest elements that may stay: 0 where a branch goes with them."""
+        return 0 if self.branch else self.widths[0]
 
 
 @dataclass(frozen=True)
@@ -162,6 +182,22 @@ class ModelGraph:
     def unit(self, name: str) -> Unit:
         """Return the unit called `name`; raises KeyError."""
         return self._units_by_name[name]
+
+    @cached_property
+    def gates(self) -> Mapping[str, str]:
+        """Layer to the unit whose branch it is in: where nothing of that unit stays, the layer is left out."""
+        branches = [(unit.name, f"{unit.branch.module}.") for unit in self.units if unit.branch]
+        return {
+            layer.name: unit for layer in self.layers for unit, path in branches if f"{layer.name}.".startswith(path)
+        }
+
+    def without_branches(self) -> ModelGraph:
+        """Return the graph in which something of every unit stays."""
+        return replace(self, units=tuple(replace(unit, branch=None) for unit in self.units))
+
+    def leaves_out(self, layer: str, keep: Mapping[str, int]) -> bool:
+        """Return whether a layer goes with its branch when units keep `keep` elements."""
+        return layer in self.gates and keep.get(self.gates[layer]) == 0
 
     @cached_property
     def _units_by_name(self) -> Mapping[str, Unit]:
