@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from hirelc_deploy import comparison, job, tables
 from hirelc_deploy.compress import recovery
 from hirelc_deploy.config import JobConfig
+from hirelc_deploy.finalists import most_recoverable
 from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed
@@ -183,12 +184,12 @@ def our_files(
     )
     files = []
     for search in searches:
-        plan = CompressionPlan.from_dict(search.best_plan)
+        plan = most_recoverable(pipeline, [CompressionPlan.from_dict(plan) for plan in search.rivals])
         outcome = pipeline.outcome(plan, "F3")
         if isinstance(outcome, Failed):
             raise SystemExit(f"{search.strategy}: {outcome.stage} says: {outcome.reason}")
         speedup = problem.uncut_ms / search.budget_ms
-        predicted_ms = search.ms[int(np.argmin(search.losses))]
+        predicted_ms = network.predict(plan.keep, lambda _: "int8")
         cost = asdict(pipeline.cost(plan))
         files.append(
             File(search.strategy, pipeline.file_of(plan, "F3"), **cost, speedup=speedup, predicted_ms=predicted_ms)

@@ -39,6 +39,7 @@ class Search:
         losses, ms: Of its F1 evaluations in order: loss (nats; inf for a failure), predicted milliseconds.
         files: Its F2 evaluations, as `loss`, `accuracy`, `ratio`.
         best_plan: The plan of least loss at F1, as `CompressionPlan.to_dict`; empty where nothing was measured.
+        rivals: It, and the best plans that leave out other branches, best first; see `SearchResult.rivals`.
         thinking_seconds: Processor time outside evaluation.
         evaluating_seconds: Processor time inside; little where the journal answers.
         record: What a hierarchy wrote down; empty for others.
@@ -51,6 +52,7 @@ class Search:
     ms: tuple[float, ...]
     files: tuple[Mapping[str, Any], ...]
     best_plan: Mapping[str, Any]
+    rivals: tuple[Mapping[str, Any], ...]
     thinking_seconds: float
     evaluating_seconds: float
     record: Mapping[str, Any]
@@ -107,6 +109,7 @@ def _search_of(
         tuple(problem.predict_ms(t.choices) for t in first),
         tuple({"loss": f.loss, "accuracy": f.accuracy, "ratio": f.ratio} for f in files if isinstance(f, Measured)),
         best[0].plan.to_dict() if best else {},
+        tuple(plan.to_dict() for plan in result.rivals()),
         result.seconds - result.seconds_evaluating,
         result.seconds_evaluating,
         record,

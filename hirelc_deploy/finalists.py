@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -62,6 +63,9 @@ BYTES_AIM = 0.99
 
 AGENTS = "agents.safetensors"
 """In a run's folder: what the agents of its last search learned that means something elsewhere."""
+
+TRIAL_SHARE = 0.1
+"""Of the epochs of a recovery, in a trial."""
 
 NO_CHOICES: Choices = np.empty(0, np.int64)
 """Stands in for the choices of a trial that is known by its plan alone."""
@@ -243,7 +247,11 @@ class Search:
                     partial.write_bytes(save(shared_weights(strategy.agents)))
             if result.best is None:
                 return best
-            best, outcome = result.best
+            late = time.monotonic() > self.deadline
+            best = result.best[0] if late else most_recoverable(self.pipeline, result.rivals())
+            outcome = self._evaluate(best, "F2")
+            if not isinstance(outcome, Measured):
+                best, outcome = result.best
             measured_ms = (outcome.ratio or 0.0) * self.pipeline.reference_ms
             if measured_ms <= budget_ms * (1 + TOLERANCE):
                 return best
@@ -261,6 +269,19 @@ class Search:
         return within_bytes(
             self.problem, budget_ms, BYTES_AIM * self.limits.max_bytes - beside, partial(weight_bytes, graph, decisions)
         )
+
+
+def most_recoverable(pipeline: Pipeline, rivals: Sequence[CompressionPlan]) -> CompressionPlan:
+    """Return the plan that loses least after a trial recovery, the first where there is nothing to compare.
+
+    Before any training a plan without a branch loses more than it will: ResNet-18 in 1/16 of its FP32 time lost 0.096
+    nats without `layer1.1` and 0.107 by widths alone, after 0.3 epochs 0.032 and 0.042.
+    """
+    recovery = pipeline.effort.recovery
+    if recovery is None or len(rivals) == 1:
+        return rivals[0]
+    losses = [pipeline.loss_after(plan, TRIAL_SHARE * recovery.epochs) for plan in rivals]
+    return rivals[int(np.argmin(losses))]
 
 
 def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:

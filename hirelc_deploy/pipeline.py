@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -478,6 +478,23 @@ class Pipeline:
     def cut(self, plan: CompressionPlan) -> nn.Module:
         """Return the sliced model, compensated, with batch-norm statistics of its own; not trained."""
         return cut(self, plan)
+
+    def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
+        """Return what a cut model loses on the selection images of F1 after a recovery of so many epochs; journaled."""
+        brief = replace(self.effort.recovery or recovery.Recovery(), epochs=epochs)
+
+        def measure() -> float:
+            model = self.cut(plan)
+            kept = slicing.keep_indices(self.graph, plan, self.scores)
+            reads, name = recovery.kept_inputs(self.graph, kept), f"trial recovery of {plan.digest}"
+            recovery.fine_tune(
+                model, self.teacher, brief, seed=self.seed, progress=self.progress, name=name, reads=reads
+            )
+            images = self.judge.images
+            with recovery.half_precision(torch.device("cpu")):
+                return judged(forward(model, images).numpy(), self.judge.answers, self.judge.labels)[0]
+
+        return float(self.run.remember(f"loss of {plan.digest} after {epochs:g} epochs", measure))
 
     def cost(self, plan: CompressionPlan) -> Cost:
         """Return the parameters and multiply-accumulates that a plan leaves, counted without building it."""

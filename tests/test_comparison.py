@@ -26,7 +26,7 @@ from hirelc_deploy.runs import TrialRecord
 
 
 def search(losses: tuple[float, ...], ms: tuple[float, ...], name: str = "a", seed: int = 0) -> Search:
-    return Search(name, seed, max(ms), losses, ms, (), {}, 0.1, 0.2, {})
+    return Search(name, seed, max(ms), losses, ms, (), {}, (), 0.1, 0.2, {})
 
 
 def test_the_sign_flip_test_by_hand() -> None:

@@ -15,6 +15,10 @@ FRUITLESS_BATCHES = 10
 """Batches in a row with nothing but known plans, after which the search ends before its evaluations are used."""
 
 
+RIVALS = 3
+"""Plans that leave out different branches and may be compared after a trial recovery, at most."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One plan at one fidelity, and what came of it."""
@@ -58,6 +62,14 @@ class SearchResult:
         """Return the trials that were measured at this fidelity, least loss first, the earlier one where equal."""
         measured = [t for t in self.trials if t.fidelity == fidelity and objectives(t.outcome) is not None]
         return sorted(measured, key=lambda trial: trial.outcome.loss if isinstance(trial.outcome, Measured) else 0.0)
+
+    def rivals(self, most: int = RIVALS) -> list[CompressionPlan]:
+        """Return the best plan (F1) of each set of branches that are left out, best first, at most so many."""
+        found: dict[frozenset[str], CompressionPlan] = {}
+        for trial in self.ranked("F1"):
+            gone = frozenset(unit for unit, width in trial.plan.keep.items() if width == 0)
+            found.setdefault(gone, trial.plan)
+        return list(found.values())[:most]
 
     @property
     def best(self) -> tuple[CompressionPlan, Measured] | None:
