@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hirelc_deploy.search.knapsack import (
     solve,
     solve_additive,
     solve_price,
+    solve_without,
     tables_around,
     tables_of,
     uncut,
@@ -154,3 +156,19 @@ def test_the_lowest_price_that_fits_is_found() -> None:
     free, nothing = solve_price(tables.cheapest, problem, problem.uncut_ms, 1.0)
     assert nothing == 0.0
     assert np.array_equal(free, uncut(problem))
+
+
+def test_the_solver_also_answers_without_each_branch() -> None:
+    toy = Toy(3)
+    budget_ms = 0.5 * toy.problem.uncut_ms
+    assert solve_without(toy.problem, budget_ms, 3) == []  # something of every unit stays
+    first, *rest = toy.problem.decisions
+    branches = [
+        replace(d, options=(0, *d.options[1:]), loss=np.append(0.5 + index, d.loss[1:]))
+        for index, d in enumerate((first, rest[0]))
+    ]
+    problem = replace(toy.problem, decisions=(*branches, *rest[1:]))
+    answers = solve_without(problem, budget_ms, 3)
+    assert [answer[:2].tolist().index(0) for answer in answers] == [0, 1]  # the cheaper branch first
+    assert all(problem.predict_ms(answer) <= budget_ms for answer in answers)
+    assert len(solve_without(problem, budget_ms, 1)) == 1

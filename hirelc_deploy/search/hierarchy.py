@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hirelc_deploy.outcome import Measured, Outcome
 from hirelc_deploy.search.agent import Agent, Draws, Member, Scene
 from hirelc_deploy.search.high_level import block_budgets, block_of
-from hirelc_deploy.search.knapsack import check_feasible, project, solve, tables_around
+from hirelc_deploy.search.knapsack import check_feasible, project, solve, solve_without, tables_around
 from hirelc_deploy.search.ppo import A2C, PpoSettings
 from hirelc_deploy.search.problem import FISHER, Choices, Problem
 from hirelc_deploy.search.reward import FAILED_REWARD, Goal, Reward, reward_of
@@ -93,8 +93,9 @@ class Round:
 class Hierarchy:
     """An ensemble of agents over one problem.
 
-    Each batch, every member draws feasible plans and the ensemble votes on one. The first batch is the solver's answer
-    and draws, in turn those that the tables like best and those of each member. From then on the plans of the pool
+    Each batch, every member draws feasible plans and the ensemble votes on one. The first batch is the solver's answer,
+    its answers without one of the branches that may go, and draws, in turn those that the tables like best and those of
+    each member. From then on the plans of the pool
     (draws, vote, neighbours of the best) are evaluated from which the surrogate expects the most improvement, which
     counts how little it knows. Outcomes teach the surrogate and the members that drew them. While its held-out
     predictions rank plans well, the surrogate teaches the members further, and tells the HLA which blocks cost more
@@ -160,10 +161,11 @@ class Hierarchy:
     def propose(self, count: int) -> list[Choices]:
         """Return up to `count` feasible choices that are new; the first ever is the solver's answer."""
         self._pending = [agent.draw(DRAWS) for agent in self.agents]
-        first = self._scene.answer if self.parts.warm_start and not self._proposed else self.vote()
+        first, *others = self._answers(count) if self.parts.warm_start and not self._proposed else [self.vote()]
         # One draw of each member after the other, so that every one is heard when all are taken in this order.
         drawn = [draws.choices[index] for index in range(DRAWS) for draws in self._pending]
-        picked = self._chosen(self._unseen([first, *drawn] if self.parts.warm_start else drawn), count)
+        picked = self._chosen(self._unseen([first, *drawn] if self.parts.warm_start else drawn), count - len(others))
+        picked = self._unseen([*picked[:1], *others, *picked[1:]])
         for noise in range(2, 2 + WILDER):
             if len(picked) >= count:
                 break
@@ -202,6 +204,10 @@ class Hierarchy:
             this.updates = [self._teach(index, draws) for index, draws in enumerate(self._pending)]
         self._pending = []
         self._write_down(this)
+
+    def _answers(self, count: int) -> list[Choices]:
+        """Return the solver's answer, and for up to half of a first batch of `count` those without a branch."""
+        return [self._scene.answer, *solve_without(self._problem, self._budget_ms, count // 2)]
 
     @property
     def _trusted(self) -> bool:
