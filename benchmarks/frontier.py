@@ -9,7 +9,8 @@ file, there are plans of --strategies, each found with --trials F1 evaluations, 
 Taylor importance, whose ratio of channels is the least at which the layer table predicts the same time. All of them are
 trained by the same function: same epochs, learning rate, distillation of answers and of features, images and seed.
 Integer files are ours (F3) for our plans; for Torch-Pruning's ONNX Runtime's static quantizer, as in
-peers_resnet18.py, and ours as well. Then FP32, both uncut integer files and all others are timed side by side in one
+peers_resnet18.py, and ours as well. Torch-Pruning's cut is also trained as it usually is, by distilling answers alone.
+Of a strategy's plans that leave out different branches the one goes on that loses least after a trial recovery. Then FP32, both uncut integer files and all others are timed side by side in one
 protocol run and answer all test images once.
 
 Everything is journaled in --run: an interrupted run goes on with the same command. --train-only ends before the timing
@@ -26,6 +27,7 @@ The result goes to benchmarks/results/NAME.json.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
@@ -60,6 +62,7 @@ from hirelc_deploy.tables import NetworkTime
 
 UNCUT, UNCUT_RUNTIME = "uncut INT8", "uncut ONNX Runtime INT8"
 PEER_RUNTIME, PEER_OURS = "Torch-Pruning + ONNX Runtime INT8", "Torch-Pruning + our INT8"
+PEER_ANSWERS = "Torch-Pruning, answers alone distilled + ONNX Runtime INT8"
 
 
 @dataclass(frozen=True)
@@ -137,19 +140,24 @@ class Peer:
         return plan
 
     def files(self, speedup: float, budget_ms: float) -> list[File]:
-        """Return the trained cut for a time budget as two integer files."""
+        """Return the cut for a time budget, trained as ours and as is usual, as three integer files."""
         pipeline, percent = self.pipeline, self.percent_for(budget_ms)
         model, lost = self.cut(percent)
         plan, predicted_ms = self.plan_of(model), self.predicted_ms(model)
+        usual, usual_plan = copy.deepcopy(model), replace(plan, default_precision="int8")  # another name on the disk
         if pipeline.effort.recovery is not None:
             model = pipeline.trained(model, plan, {**recovery.kept_inputs(pipeline.graph, {}), **lost})
+            usual = pipeline.trained(usual, usual_plan, {})
+        answers = pipeline.files / f"{usual_plan.digest}-runtime-int8.onnx"
+        write_runtime_file(pipeline, usual, answers)
         ours, runtime = pipeline.file_of(plan, "F3"), pipeline.files / f"{plan.digest}-runtime-int8.onnx"
         if not ours.exists():
             pipeline.build(model, plan, "F3")
         write_runtime_file(pipeline, model, runtime)
         cost = asdict(pipeline.cost(plan))
         about = {"speedup": speedup, "predicted_ms": predicted_ms, "ratio_of_channels": percent / 100, **cost}
-        return [File(PEER_RUNTIME, runtime, **about), File(PEER_OURS, ours, **about)]
+        named = {PEER_RUNTIME: runtime, PEER_OURS: ours, PEER_ANSWERS: answers}
+        return [File(name, path, **about) for name, path in named.items()]
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
@@ -204,7 +212,7 @@ def compared_methods(
     """Return the speed at equal accuracy of the first method, over each other one."""
 
     def names_of(method: str) -> list[str]:
-        uncut = UNCUT_RUNTIME if method == PEER_RUNTIME else UNCUT
+        uncut = UNCUT_RUNTIME if method in (PEER_RUNTIME, PEER_ANSWERS) else UNCUT
         return [uncut, *(file.name for file in files if file.method == method)]
 
     methods = list(dict.fromkeys(file.method for file in files if file.speedup is not None))
