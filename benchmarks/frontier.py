@@ -11,7 +11,7 @@ trained by the same function: same epochs, learning rate, distillation of answer
 Integer files are ours (F3) for our plans; for Torch-Pruning's ONNX Runtime's static quantizer, as in
 peers_resnet18.py, and ours as well. Torch-Pruning's cut is also trained as it usually is, by distilling answers alone.
 Of a strategy's plans that leave out different branches the one goes on that loses least after a trial recovery. Then
-FP32, both uncut integer files and all others are timed side by side in one protocol run and answer all test images once.
+FP32, both uncut integer files and all others are timed side by side in one protocol run and answer all test images.
 
 Everything is journaled in --run: an interrupted run goes on with the same command. --train-only ends before the timing
 of all files and the test split, which want a quiet machine. Files of another number of epochs belong in another --run.
