@@ -416,3 +416,49 @@ def test_many_calibration_images_are_read_batch_by_batch_and_are_the_same(
     streamed = pipeline.calibration_batches()
     assert not isinstance(streamed, list)
     assert torch.equal(torch.cat(list(streamed)), torch.cat(list(kept)))
+
+
+def test_of_rivals_the_one_that_recovers_best_goes_on(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    rivals = [CompressionPlan({"stages.0.0.conv1": width}) for width in (8, 0)]
+    asked: list[float] = []
+
+    def loss_after(plan: CompressionPlan, epochs: float) -> float:
+        asked.append(epochs)
+        return 0.1 + plan.keep["stages.0.0.conv1"]
+
+    monkeypatch.setattr(pipeline, "loss_after", loss_after)
+    assert finalists.most_recoverable(pipeline, rivals[:1]) == rivals[0]
+    assert asked == []  # nothing to compare
+    assert finalists.most_recoverable(pipeline, rivals) == rivals[1]
+    assert asked == pytest.approx([0.3, 0.3])
+    monkeypatch.setattr(pipeline, "effort", replace(EFFORT, recovery=None))
+    assert finalists.most_recoverable(pipeline, rivals) == rivals[0]
+
+
+def test_a_trial_recovery_lowers_the_loss_and_is_remembered(pipeline: Pipeline):
+    plan = CompressionPlan({"stages.0.0.conv1": 0, "stages.0.residual": 8}, default_precision="auto")
+    before = pipeline.evaluate(plan, "F1")
+    assert isinstance(before, Measured)
+    after = pipeline.loss_after(plan, 3)
+    assert after < before.loss
+    assert pipeline.loss_after(plan, 3) == after
+    assert pipeline.run.fact(f"loss of {plan.digest} after 3 epochs") == after
+
+
+def test_a_plan_without_a_branch_walks_the_whole_path(pipeline: Pipeline):
+    plan = CompressionPlan({"stages.0.0.conv1": 0, "stages.1.residual": 16}, default_precision="auto")
+    whole, found = pipeline.evaluate(CompressionPlan(default_precision="auto"), "F2"), pipeline.evaluate(plan, "F3")
+    assert isinstance(whole, Measured)
+    assert isinstance(found, Measured)
+    assert found.params < whole.params
+    assert (found.ratio or 9) < (whole.ratio or 9)
+    nodes = onnx.load(str(pipeline.file_of(plan, "F3"))).graph.node
+    assert not [node.name for node in nodes if node.name.startswith("stages.0.0.conv")]
+
+
+def test_without_depth_a_search_keeps_something_of_every_unit(pipeline: Pipeline):
+    network = tables.NetworkTime(pipeline.graph.without_branches(), LatencyTable(pipeline.backend, None), 0.0, 1.0)
+    for unit in network.graph.units:
+        assert min(tables.offered_widths(unit, network, 5)) > 0
+    deep = replace(network, graph=pipeline.graph)
+    assert [0 in tables.offered_widths(unit, deep, 5) for unit in pipeline.graph.units].count(True) == 1

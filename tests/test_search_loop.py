@@ -265,3 +265,18 @@ def test_ctrl_c_is_passed_on_and_what_was_finished_is_kept(tmp_path: Path) -> No
     assert len(Run.read(tmp_path / "run").trials) == 5
     assert len(seen[-1].trials) == 5
     assert seen[-1].fronts["F1"]
+
+
+def test_rivals_are_the_best_plans_that_leave_out_different_branches() -> None:
+    result = SearchResult("any")
+    for loss, keep in (
+        (0.4, {"a": 0, "b": 8}),
+        (0.1, {"a": 4, "b": 8}),
+        (0.3, {"a": 0, "b": 4}),
+        (0.2, {"a": 8, "b": 8}),
+        (0.5, {"a": 0, "b": 0}),
+        (0.6, {"a": 4, "b": 0}),
+    ):
+        plan = CompressionPlan(keep)
+        result.add(Trial(np.empty(0, np.int64), plan, "F1", Measured(plan.digest, "F1", loss, None, 1, 1)))
+    assert [dict(plan.keep) for plan in result.rivals()] == [{"a": 4, "b": 8}, {"a": 0, "b": 4}, {"a": 0, "b": 0}]
