@@ -10,7 +10,7 @@ Taylor importance, whose ratio of channels is the least at which the layer table
 trained by the same function: same epochs, learning rate, distillation of answers and of features, images and seed.
 Integer files are ours (F3) for our plans; for Torch-Pruning's ONNX Runtime's static quantizer, as in
 peers_resnet18.py, and ours as well. Torch-Pruning's cut is also trained as it usually is, by distilling answers alone.
-Of a strategy's plans that leave out different branches the one goes on that loses least after a trial recovery. Then
+Ours, the first strategy, settles by trial recoveries which branches go, and then searches again, as `search` does. Then
 FP32, both uncut integer files and all others are timed side by side in one protocol run and answer all test images.
 
 Everything is journaled in --run: an interrupted run goes on with the same command. --train-only ends before the timing
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from hirelc_deploy import comparison, job, tables
 from hirelc_deploy.compress import recovery
 from hirelc_deploy.config import JobConfig
-from hirelc_deploy.finalists import most_recoverable
+from hirelc_deploy.finalists import settled_depth
 from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed
@@ -58,6 +58,8 @@ from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import atomic_path
+from hirelc_deploy.search.depth import gone_from, with_depth
+from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.tables import NetworkTime
 
 UNCUT, UNCUT_RUNTIME = "uncut INT8", "uncut ONNX Runtime INT8"
@@ -192,7 +194,9 @@ def our_files(
     )
     files = []
     for search in searches:
-        plan = most_recoverable(pipeline, [CompressionPlan.from_dict(plan) for plan in search.rivals])
+        plan = CompressionPlan.from_dict(search.best_plan)
+        if search.strategy == strategies[0]:
+            plan = without_branches(pipeline, problem, search, trials)
         outcome = pipeline.outcome(plan, "F3")
         if isinstance(outcome, Failed):
             raise SystemExit(f"{search.strategy}: {outcome.stage} says: {outcome.reason}")
@@ -204,6 +208,24 @@ def our_files(
         )
     losses = {f"{s.strategy} at {problem.uncut_ms / s.budget_ms:g}": s.best_loss for s in searches}
     return files, {"uncut_ms_predicted": problem.uncut_ms, "losses_before_training": losses}
+
+
+def without_branches(pipeline: Pipeline, problem: Problem, search: comparison.Search, trials: int) -> CompressionPlan:
+    """Return what the whole of our search ends with: the best plan once trial recoveries settled which branches go."""
+    rivals = [CompressionPlan.from_dict(plan) for plan in search.rivals]
+    gone = settled_depth(pipeline, problem, search.budget_ms, rivals)
+    if gone is None or gone == gone_from(rivals[0]):
+        return rivals[0]
+    (again,) = comparison.run_all(
+        with_depth(problem, gone),
+        [search.budget_ms],
+        [search.strategy],
+        [search.seed],
+        pipeline.outcome,
+        f1_evaluations=trials,
+        progress=pipeline.progress.say,
+    )
+    return CompressionPlan.from_dict(again.best_plan)
 
 
 def compared_methods(

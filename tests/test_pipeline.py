@@ -29,6 +29,7 @@ from hirelc_deploy.pipeline import Effort, Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
+from hirelc_deploy.search import depth
 from hirelc_deploy.search.knapsack import smallest, solve
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.testing.fake_backend import FakeBackend, Faults
@@ -418,21 +419,23 @@ def test_many_calibration_images_are_read_batch_by_batch_and_are_the_same(
     assert torch.equal(torch.cat(list(streamed)), torch.cat(list(kept)))
 
 
-def test_of_rivals_the_one_that_recovers_best_goes_on(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    rivals = [CompressionPlan({"stages.0.0.conv1": width}) for width in (8, 0)]
+def test_which_branches_go_is_settled_by_trial_recoveries(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    problem = tables.build_problem(pipeline, network, options=3)
+    known = [CompressionPlan({"stages.0.0.conv1": 8}, default_precision="auto")]
     asked: list[float] = []
 
     def loss_after(plan: CompressionPlan, epochs: float) -> float:
         asked.append(epochs)
-        return 0.1 + plan.keep["stages.0.0.conv1"]
+        return 0.1 + plan.keep.get("stages.0.0.conv1", 16)
 
     monkeypatch.setattr(pipeline, "loss_after", loss_after)
-    assert finalists.most_recoverable(pipeline, rivals[:1]) == rivals[0]
-    assert asked == []  # nothing to compare
-    assert finalists.most_recoverable(pipeline, rivals) == rivals[1]
-    assert asked == pytest.approx([0.3, 0.3])
+    budget_ms = 0.8 * problem.uncut_ms
+    assert finalists.settled_depth(pipeline, problem, budget_ms, known) == {"stages.0.0.conv1"}
+    assert asked == pytest.approx([20 / 8] * 2)  # of 8 steps an epoch
+    assert finalists.settled_depth(pipeline, depth.with_depth(problem, frozenset()), budget_ms, known) is None
     monkeypatch.setattr(pipeline, "effort", replace(EFFORT, recovery=None))
-    assert finalists.most_recoverable(pipeline, rivals) == rivals[0]
+    assert finalists.settled_depth(pipeline, problem, budget_ms, known) is None
 
 
 def test_a_trial_recovery_lowers_the_loss_and_is_remembered(pipeline: Pipeline):

@@ -279,4 +279,9 @@ def test_rivals_are_the_best_plans_that_leave_out_different_branches() -> None:
     ):
         plan = CompressionPlan(keep)
         result.add(Trial(np.empty(0, np.int64), plan, "F1", Measured(plan.digest, "F1", loss, None, 1, 1)))
-    assert [dict(plan.keep) for plan in result.rivals()] == [{"a": 4, "b": 8}, {"a": 0, "b": 4}, {"a": 0, "b": 0}]
+    assert [dict(plan.keep) for plan in result.rivals()] == [
+        {"a": 4, "b": 8},
+        {"a": 0, "b": 4},
+        {"a": 0, "b": 0},
+        {"a": 4, "b": 0},
+    ]

@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.search.depth import gone_from
 from hirelc_deploy.search.problem import Choices, Evaluate, Problem, Strategy
 
 FRUITLESS_BATCHES = 10
 """Batches in a row with nothing but known plans, after which the search ends before its evaluations are used."""
-
-
-RIVALS = 3
-"""Plans that leave out different branches and may be compared after a trial recovery, at most."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,12 @@ class SearchResult:
         measured = [t for t in self.trials if t.fidelity == fidelity and objectives(t.outcome) is not None]
         return sorted(measured, key=lambda trial: trial.outcome.loss if isinstance(trial.outcome, Measured) else 0.0)
 
-    def rivals(self, most: int = RIVALS) -> list[CompressionPlan]:
-        """Return the best plan (F1) of each set of branches that are left out, best first, at most so many."""
+    def rivals(self) -> list[CompressionPlan]:
+        """Return the best plan (F1) of each set of branches that are left out, best first."""
         found: dict[frozenset[str], CompressionPlan] = {}
         for trial in self.ranked("F1"):
-            gone = frozenset(unit for unit, width in trial.plan.keep.items() if width == 0)
-            found.setdefault(gone, trial.plan)
-        return list(found.values())[:most]
+            found.setdefault(gone_from(trial.plan), trial.plan)
+        return list(found.values())
 
     @property
     def best(self) -> tuple[CompressionPlan, Measured] | None:
