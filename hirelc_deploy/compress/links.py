@@ -1,10 +1,11 @@
-"""In: an ONNX graph. Out: which node makes each tensor, and which nodes read it."""
+"""In: an ONNX graph. Out: which node makes each tensor, which nodes read it, and the graph with other nodes."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 
 def makers_of(graph: GraphProto) -> dict[str, NodeProto]:
@@ -19,3 +20,22 @@ def readers_of(graph: GraphProto) -> defaultdict[str, list[NodeProto]]:
         for tensor in node.input:
             readers[tensor].append(node)
     return readers
+
+
+def replace_nodes(proto: ModelProto, nodes: Sequence[NodeProto]) -> None:
+    """Give the graph these nodes, without those that nothing reads, and without constants that nothing reads."""
+    graph = proto.graph
+    wanted = {value.name for value in graph.output}
+    kept: list[NodeProto] = []
+    for node in reversed(nodes):
+        if any(output in wanted for output in node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    used = [initializer for initializer in graph.initializer if initializer.name in wanted]
+    del graph.initializer[:]
+    graph.initializer.extend(used)
+    known = {value.name: value for value in graph.value_info if value.name in wanted}
+    del graph.value_info[:]
+    graph.value_info.extend(known.values())

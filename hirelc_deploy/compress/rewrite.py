@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from hirelc_deploy.compress.links import makers_of, readers_of
+from hirelc_deploy.compress.links import makers_of, readers_of, replace_nodes
+from hirelc_deploy.compress.moves import MOVED, PICKED, use_row_gathers
 
 MICROSOFT = "com.microsoft"
 ROWS = ":rows"
@@ -29,13 +30,17 @@ def rewrite(proto: ModelProto) -> None:
     """Bring activations, and layers on tokens, into their fast forms, in place."""
     # Before anything else: inference stops at operators that standard ONNX does not have.
     proto.CopyFrom(onnx.shape_inference.infer_shapes(proto))
+    if _is_static(proto):
+        use_row_gathers(proto)
     use_quick_gelu(proto)
     use_rows(proto)
 
 
 def source_of(tensor: str) -> str:
     """Return the tensor of the original file whose values a tensor of a rewritten file holds."""
-    return tensor.removesuffix(ROWS).removesuffix(PADDED)
+    for ending in (ROWS, PADDED, *MOVED):
+        tensor = tensor.removesuffix(ending)
+    return tensor
 
 
 def use_quick_gelu(proto: ModelProto) -> None:
@@ -129,8 +134,13 @@ def use_rows(proto: ModelProto) -> None:
     from Add and LayerNormalization and whose CPU kernel takes longer than the two. Nothing changes in a file of any
     batch: the number of positions is unknown there.
     """
-    if proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
+    if _is_static(proto):
         _Rows(proto).rewrite()
+
+
+def _is_static(proto: ModelProto) -> bool:
+    """Return whether a file has a fixed batch."""
+    return bool(proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"))
 
 
 class _Rows:
@@ -155,16 +165,18 @@ class _Rows:
                     self._need(tensor)
                 self.nodes.append(node)
                 self.there.update(node.output)
-                if node.op_type == "Gemm":
+                if node.op_type == "Gemm" or node.output[0].endswith(PICKED):
                     self.rows[node.output[0]] = node.output[0]
         for output in self.proto.graph.output:
             self._need(output.name)
-        _replace_nodes(self.proto, self.nodes)
+        replace_nodes(self.proto, self.nodes)
 
     def _inputs_in_rows(self, node: NodeProto) -> list[str] | None:
         """Return the inputs with which a node works on rows; None where it cannot, or where nothing is won by it."""
         shape = self.shapes.get(node.output[0], ())
         source = node.input[0] if node.input else ""
+        if node.output[0].endswith(PICKED) and source in self.rows:
+            return [self.rows[source], *node.input[1:]]
         if node.op_type in _POINTWISE and source in self.rows:
             return [self.rows[source], *node.input[1:]]
         if node.op_type == "Gemm" and source in self.rows and node.input[1] in self.constants:
@@ -236,25 +248,6 @@ def _shapes(proto: ModelProto) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _replace_nodes(proto: ModelProto, nodes: list[NodeProto]) -> None:
-    """Give the graph these nodes, without those that nothing reads, and without constants that nothing reads."""
-    graph = proto.graph
-    wanted = {value.name for value in graph.output}
-    kept: list[NodeProto] = []
-    for node in reversed(nodes):
-        if any(output in wanted for output in node.output):
-            wanted.update(node.input)
-            kept.append(node)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-    used = [initializer for initializer in graph.initializer if initializer.name in wanted]
-    del graph.initializer[:]
-    graph.initializer.extend(used)
-    known = {value.name: value for value in graph.value_info if value.name in wanted}
-    del graph.value_info[:]
-    graph.value_info.extend(known.values())
-
-
 def pad_stem(proto: ModelProto) -> None:
     """Give an image of three channels a fourth one of zeros, and the first convolution zero weights for it, in place.
 
@@ -278,7 +271,7 @@ def pad_stem(proto: ModelProto) -> None:
     graph.initializer.extend([numpy_helper.from_array(wide, names[0]), numpy_helper.from_array(padding, names[2])])
     conv.input[0], conv.input[1] = names[1], names[0]
     pad = helper.make_node("Pad", [image, names[2]], [names[1]], f"{names[1]}/Pad")
-    _replace_nodes(proto, [pad, *graph.node])
+    replace_nodes(proto, [pad, *graph.node])
 
 
 def _groups(conv: NodeProto) -> int:

@@ -1,0 +1,51 @@
+"""benchmarks/arm_apply.py and placement_bound.py: which answers must be equal, and how far ahead a file could be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hirelc_deploy.measure.backend import OperatorTime
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import arm_apply
+from placement_bound import bound, fastest, largest_others, share_of_products
+
+
+def row(**changes):
+    return {
+        **{"file": "a.onnx", "runtime_own": False, "integer_ops": 9, "float_ops": 0, "bit_exact": False},
+        **{"largest_difference": 0.001, "largest_output": 0.2, **changes},
+    }
+
+
+def test_an_integer_file_of_ours_must_answer_alike_to_the_bit_and_the_runtimes_own_need_not():
+    assert not arm_apply.agrees(row())
+    assert arm_apply.agrees(row(bit_exact=True))
+    assert arm_apply.agrees(row(runtime_own=True))
+    assert arm_apply.agrees(row(float_ops=2))  # softmax and norms differ in their last bits
+
+
+def test_a_float_file_may_differ_in_its_last_bits_only():
+    assert not arm_apply.agrees(row(integer_ops=0, float_ops=9))
+    assert arm_apply.agrees(row(integer_ops=0, float_ops=9, largest_difference=1e-6))
+
+
+def operators(**microseconds):
+    return [OperatorTime(name, name.rstrip("_"), False, time) for name, time in microseconds.items()]
+
+
+def test_where_products_take_half_the_time_a_file_can_at_most_be_twice_as_fast():
+    ours = operators(QLinearConv=40.0, QGemm=10.0, QLinearAdd=30.0, QLinearAdd_=10.0, Softmax=10.0)
+    assert share_of_products(ours) == pytest.approx(0.5)
+    assert largest_others(ours, 1) == {"QLinearAdd": pytest.approx(0.4)}
+    # 1.2 times faster already, half of the rest for nothing; the other file's products are 40 % of its time.
+    assert bound(1.2, 0.5, 0.4) == pytest.approx(2.5)
+    assert bound(1.4, 0.5, 0.4) == pytest.approx(2.8)
+
+
+def test_each_operator_counts_with_its_fastest_turn():
+    turns = [operators(Conv=5.0, Add=1.0), operators(Conv=4.0, Add=2.0)]
+    assert [one.microseconds for one in fastest(turns)] == [4.0, 1.0]
