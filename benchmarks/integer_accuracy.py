@@ -9,8 +9,7 @@ layers turned back to float that the accuracy guard finds. Forms are calibrated 
 images, and are timed side by side. Records of several models are kept in one file.
 
 The guard trains the placed file for --recovery-epochs while it is rounded (0: not at all) and takes the faster of that
-and of float layers; the other one gets a row of its own. With --control the same training without rounding, rounded
-afterwards, gets one too. With --run a killed command goes on.
+and of float layers; the others get rows of their own. With --run a killed command goes on where it was.
 """
 
 from __future__ import annotations
@@ -72,14 +71,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             files["ours, guarded"] = pipeline.guarded_file(plan)
             for other in found.others:
                 plan = CompressionPlan({}, dict.fromkeys(other.floats, "float"), "auto", other.pattern, other.trained)
-                name = "ours, trained" if other.trained else "ours, layers float"
-                files[name] = pipeline.guarded_file(plan)
+                what = "trained" if other.trained else f"{len(other.floats)} layers float, pattern {other.pattern}"
+                files[f"ours, {what}"] = pipeline.guarded_file(plan)
             training = {"epochs": options.recovery_epochs, "learning_rate": options.learning_rate}
             guarded = {"max_drop_points": options.guard, "training": training, **found.to_dict()}
-        if options.control:
-            control = CompressionPlan(default_precision="auto")
-            pipeline.outcome(control, "F3")
-            files["ours, trained in float"] = pipeline.file_of(control, "F3")
         test = pipeline.data.take_test()
         made = {form: path for form, path in files.items() if isinstance(path, Path)}
         refused = {form: {"refused": path} for form, path in files.items() if isinstance(path, str)}
@@ -105,7 +100,6 @@ def main() -> int:
     parser.add_argument("--guard", type=float, metavar="POINTS")
     parser.add_argument("--recovery-epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--control", action="store_true")
     parser.add_argument("--run", type=Path, help="folder of the run, kept; else it is gone afterwards")
     parser.add_argument("--name", required=True, help="of the model in the record")
     options = parser.parse_args()

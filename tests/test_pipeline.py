@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from toy_problem import WIDTHS, Toy
 
-from hirelc_deploy import delivery, finalists, tables
+from hirelc_deploy import delivery, finalists, job, tables
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.placement import Placement
 from hirelc_deploy.compress.quantize import BLANKET
@@ -442,6 +442,8 @@ def test_the_guard_takes_the_trained_file_where_that_keeps_the_drop_in_less_time
     contender = delivery.unpruned(pipeline, 2.0)[-1]
     assert (contender.name, contender.path) == ("int8 guarded", pipeline.guarded_file(plan))
     weights = load_file(str(pipeline.weights_of(plan)))
+    shipped = job.shipped_model(pipeline, contender).state_dict()
+    assert all(torch.equal(shipped[key], value) for key, value in weights.items())
     assert sorted(weights) == sorted(pipeline.model.state_dict())
     name = "stages.1.0.conv1.weight"
     steps, before = (
