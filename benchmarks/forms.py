@@ -23,10 +23,10 @@ LIMITS = TimingLimits(processes=3, min_rounds=60, max_rounds=200, seconds=30.0)
 
 
 @contextmanager
-def opened(config: JobConfig) -> Iterator[tuple[Pipeline, Path]]:
-    """Give the pipeline of a model and a folder for files; both are gone afterwards."""
+def opened(config: JobConfig, run: Path | None = None) -> Iterator[tuple[Pipeline, Path]]:
+    """Give the pipeline of a model and a folder for files; both are gone afterwards, but for a `run` that was named."""
     with TemporaryDirectory() as name:
-        yield open_workplace(config, Path(name) / "run", "", Progress()).pipeline, Path(name)
+        yield open_workplace(config, run or Path(name) / "run", "", Progress()).pipeline, Path(name)
 
 
 def judged(

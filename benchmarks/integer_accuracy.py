@@ -7,6 +7,9 @@ Forms: the float file; ONNX Runtime's static quantization (plain ranges, everyth
 (`pip install nncf`; left out where it is not there); ours, placed by measurement; and with --guard POINTS ours with the
 layers turned back to float that the accuracy guard finds. Forms are calibrated on the same images, answer all test
 images, and are timed side by side. Records of several models are kept in one file.
+
+The guard trains the placed file for --recovery-epochs while it is rounded (0: not at all) and takes the faster of that
+and of float layers; the others get rows of their own. With --run a killed command goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from hirelc_deploy.compress.nncf_engine import quantize_with_nncf
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig, PreprocessConfig
 from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.pipeline import Pipeline
+from hirelc_deploy.plan import CompressionPlan
 
 
 def peers(pipeline: Pipeline, folder: Path) -> dict[str, Path | str]:
@@ -56,14 +60,21 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         ModelConfig(options.model, options.weights, arguments),
         DataConfig(options.data, calibration_images=options.calibration_images),
         preprocess=PreprocessConfig(input_size=size),
+        recovery_epochs=options.recovery_epochs,
+        learning_rate=options.learning_rate,
     )
     guarded: dict[str, Any] = {}
-    with opened(config) as (pipeline, folder):
+    with opened(config, options.run) as (pipeline, folder):
         files: dict[str, Path | str] = {"fp32": pipeline.reference, **peers(pipeline, folder), "ours": pipeline.placed}
         if options.guard is not None:
             plan, found = pipeline.guarded(options.guard)
-            files["ours, guarded"] = pipeline.build(pipeline.cut(plan), plan, "F2")
-            guarded = {"max_drop_points": options.guard, **found.to_dict()}
+            files["ours, guarded"] = pipeline.guarded_file(plan)
+            for other in found.others:
+                plan = CompressionPlan({}, dict.fromkeys(other.floats, "float"), "auto", other.pattern, other.trained)
+                what = "trained" if other.trained else f"{len(other.floats)} layers float, pattern {other.pattern}"
+                files[f"ours, {what}"] = pipeline.guarded_file(plan)
+            training = {"epochs": options.recovery_epochs, "learning_rate": options.learning_rate}
+            guarded = {"max_drop_points": options.guard, "training": training, **found.to_dict()}
         test = pipeline.data.take_test()
         made = {form: path for form, path in files.items() if isinstance(path, Path)}
         refused = {form: {"refused": path} for form, path in files.items() if isinstance(path, str)}
@@ -87,6 +98,9 @@ def main() -> int:
     parser.add_argument("--input-size")
     parser.add_argument("--calibration-images", type=int)
     parser.add_argument("--guard", type=float, metavar="POINTS")
+    parser.add_argument("--recovery-epochs", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--run", type=Path, help="folder of the run, kept; else it is gone afterwards")
     parser.add_argument("--name", required=True, help="of the model in the record")
     options = parser.parse_args()
     record = measured(options)

@@ -55,7 +55,13 @@ DataSpec = Annotated[
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of a torchvision data set (torch/...).")]
 Target = Annotated[str, typer.Option("--target", help="A target profile; `hirelc-deploy targets` lists them.")]
-RecoveryEpochs = Annotated[float, typer.Option(help="Passes over the training split per finalist; 0 for no training.")]
+RecoveryEpochs = Annotated[
+    float,
+    typer.Option(
+        help="Passes over the training split per finalist, and for the uncut integer file where it loses more than is "
+        "allowed; 0 for no training."
+    ),
+]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of the recovery; smaller for few images.")]
 CalibrationImages = Annotated[int | None, typer.Option(help="Training images set aside for activation ranges.")]
 SelectionImages = Annotated[int | None, typer.Option(help="Training images set aside for choosing.")]

@@ -139,7 +139,8 @@ class JobConfig:
     Attributes:
         plan: The plan that `apply` was given; None for a search.
         threads: Of one inference on the target; None for what the target says.
-        recovery_epochs: Passes over the training split for a finalist; 0 for no training.
+        recovery_epochs: Passes over the training split for a finalist, and for the uncut integer file where that loses
+            more than is allowed; 0 for no training.
         learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
         exclude: Patterns of units and layers that stay whole.
         include: Patterns of units and layers; when given, only these may be cut.

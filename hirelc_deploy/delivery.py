@@ -58,7 +58,8 @@ class Delivery:
 def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contender]:
     """Return the files that can be had without cutting: float, blanket INT8, our placement, and that one guarded.
 
-    The last is there when the drop is limited and the placed file exceeds it: its worst layers are float again.
+    The last is there when the drop is limited and the placed file exceeds it: trained while it is rounded, or with its
+    worst layers float again, whichever is faster.
     """
     files = [
         Contender(pipeline.form.float_name, pipeline.reference, CompressionPlan(default_precision="float")),
@@ -77,10 +78,9 @@ def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contende
                 pipeline.progress.say(
                     f"accuracy guard: {found.points:.2f} points lost instead of {found.points_before:.2f}, "
                     f"{found.ms:.3f} ms instead of {found.ms_before:.3f}; pattern {found.pattern}, "
-                    f"back to float: {layers}"
+                    f"back to float: {layers}{', trained while rounded' if found.trained else ''}"
                 )
-                path = pipeline.build(pipeline.cut(plan), plan, "F2")
-                files.append(Contender("int8 guarded", path, plan, found))
+                files.append(Contender("int8 guarded", pipeline.guarded_file(plan), plan, found))
     return files
 
 

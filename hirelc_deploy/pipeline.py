@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hirelc_deploy.ahead import Ahead, Evaluators
-from hirelc_deploy.compress import calibration, guard, placement, quantize, recovery, slicing
+from hirelc_deploy.compress import calibration, guard, placement, qat, quantize, recovery, slicing
 from hirelc_deploy.compress.branches import proven
 from hirelc_deploy.compress.equalisation import write_equalised
 from hirelc_deploy.compress.forms import Form, form_of
 from hirelc_deploy.compress.guard import Guarded
 from hirelc_deploy.compress.placement import Placement
-from hirelc_deploy.compress.quantize import BLANKET
+from hirelc_deploy.compress.quantize import BLANKET, SIGMOID_GELU
 from hirelc_deploy.compress.refill import Exporter
 from hirelc_deploy.data import Data
 from hirelc_deploy.errors import ExportError, InputError, SliceError, TargetUnavailable
@@ -342,10 +342,11 @@ class Pipeline:
     def guarded(self, max_drop: float) -> tuple[CompressionPlan, Guarded]:
         """Return the uncut model's plan whose integer file loses at most `max_drop` points, and its price.
 
-        Judged on the selection split, one standard error included, as finalists are; see `guard.guard`.
+        Judged on the selection split, one standard error included, as finalists are; see `guard.guard`. Where there is
+        a training split, and recovery is wanted, it is also the recovery of the placed file that may keep the drop.
 
         Raises:
-            ConstraintError: Turning layers back does not help enough.
+            ConstraintError: Neither training nor turning layers back helps enough.
         """
         placed = self.placement
         always = frozenset(placed.float_layers)
@@ -357,6 +358,7 @@ class Pipeline:
             self._divergence,
             self._drop_with_error,
             self._milliseconds,
+            self._placed_trained if self.effort.recovery and len(self.data.train) > 1 else None,
         )
 
         def measure() -> dict[str, Any]:
@@ -366,8 +368,23 @@ class Pipeline:
         found = Guarded.from_dict(self.run.remember(f"accuracy guard at {max_drop:g} on {self.machine}", measure))
         floats = [step.layer for step in found.reverted]
         pattern = "" if found.pattern == placed.pattern else found.pattern
-        plan = CompressionPlan(precision=dict.fromkeys(floats, "float"), default_precision="auto", pattern=pattern)
-        return plan, found
+        precision = dict.fromkeys(floats, "float")
+        return CompressionPlan({}, precision, "auto", pattern, trained_rounding=found.trained), found
+
+    def guarded_file(self, plan: CompressionPlan) -> Path:
+        """Return the file of a plan that `guarded` returned."""
+        if plan.trained_rounding:
+            return self.file_of(plan, "F3")
+        return self.build(self.cut(plan), plan, "F2")
+
+    def _placed_trained(self) -> Path | None:
+        """Return the placed file of weights that were trained while they were rounded; None where it cannot be made."""
+        plan = CompressionPlan(default_precision="auto", trained_rounding=True)
+        outcome = self.outcome(plan, "F3")
+        if isinstance(outcome, Measured):
+            return self.file_of(plan, "F3")
+        self.progress.say(f"accuracy guard: training the placed file failed: {outcome.reason}")
+        return None
 
     def _drop_with_error(self, path: Path) -> float:
         found = self.file_drop(path)
@@ -504,14 +521,14 @@ class Pipeline:
         """Write the file that a plan means for this model and return its path."""
         path = self.file_of(plan, fidelity)
         with atomic_path(path) as partial:
-            self._write(model, partial, self.pattern_of(plan), self.precision_of(plan))
+            self._write(model, partial, plan)
         return path
 
     def write_batched(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
         """Write the file of a plan for any number of images at once; the one for a single image is what is timed."""
         pattern, precision_of = self.pattern_of(plan), self.precision_of(plan)
         with tempfile.TemporaryDirectory() as folder:
-            exported = self._exported(model, Path(folder))
+            exported = self._exported(model, Path(folder), equalise=not plan.trained_rounding)
             self._write_form(exported.batched, exported.batched, exported.ranges, path, pattern, precision_of)
         quantize.strip_for_shipping(path)
 
@@ -558,17 +575,24 @@ class Pipeline:
 
     # Steps of the path.
 
-    def _write(self, model: nn.Module, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
-        """Write the file that is shipped and timed: static batch of one, integer where `precision_of` says so."""
+    def _write(self, model: nn.Module, path: Path, plan: CompressionPlan) -> None:
+        """Write the file that is shipped and timed: static batch of one, integer where the plan says so."""
         with tempfile.TemporaryDirectory() as folder:
-            self._quantize(self._exported(model, Path(folder)), path, pattern, precision_of)
+            exported = self._exported(model, Path(folder), equalise=not plan.trained_rounding)
+            self._quantize(exported, path, self.pattern_of(plan), self.precision_of(plan))
 
-    def _exported(self, model: nn.Module, folder: Path) -> Exported:
-        """Export a model, checked against torch, and take its ranges on the calibration images."""
+    def _exported(self, model: nn.Module, folder: Path, *, equalise: bool = True) -> Exported:
+        """Export a model, checked against torch, and take its ranges on the calibration images.
+
+        Args:
+            equalise: Not for weights that are rounded already: with other factors they would be rounded again.
+        """
         batched, static = folder / "batched.onnx", folder / "static.onnx"
         self.exporter.write(model, batched, static)
-        few = [batch.numpy() for batch in islice(self.calibration_batches(), EQUALISING_BATCHES)]
-        equal, equal_static = write_equalised(batched, static, few)
+        equal, equal_static = batched, static
+        if equalise:
+            few = [batch.numpy() for batch in islice(self.calibration_batches(), EQUALISING_BATCHES)]
+            equal, equal_static = write_equalised(batched, static, few)
         images = (batch.numpy() for batch in self.calibration_batches())
         ranges = calibration.calibrate(equal, images, threads=torch.get_num_threads())
         return Exported(static, equal, equal_static, ranges)
@@ -655,6 +679,8 @@ class Pipeline:
         if self.effort.recovery is not None:
             name = f"recovery of {plan.digest}"
             self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
+            if plan.trained_rounding:
+                qat.install(model, self._rounding(model, plan))
             model = recovery.fine_tune(
                 model,
                 self.teacher,
@@ -662,13 +688,30 @@ class Pipeline:
                 seed=self.seed,
                 progress=self.progress,
                 name=name,
-                reads=reads,
+                # Features beyond the ends of their grids would not learn: they have no gradient, and drift further out.
+                reads={} if plan.trained_rounding else reads,
+                as_exported=plan.trained_rounding,
                 begun=training.read_bytes() if training.exists() else b"",
                 after_epoch=after_epoch,
             )
+            qat.settle(model)
         write_atomic(path, weights_of_model(model))
         training.unlink(missing_ok=True)
         return model
+
+    def _rounding(self, model: nn.Module, plan: CompressionPlan) -> qat.Rounding:
+        """Return what the integer file of a plan rounds of this model; nothing where the file is float."""
+        pattern = self.pattern_of(plan).removesuffix(SIGMOID_GELU)  # which rounds numbers that the model does not have
+        if pattern == FLOAT:
+            return qat.Rounding({}, {})
+        with tempfile.TemporaryDirectory() as folder:
+            exported = self._exported(model, Path(folder), equalise=False)
+            path = Path(folder) / "integer.onnx"
+            self.form.write_integer(
+                exported.static, exported.ranges, self.precision_of(plan), self.integer, pattern, path
+            )
+            files = onnx.load(str(exported.batched)), onnx.load(str(path))
+        return qat.rounding_of(model, *files, self.example, self.integer.weight_bits)
 
 
 def weights_of_model(model: nn.Module) -> bytes:

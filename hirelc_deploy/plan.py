@@ -29,12 +29,14 @@ class CompressionPlan:
         default_precision: `int8`, `float`, or `auto` (placed by measurement on the target).
         pattern: Which operators around integer layers are integer too, a key of `quantize.PATTERNS`; the measured
             placement's where it is empty.
+        trained_rounding: The recovery rounds as the integer file does, so that the weights get used to it.
     """
 
     keep: Mapping[str, int] = field(default_factory=dict)
     precision: Mapping[str, str] = field(default_factory=dict)
     default_precision: str = "int8"
     pattern: str = ""
+    trained_rounding: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", MappingProxyType(dict(sorted(self.keep.items()))))
@@ -52,7 +54,8 @@ class CompressionPlan:
         return hash(self.digest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (CompressionPlan, (dict(self.keep), dict(self.precision), self.default_precision, self.pattern))
+        values = dict(self.keep), dict(self.precision), self.default_precision, self.pattern, self.trained_rounding
+        return (CompressionPlan, values)
 
     @property
     def digest(self) -> str:
@@ -71,6 +74,7 @@ class CompressionPlan:
             "precision": dict(self.precision),
             "default_precision": self.default_precision,
             **({"pattern": self.pattern} if self.pattern else {}),
+            **({"trained_rounding": True} if self.trained_rounding else {}),
         }
 
     @classmethod
@@ -78,11 +82,11 @@ class CompressionPlan:
         """Check and rebuild a plan written by `to_dict`; raises InputError naming `where`."""
         if not isinstance(value, dict):
             raise InputError(f"{where}: a plan is a JSON object, found {type(value).__name__}.")
-        unknown = set(value) - {"schema_version", "keep", "precision", "default_precision", "pattern"}
+        known = ("keep", "precision", "default_precision", "pattern", "trained_rounding")
+        unknown = set(value) - {"schema_version", *known}
         if unknown:
             raise InputError(
-                f"{where}: unknown key {sorted(unknown)[0]!r}; "
-                "a plan has keep, precision, default_precision and pattern."
+                f"{where}: unknown key {sorted(unknown)[0]!r}; a plan has {', '.join(known[:-1])} and {known[-1]}."
             )
         version = value.get("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
@@ -95,8 +99,11 @@ class CompressionPlan:
         pattern = value.get("pattern", "")
         if not isinstance(pattern, str):
             raise InputError(f"{where}: pattern must be a name, found {type(pattern).__name__}.")
+        trained = value.get("trained_rounding", False)
+        if not isinstance(trained, bool):
+            raise InputError(f"{where}: trained_rounding must be true or false, found {type(trained).__name__}.")
         try:
-            return cls(keep, precision, value.get("default_precision", "int8"), pattern)
+            return cls(keep, precision, value.get("default_precision", "int8"), pattern, trained)
         except InputError as error:
             raise InputError(str(error).replace("plan:", f"{where}:", 1)) from None
 

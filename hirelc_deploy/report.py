@@ -376,7 +376,7 @@ def _kept_whole(result: Record) -> list[dict[str, Any]]:
 
 
 def _guard(result: Record) -> dict[str, Any]:
-    """Return what the accuracy guard turned back to float, with what that cost and saved; empty where it did nothing.
+    """Return what the accuracy guard trained or turned back to float, and at what price; empty where it did nothing.
 
     Of runs before joint reverts, whose guard was a list of steps, only the layers and their milliseconds are known.
     """
@@ -391,7 +391,8 @@ def _guard(result: Record) -> dict[str, Any]:
     pattern = _text(totals.get("pattern"))
     if not steps and (not pattern or None in numbers):
         return {}
-    return {"steps": steps, "pattern": pattern, "numbers": None if None in numbers else numbers}
+    trained = totals.get("trained") is True
+    return {"steps": steps, "pattern": pattern, "numbers": None if None in numbers else numbers, "trained": trained}
 
 
 def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """In: made-up losses of layers. Out: proof that the guard finds a fast file that keeps the drop."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hirelc_deploy.compress.guard import Guarded, Trials, given_back, guard, priced
+from hirelc_deploy.compress.guard import Guarded, Other, Trials, given_back, guard, priced
 from hirelc_deploy.errors import ConstraintError
 
 POINTS = {"stem": 1.0, "depthwise": 3.0, "middle": 0.25, "head": 0.5, "wide": 3.0}
@@ -14,14 +15,17 @@ MS = {"stem": 0.5, "depthwise": 0.5, "middle": 0.5, "head": 0.0, "wide": 8.0}
 class Files:
     """Files are a pattern and its float layers; each integer layer costs its points, and a tenth of them in nats."""
 
-    def __init__(self, always=0.0, patterns=None):
+    def __init__(self, always=0.0, patterns=None, trained=None):
         self.patterns = patterns or {"all": (always, 4.0)}
         self.judged = []
+        self.trained = trained  # points that the trained file loses
 
     def build(self, pattern, floats):
         return Path(pattern) / ("+".join(sorted(floats)) or "none")
 
     def lost(self, path):
+        if path.name == "trained":
+            return self.trained
         floats = set(path.name.split("+"))
         return self.patterns[path.parent.name][0] + sum(p for layer, p in POINTS.items() if layer not in floats)
 
@@ -37,7 +41,8 @@ class Files:
 
     @property
     def trials(self):
-        return Trials(self.build, self.divergence, self.drop, self.milliseconds)
+        trained = None if self.trained is None else lambda: Path("all/trained")
+        return Trials(self.build, self.divergence, self.drop, self.milliseconds, trained)
 
     def guard(self, max_drop):
         return guard(list(self.patterns), list(POINTS), self.trials, max_drop)
@@ -73,7 +78,9 @@ def test_layers_that_went_back_for_nothing_are_integers_again():
 
 def test_the_fastest_of_a_tamer_pattern_and_float_layers_is_taken():
     tame = {"all": (1.0, 4.0), "weights": (-7.0, 4.5)}
-    assert Files(patterns=tame).guard(1.0) == Guarded("weights", (), 8.75, 0.75, 4.0, 4.5)
+    found = Files(patterns=tame).guard(1.0)
+    assert replace(found, others=()) == Guarded("weights", (), 8.75, 0.75, 4.0, 4.5)
+    assert [(other.pattern, other.ms) for other in found.others] == [("all", 13.5)]
     slow = {"all": (1.0, 4.0), "weights": (-7.0, 6.0)}
     found = Files(patterns=slow).guard(5.5)
     assert (found.pattern, [step.layer for step in found.reverted]) == ("all", ["head", "depthwise"])
@@ -89,3 +96,36 @@ def test_layers_of_the_pattern_that_loses_least_go_back_where_the_placed_one_can
 def test_what_float_layers_cannot_mend_is_said():
     with pytest.raises(ConstraintError, match=r"all 5 layers float the drop is still 2\.00 points, allowed are 1"):
         Files(always=2.0).guard(max_drop=1.0)
+
+
+def test_training_is_taken_where_it_keeps_the_drop_in_less_time_than_float_layers_do():
+    files = Files(trained=3.0)
+    found = files.guard(3.5)
+    assert (found.trained, found.reverted, found.points, found.ms_before, found.ms) == (True, (), 3.0, 4.0, 4.0)
+    assert found.others == (Other(False, "all", ("head", "depthwise", "stem"), points=3.25, ms=5.0),)
+    assert "all/trained" in files.judged
+    assert Guarded.from_dict(found.to_dict()) == found
+
+
+def test_training_that_does_not_keep_the_drop_is_told_and_not_taken():
+    found = Files(trained=3.75).guard(3.5)
+    assert not found.trained
+    assert [step.layer for step in found.reverted] == ["head", "depthwise", "stem"]
+    assert found.others == (Other(trained=True, pattern="all", floats=(), points=3.75, ms=0.0),)
+
+
+def test_a_slower_trained_file_is_not_taken():
+    tame = {"all": (1.0, 4.0), "weights": (-7.0, 3.5)}  # the second is the faster one after all
+    found = Files(patterns=tame, trained=0.5).guard(1.0)
+    assert (found.trained, found.pattern, found.ms) == (False, "weights", 3.5)
+    assert found.others[0] == Other(trained=True, pattern="all", floats=(), points=0.5, ms=4.0)
+
+
+def test_training_saves_what_float_layers_cannot_mend():
+    assert Files(always=2.0, trained=0.5).guard(max_drop=1.0).trained
+
+
+def test_a_file_that_cannot_be_trained_leaves_the_rest_as_it_was():
+    files = Files()
+    trials = Trials(files.build, files.divergence, files.drop, files.milliseconds, lambda: None)
+    assert guard(["all"], list(POINTS), trials, 3.5) == files.guard(3.5)

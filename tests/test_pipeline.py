@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from toy_problem import WIDTHS, Toy
 
-from hirelc_deploy import delivery, finalists, tables
+from hirelc_deploy import delivery, finalists, job, tables
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.placement import Placement
 from hirelc_deploy.compress.quantize import BLANKET
@@ -22,6 +23,7 @@ from hirelc_deploy.data import load_data
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.images import ArrayImages
 from hirelc_deploy.measure.accuracy import PairedDrop
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed, Measured
@@ -465,3 +467,86 @@ def test_without_depth_a_search_keeps_something_of_every_unit(pipeline: Pipeline
         assert min(tables.offered_widths(unit, network, 5)) > 0
     deep = replace(network, graph=pipeline.graph)
     assert [0 in tables.offered_widths(unit, deep, 5) for unit in pipeline.graph.units].count(True) == 1
+
+
+TRAINED = CompressionPlan(default_precision="auto", trained_rounding=True)
+
+
+def counted_drop(path: Path) -> PairedDrop:
+    """Lose a point for every rounded tensor, half a point in a file that was trained."""
+    proto = onnx.load(str(path))
+    points = 0.5 if "-F3" in path.name else float(sum(node.op_type == "QuantizeLinear" for node in proto.graph.node))
+    return PairedDrop(points, points, points)
+
+
+def test_the_guard_takes_the_trained_file_where_that_keeps_the_drop_in_less_time(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "file_drop", counted_drop)
+    plan, found = pipeline.guarded(2.0)
+    assert (plan, found.trained, found.reverted, found.points) == (TRAINED, True, (), 0.5)
+    assert found.others
+    assert all(not other.trained and found.ms <= other.ms for other in found.others)
+    assert CompressionPlan.from_dict(plan.to_dict()) == plan
+    contender = delivery.unpruned(pipeline, 2.0)[-1]
+    assert (contender.name, contender.path) == ("int8 guarded", pipeline.guarded_file(plan))
+    weights = load_file(str(pipeline.weights_of(plan)))
+    shipped = job.shipped_model(pipeline, contender).state_dict()
+    assert all(torch.equal(shipped[key], value) for key, value in weights.items())
+    assert sorted(weights) == sorted(pipeline.model.state_dict())
+    name = "stages.1.0.conv1.weight"
+    steps, before = (
+        w / w.abs().amax((1, 2, 3), keepdim=True) * 127 for w in (weights[name], tiny_net().state_dict()[name])
+    )
+    assert torch.allclose(steps, steps.round(), atol=1e-3)
+    assert not torch.equal(steps.round(), before.round())
+
+
+def test_without_recovery_or_training_images_the_guard_only_turns_layers_back(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    still = make_pipeline(data_file, tmp_path / "still")
+    still.effort = replace(EFFORT, recovery=None)
+    bare = make_pipeline(data_file, tmp_path / "bare")
+    images = bare.data.train
+    assert isinstance(images, ArrayImages)
+    none = ArrayImages(images._pixels, images._all_labels, np.empty(0, np.int64), images._preprocess)
+    bare.data = replace(bare.data, train=none)
+    for pipeline in (still, bare):
+        monkeypatch.setattr(pipeline, "file_drop", counted_drop)
+        plan, found = pipeline.guarded(2.0)
+        assert not found.trained
+        assert not plan.trained_rounding
+        assert not any(other.trained for other in found.others)
+        assert not pipeline.run.trials
+
+
+def test_a_killed_training_of_rounded_weights_goes_on_to_the_same_ones(data_file: Path, tmp_path: Path):
+    whole, killed = make_pipeline(data_file, tmp_path / "whole"), make_pipeline(data_file, tmp_path / "killed")
+    placed = Placement("all-softmax-add", ("conv1",), 0.4, {})
+    for pipeline in (whole, killed):
+        pipeline.__dict__["placement"] = placed
+
+    def stop(_plan: CompressionPlan, epoch: int, _model: nn.Module) -> None:
+        raise KeyboardInterrupt
+
+    killed.after_epoch = stop
+    with pytest.raises(KeyboardInterrupt):
+        killed.evaluate(TRAINED, "F3")
+    killed.after_epoch = whole.after_epoch
+    killed.evaluate(TRAINED, "F3")
+    whole.evaluate(TRAINED, "F3")
+    assert killed.weights_of(TRAINED).read_bytes() == whole.weights_of(TRAINED).read_bytes()
+
+
+def test_the_file_of_trained_weights_for_many_images_answers_as_that_for_one(pipeline: Pipeline, tmp_path: Path):
+    pipeline.outcome(TRAINED, "F3")
+    model = pipeline.cut(TRAINED)
+    model.load_state_dict(load_file(str(pipeline.weights_of(TRAINED))))
+    pipeline.write_batched(model, TRAINED, tmp_path / "batched.onnx")
+    images = pipeline.selection[0].numpy()
+    one, many = (
+        pipeline.backend.build(path, 1).infer(images)
+        for path in (pipeline.file_of(TRAINED, "F3"), tmp_path / "batched.onnx")
+    )
+    assert np.abs(one - many).max() < 0.05 * np.abs(one).max()

@@ -91,6 +91,14 @@ def test_a_pattern_that_keeps_the_drop_alone_is_told() -> None:
     assert re.search(r"pattern weights; every layer stays integer", only({**result(), "guard": guard}))
 
 
+def test_a_file_that_keeps_the_drop_by_training_is_told() -> None:
+    guard = {**result()["guard"], "reverted": [], "trained": True}
+    told = r"Trained in integers for accuracy .*pattern weights; its weights were trained while they were rounded"
+    text = only({**result(), "guard": guard})
+    assert re.search(told, text)
+    assert "Back to float" not in text
+
+
 def test_the_guard_of_an_old_run_is_still_listed() -> None:
     old = [{"layer": "stage1.conv", "divergence": 0.01, "drop_points": 0.75, "ms": 0.125}]
     assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms", only({**result(), "guard": old}))

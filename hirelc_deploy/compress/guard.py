@@ -1,6 +1,8 @@
 """In: integer forms of a network that lose too much, and ways to write, judge and time others. Out: the fastest found.
 
-What may go back to float: the operators between the layers (another pattern), and layers. Layers go back together, and
+Where there are images to train on, the placed file is made again of weights that were trained while they were rounded
+(`qat`); it is as fast as before. What else can be done is to give back to float: the operators between the layers
+(another pattern), and layers. Layers go back together, and
 every set of them is judged as a whole file, because pieces do not add up: on a MobileNetV3 one float layer in an
 integer file moved the drop up as often as down. What a layer's rounding costs is therefore seen in a file where nothing
 else is rounded; there, and not among the errors of all others, it is the layer's own (`alone`).
@@ -36,12 +38,15 @@ class Trials:
         divergence: Of a file from the float answers, in nats; a few hundred images do.
         drop: Accuracy lost by a file, in points, on the split that decides.
         milliseconds: Of files, timed side by side.
+        trained: Makes the placed file after training it, or says that it cannot be made by None; None where there is
+            nothing to train on.
     """
 
     build: Callable[[str, frozenset[str]], Path]
     divergence: Callable[[Path], float]
     drop: Callable[[Path], float]
     milliseconds: Callable[[Sequence[Path]], Sequence[float]]
+    trained: Callable[[], Path | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,24 @@ class Reverted:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A file that was not taken.
+
+    Attributes:
+        trained: The placed file, trained; else one of `pattern` with some layers float.
+        floats: Layers that went back.
+        points: Accuracy lost.
+        ms: Beside those of the file that was taken; 0 where the drop is too large, which is not timed.
+    """
+
+    trained: bool
+    pattern: str
+    floats: tuple[str, ...]
+    points: float
+    ms: float
+
+
+@dataclass(frozen=True)
 class Guarded:
     """The fastest file found that keeps the drop, and the placed file that it replaces.
 
@@ -67,6 +90,8 @@ class Guarded:
         reverted: Layers that went back, those first that save most divergence per millisecond.
         points_before, points: Accuracy lost by the placed file and by this one.
         ms_before, ms: Times of the two, side by side; both 0 where the placed file keeps the drop and was not timed.
+        trained: Its weights were trained while they were rounded.
+        others: What else keeps the drop, and the trained file where it does not; slower where it does.
     """
 
     pattern: str
@@ -75,6 +100,8 @@ class Guarded:
     points: float
     ms_before: float
     ms: float
+    trained: bool = False
+    others: tuple[Other, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -83,14 +110,28 @@ class Guarded:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Guarded:
         """Rebuild what `to_dict` returned."""
-        return cls(**{**value, "reverted": tuple(Reverted(**step) for step in value["reverted"])})
+        reverted = tuple(Reverted(**step) for step in value["reverted"])
+        others = tuple(Other(**{**other, "floats": tuple(other["floats"])}) for other in value.get("others", ()))
+        return cls(**{**value, "reverted": reverted, "others": others})
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    path: Path
+    pattern: str
+    reverted: tuple[Reverted, ...]
+    points: float
+    trained: bool = False
+
+    def other(self, ms: float) -> Other:
+        return Other(self.trained, self.pattern, tuple(step.layer for step in self.reverted), self.points, ms)
 
 
 def guard(patterns: Sequence[str], layers: Sequence[str], trials: Trials, max_drop: float) -> Guarded:
     """Return the fastest file found whose drop is at most `max_drop` points.
 
-    Candidates: the fastest pattern that keeps the drop with all its layers integer; the placed pattern, and the one
-    that loses least, with as few layers float as do. All are timed side by side.
+    Candidates: the placed file, trained; the fastest pattern that keeps the drop with all its layers integer; the
+    placed pattern, and the one that loses least, with as few layers float as do. All are timed side by side.
 
     Args:
         patterns: Fastest first; the first one is the placed one.
@@ -108,26 +149,30 @@ def guard(patterns: Sequence[str], layers: Sequence[str], trials: Trials, max_dr
     before = lost[placed]
     if before <= max_drop:
         return Guarded(placed, (), before, before, 0.0, 0.0)
-    found: list[tuple[str, tuple[Reverted, ...], float]] = []
+    path = trials.trained() if trials.trained else None
+    trained = [_Candidate(path, placed, (), trials.drop(path), trained=True)] if path else []
+    found = [candidate for candidate in trained if candidate.points <= max_drop]
     least = min(lost, key=lambda pattern: lost[pattern])
     if lost[least] <= max_drop:
-        found.append((least, (), lost[least]))
+        found.append(_Candidate(trials.build(least, NONE), least, (), lost[least]))
     remains = {}
     for pattern in dict.fromkeys((placed, least)):
         if lost[pattern] > max_drop:
             steps, remains[pattern] = turn_back(pattern, layers, trials, max_drop)
             if remains[pattern] <= max_drop:
-                found.append((pattern, steps, remains[pattern]))
+                path = trials.build(pattern, frozenset(step.layer for step in steps))
+                found.append(_Candidate(path, pattern, steps, remains[pattern]))
     if not found:
         raise ConstraintError(
             f"with all {len(layers)} layers float the drop is still {min(remains.values()):.2f} points, allowed are "
             f"{max_drop:g}; what is left of it comes from the operators between the layers. Allow more, or use "
             "precision float."
         )
-    files = [trials.build(pattern, frozenset(step.layer for step in steps)) for pattern, steps, _ in found]
-    first, *times = trials.milliseconds([trials.build(placed, NONE), *files])
-    ms, (pattern, steps, points) = min(zip(times, found, strict=True), key=lambda pair: pair[0])
-    return Guarded(pattern, steps, before, points, first, ms)
+    first, *times = trials.milliseconds([trials.build(placed, NONE), *(candidate.path for candidate in found)])
+    (ms, best), *rest = sorted(zip(times, found, strict=True), key=lambda pair: pair[0])
+    others = [candidate.other(slower) for slower, candidate in rest]
+    others += [candidate.other(0.0) for candidate in trained if candidate not in found]
+    return Guarded(best.pattern, best.reverted, before, best.points, first, ms, best.trained, tuple(others))
 
 
 def turn_back(

@@ -6,6 +6,7 @@ distillation from the uncut model (Hinton et al. 2015).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -198,16 +199,18 @@ def fine_tune(
     progress: Progress,
     name: str = "recovery",
     reads: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
+    as_exported: bool = False,
     begun: bytes = b"",
     after_epoch: AfterEpoch = lambda epoch, student, standing: None,
 ) -> nn.Module:
     """Train `student` in place to answer like the teacher and return it in eval mode, on the CPU.
 
     Convolutional networks with batch norm get SGD with Nesterov momentum, others AdamW at a tenth of the learning
-    rate. Batch norm keeps running statistics as usual.
+    rate. Batch norm keeps running statistics as usual, unless `as_exported`.
 
     Args:
         reads: Layer name to the features of its uncut input that the student still has (`kept_inputs`).
+        as_exported: Let batch norm compute with the statistics that it has, and all in float32, as the file will.
         begun: What `after_epoch` was last given of an interrupted training of this kind; the result is that of an
             undisturbed one.
         after_epoch: Called after every whole epoch with its number from 1, the student in eval mode, and all that is
@@ -220,7 +223,7 @@ def fine_tune(
     batch_size = min(recovery.batch_size, len(images))
     per_epoch = len(images) // batch_size
     steps = max(1, round(recovery.epochs * per_epoch))
-    student = _in_training(laid_out(student, device))
+    student = _in_training(laid_out(student, device), as_exported)
     optimizer = _optimizer(student, recovery)
     peaks = [group["lr"] for group in optimizer.param_groups]
     averaged = copy.deepcopy(student) if recovery.weights_ema else None
@@ -240,7 +243,7 @@ def fine_tune(
         scale = min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * scale
-        with half_precision(device):
+        with contextlib.nullcontext() if as_exported else half_precision(device):
             logits = student(pictures)
         target = teacher.labels[indices].to(device) if teacher.labels is not None else None
         loss = distillation_loss(logits.float(), answers, target, recovery)
@@ -257,13 +260,13 @@ def fine_tune(
         if position == per_epoch - 1:
             standing = _standing(step + 1, steps, student, averaged, optimizer, match._variances)
             after_epoch(epoch + 1, student.eval(), standing)
-            _in_training(student)
+            _in_training(student, as_exported)
     match.close()
     result = averaged or student
     return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
 
 
-def _in_training(student: nn.Module) -> nn.Module:
+def _in_training(student: nn.Module, as_exported: bool) -> nn.Module:
     """Put a student in training mode, but leave drop-out off: it hides what student and teacher should have in common.
 
     VGG-16 with drop-out behind every layer, cut uniformly to about a ninth of its parameters: 38 % of 1,000 selection
@@ -271,7 +274,8 @@ def _in_training(student: nn.Module) -> nn.Module:
     """
     student.train()
     for module in student.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        still = isinstance(module, nn.modules.batchnorm._BatchNorm) and as_exported
+        if still or isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
     return student
 
