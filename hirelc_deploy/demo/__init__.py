@@ -17,5 +17,5 @@ def demo_config(seed: int = 0) -> JobConfig:
         recovery_epochs=2.5,
         learning_rate=0.02,
         limits=Limits(max_drop=1.0, max_bytes=2 * weights.stat().st_size // 6),
-        search=SearchConfig(f1_evaluations=8, finalists=1, options=4),
+        search=SearchConfig(f1_evaluations=8, finalists=1, options=4, depth=False),
     )
