@@ -94,6 +94,8 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     model.train(was_training)
 
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 SMALLEST_POOLED_MAP = 8
 """Rows and columns of a feature map below which it is compared whole."""
 
@@ -229,7 +231,8 @@ def fine_tune(
     averaged = copy.deepcopy(student) if recovery.weights_ema else None
     order = torch.empty(0, dtype=torch.long)
     match = FeatureMatch(student, teacher.model, reads if recovery.feature_weight else {})
-    first = _resume(begun, steps, student, averaged, optimizer, match._variances) if begun else 0
+    training = _Training(steps, student, averaged, optimizer, match.variances)
+    first = training.resume(begun) if begun else 0
     for _ in range(math.ceil(first / per_epoch)):
         order = torch.randperm(len(images), generator=generator)
     for step in progress.track(range(first, steps), name, steps - first):
@@ -258,8 +261,7 @@ def fine_tune(
         if step % 20 == 0:
             progress.note(f"loss {loss.item():.3f}")
         if position == per_epoch - 1:
-            standing = _standing(step + 1, steps, student, averaged, optimizer, match._variances)
-            after_epoch(epoch + 1, student.eval(), standing)
+            after_epoch(epoch + 1, student.eval(), training.standing(step + 1))
             _in_training(student, as_exported)
     match.close()
     result = averaged or student
@@ -275,59 +277,61 @@ def _in_training(student: nn.Module, as_exported: bool) -> nn.Module:
     student.train()
     for module in student.modules():
         still = isinstance(module, nn.modules.batchnorm._BatchNorm) and as_exported
-        if still or isinstance(module, nn.modules.dropout._DropoutNd):
+        if still or isinstance(module, DROPOUTS):
             module.eval()
     return student
 
 
-def _standing(
-    done: int,
-    steps: int,
-    student: nn.Module,
-    averaged: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    variances: Mapping[str, Tensor],
-) -> bytes:
-    """Return where a training stands: weights, the optimizer's memory, and the state of the random generator."""
-    parts = {f"student {key}": value for key, value in student.state_dict().items()}
-    parts |= {f"averaged {key}": value for key, value in averaged.state_dict().items()} if averaged else {}
-    for index, parameter in enumerate(student.parameters()):
-        memory = optimizer.state.get(parameter, {})
-        parts |= {f"optimizer {index} {key}": value for key, value in memory.items() if value is not None}
-    parts |= {f"variance {key}": value for key, value in variances.items()}
-    parts |= {"steps": torch.tensor([done, steps]), "random": torch.get_rng_state()}
-    return bytes(save({key: value.detach().cpu().clone().contiguous() for key, value in parts.items()}))
+@dataclass
+class _Training:
+    """What changes while a student is trained.
 
+    Attributes:
+        steps: Of the whole training.
+        variances: Of what the teacher's layers read; see `FeatureMatch`.
+    """
 
-def _resume(
-    standing: bytes,
-    steps: int,
-    student: nn.Module,
-    averaged: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    variances: dict[str, Tensor],
-) -> int:
-    """Put everything back as `_standing` found it; return the steps done, 0 if the length is another."""
-    parts = load(standing)
-    done, planned = parts.pop("steps").tolist()
-    if planned != steps:
-        return 0
-    torch.set_rng_state(parts.pop("random"))
-    parameters = list(student.parameters())
-    for model, word in ((student, "student "), (averaged, "averaged ")):
-        if model is not None:
-            model.load_state_dict({k.removeprefix(word): v for k, v in parts.items() if k.startswith(word)})
-    for key, value in parts.items():
-        kind, _, rest = key.partition(" ")
-        if kind == "variance":
-            variances[rest] = value.to(parameters[0].device)
-        elif kind == "optimizer":
-            index, _, name = rest.partition(" ")
-            parameter = parameters[int(index)]
-            # In the layout of the parameter: another would be as right and slower.
-            same = value.shape == parameter.shape
-            optimizer.state[parameter][name] = torch.empty_like(parameter.data).copy_(value) if same else value
-    return int(done)
+    steps: int
+    student: nn.Module
+    averaged: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    variances: dict[str, Tensor]
+
+    def standing(self, done: int) -> bytes:
+        """Return where it stands after so many steps: weights, the optimizer's memory, the random generator's state."""
+        averaged = self.averaged.state_dict() if self.averaged is not None else {}
+        parts = {f"student {key}": value for key, value in self.student.state_dict().items()}
+        parts |= {f"averaged {key}": value for key, value in averaged.items()}
+        for index, parameter in enumerate(self.student.parameters()):
+            memory = self.optimizer.state.get(parameter, {})
+            parts |= {f"optimizer {index} {key}": value for key, value in memory.items() if value is not None}
+        parts |= {f"variance {key}": value for key, value in self.variances.items()}
+        parts |= {"steps": torch.tensor([done, self.steps]), "random": torch.get_rng_state()}
+        return bytes(save({key: value.detach().cpu().clone().contiguous() for key, value in parts.items()}))
+
+    def resume(self, standing: bytes) -> int:
+        """Put everything back as `standing` found it; return the steps done, 0 if the length is another."""
+        parts = load(standing)
+        done, planned = parts.pop("steps").tolist()
+        if planned != self.steps:
+            return 0
+        torch.set_rng_state(parts.pop("random"))
+        parameters = list(self.student.parameters())
+        for model, word in ((self.student, "student "), (self.averaged, "averaged ")):
+            if model is not None:
+                model.load_state_dict({k.removeprefix(word): v for k, v in parts.items() if k.startswith(word)})
+        for key, value in parts.items():
+            kind, _, rest = key.partition(" ")
+            if kind == "variance":
+                self.variances[rest] = value.to(parameters[0].device)
+            elif kind == "optimizer":
+                index, _, name = rest.partition(" ")
+                parameter = parameters[int(index)]
+                # In the layout of the parameter: another would be as right and slower.
+                same = value.shape == parameter.shape
+                kept = torch.empty_like(parameter.data).copy_(value) if same else value
+                self.optimizer.state[parameter][name] = kept
+        return int(done)
 
 
 def kept_inputs(graph: ModelGraph, kept: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
@@ -349,13 +353,17 @@ def kept_inputs(graph: ModelGraph, kept: Mapping[str, NDArray[np.int64]]) -> dic
 
 
 class FeatureMatch:
-    """Watches what the same layers of student and teacher read, and says how far apart it is."""
+    """Watches what the same layers of student and teacher read, and says how far apart it is.
+
+    Attributes:
+        variances: Layer name to the variance of what the teacher's reads, in the first batch.
+    """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, reads: Mapping[str, NDArray[np.int64]]) -> None:
         self._reads = {name: torch.from_numpy(index) for name, index in reads.items()}
         self._student: dict[str, Tensor] = {}
         self._teacher: dict[str, Tensor] = {}
-        self._variances: dict[str, Tensor] = {}
+        self.variances: dict[str, Tensor] = {}
         self._hooks = [
             modules[name].register_forward_pre_hook(_keeper(seen, name))
             for seen, modules in (
@@ -389,9 +397,9 @@ class FeatureMatch:
                 theirs = theirs.index_select(1, index)
             else:
                 theirs = theirs.index_select(-1, index)
-            if name not in self._variances:
-                self._variances[name] = theirs.float().var() + 1e-6
-            parts.append((ours - theirs).float().square().mean() / self._variances[name])
+            if name not in self.variances:
+                self.variances[name] = theirs.float().var() + 1e-6
+            parts.append((ours - theirs).float().square().mean() / self.variances[name])
         return torch.stack(parts).mean()
 
     def close(self) -> None:
