@@ -447,7 +447,7 @@ def test_a_trial_recovery_lowers_the_loss_and_is_remembered(pipeline: Pipeline):
     after = pipeline.loss_after(plan, 3)
     assert after < before.loss
     assert pipeline.loss_after(plan, 3) == after
-    assert pipeline.run.fact(f"loss of {plan.digest} after 3 epochs") == after
+    assert pipeline.run.fact(f"loss of {plan.digest} after 3 epochs of recovery") == after
 
 
 def test_a_plan_without_a_branch_walks_the_whole_path(pipeline: Pipeline):
