@@ -26,6 +26,9 @@ FIRST_LAYERS = 4
 LEAST_GAIN = 0.005
 """A change is taken only when the whole interval of its time is below the time without it by this share."""
 
+IN_FLOAT = " in a float file"
+"""Ends the name of a change to a float file, where the fastest pattern is slower than that."""
+
 TOGETHER = 8
 """Files timed side by side: each costs a warm-up in every process, and the comparison is with the first of them."""
 
@@ -119,13 +122,31 @@ def place(
         timing = time([build(best, frozenset()), path])[1]
         candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
         best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
-    floats = frozenset[str]()
-    if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file
-        floats = frozenset().union(*tried.values())
-    current = build(best, floats)
+    starts = {"": frozenset[str]()}
+    if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
+        starts = {IN_FLOAT: frozenset[str]().union(*tried.values()), **starts}
+    found_floats = []
+    for where, floats in starts.items():
+        changed, seen = _changed(floats, tried, best, build, time)
+        found_floats.append(changed)
+        candidates |= {f"{name}{where}": summary for name, summary in seen.items()}
+    final = time([reference, *(build(best, floats) for floats in found_floats)])[1:]
+    ratio, floats = min(((t.ratio, f) for t, f in zip(final, found_floats, strict=True)), key=lambda pair: pair[0])
+    return Placement(best, tuple(sorted(floats)), ratio, candidates)
 
+
+def _changed(
+    floats: frozenset[str],
+    tried: Mapping[str, frozenset[str]],
+    pattern: str,
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+) -> tuple[frozenset[str], dict[str, dict[str, float]]]:
+    """Return float layers after the changes that pay, from `floats` on, and the time of each single change."""
+    current = build(pattern, floats)
+    candidates: dict[str, dict[str, float]] = {}
     gains: list[tuple[float, frozenset[str]]] = []
-    waiting = [(name, layers, build(best, floats ^ layers)) for name, layers in tried.items()]
+    waiting = [(name, layers, build(pattern, floats ^ layers)) for name, layers in tried.items()]
     for start in range(0, len(waiting), TOGETHER):
         group = waiting[start : start + TOGETHER]
         for (name, layers, _), timing in zip(group, time([current, *(path for *_, path in group)])[1:], strict=True):
@@ -133,9 +154,8 @@ def place(
             if timing.ratio_high < 1 - LEAST_GAIN:
                 gains.append((timing.ratio, layers))
     if gains:
-        floats = _fastest_together(current, sorted(gains, key=lambda gain: gain[0]), floats, best, build, time)
-    final = time([reference, build(best, floats)])[1]
-    return Placement(best, tuple(sorted(floats)), final.ratio, candidates)
+        floats = _fastest_together(current, sorted(gains, key=lambda gain: gain[0]), floats, pattern, build, time)
+    return floats, candidates
 
 
 def _fastest_together(
