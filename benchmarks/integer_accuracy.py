@@ -4,10 +4,10 @@
         --weights weights/cifar_resnet56.safetensors --data npz:cifar10.npz --name resnet56
 
 Forms: the float file; ONNX Runtime's static quantization, as it comes (one scale for the whole weight of a layer) and
-with a scale per channel (plain ranges, everything integer); NNCF's as we configure it (`pip install nncf`; left out where
-it is not there); ours, placed by measurement; and with --guard POINTS ours with the layers turned back to float that the
-accuracy guard finds. Forms are calibrated on the same images, answer all test images, and are timed side by side. Records
-of several models are kept in one file.
+with a scale per channel (plain ranges, everything integer); NNCF's as we configure it (`pip install nncf`; left out
+where it is not there); ours, placed by measurement; and with --guard POINTS ours with the layers turned back to float
+that the accuracy guard finds. Forms are calibrated on the same images, answer all test images, and are timed side by
+side. Records of several models are kept in one file.
 
 The guard trains the placed file for --recovery-epochs while it is rounded (0: not at all) and takes the faster of that
 and of float layers; the others get rows of their own. With --run a killed command goes on where it was.
