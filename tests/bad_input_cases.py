@@ -783,8 +783,14 @@ PLANS = [
     Case(
         "width 0 in a plan",
         apply(plan="plan.json"),
-        ("plan.json", "'0'", "at least 1"),
+        ("'0'", "cannot keep 0 of 8"),
         prepare=plan({"keep": {"0": 0}}),
+    ),
+    Case(
+        "width -1 in a plan",
+        apply(plan="plan.json"),
+        ("plan.json", "'0'", "at least 0"),
+        prepare=plan({"keep": {"0": -1}}),
     ),
     Case("width 3.5 in a plan", apply(plan="plan.json"), ("3.5", "whole number"), prepare=plan({"keep": {"0": 3.5}})),
     Case(
