@@ -127,9 +127,9 @@ def _alive(model: nn.Module, branches: Mapping[str, Branch], example: Tensor) ->
 def _has_its_shortcut(model: nn.Module, unit: Unit, path: str, given: Tensor) -> bool:
     """Return whether a module still depends on its input when nobody reads the unit."""
     module = copy.deepcopy(model.get_submodule(path)).eval()
-    for reader in unit.readers:
-        module.get_submodule(reader.layer.removeprefix(f"{path}.")).weight.zero_()  # type: ignore[operator]
     try:
+        for reader in unit.readers:
+            module.get_submodule(reader.layer.removeprefix(f"{path}.")).weight.zero_()  # type: ignore[operator]
         return not torch.equal(module(given), module(torch.zeros_like(given)))
-    except Exception:  # the model's own code may want more than one argument; then its branch is tried as a zero
+    except Exception:  # it may want more than one argument, or name its weight otherwise; it is tried as a zero then
         return False
