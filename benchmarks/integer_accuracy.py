@@ -60,7 +60,7 @@ def peers(pipeline: Pipeline, folder: Path) -> dict[str, Path | str]:
     quantize.quantize(static, blanket, ranges, lambda _: "int8", target=pipeline.integer, pattern=quantize.BLANKET)
     defaults = folder / "defaults.onnx"
     reader = Reader([image[None] for batch in images for image in batch])
-    quantize_static(str(static), str(defaults), reader, extra_options={"CalibMaxIntermediateOutputs": 8})
+    quantize_static(str(static), str(defaults), reader)
     found: dict[str, Path | str] = {"onnxruntime static, its defaults": defaults, "onnxruntime static": blanket}
     try:
         quantize_with_nncf(static, theirs, [image[None] for batch in images for image in batch])
