@@ -226,7 +226,7 @@ class Search:
             if aim_ms < self.floor_ms:
                 return best
             problem, budget = self._with_bytes(aim_ms)
-            if smallest(problem)[1] > budget:
+            if not problem.decisions or smallest(problem)[1] > budget:
                 return best
             result = self._searched(problem, budget, aim_ms)
             if result.best is None:
@@ -301,8 +301,7 @@ def settled_depth(
         return None
     per_epoch = max(1, len(pipeline.sensitivity_split) // recovery.batch_size)
     epochs = min(recovery.epochs, max(TRIAL_SHARE * recovery.epochs, TRIAL_STEPS / per_epoch))
-    with_gone = {gone_from(plan): plan for plan in reversed(known)}
-    best_first = dict(reversed(with_gone.items()))
+    best_first = {gone_from(plan): plan for plan in known}
     with pipeline.progress.stage("which branches go"):
         return choose_depth(problem, budget_ms, best_first, lambda plan: pipeline.loss_after(plan, epochs))
 
