@@ -132,6 +132,13 @@ def test_an_integer_file_gathers_what_is_rounded_already(tmp_path, pattern):
     ranges = calibration.calibrate(dynamic, [images(16)], "minmax")
     out = tmp_path / "integer.onnx"
     quantize.quantize(static, out, ranges, lambda _: "int8", target=U8S8, pattern=pattern)
-    assert kernels(out, tmp_path)["Gather"] == 2
-    assert kernels(out, tmp_path)["QGemm"] == 2
+    ran = kernels(out, tmp_path)
+    assert ran["Gather"] == 2
+    # The logits, and the layer between; that one as a convolution where it hands on bytes.
+    assert (ran["QGemm"], ran["QLinearConv"]) == ((1, 2) if pattern == "all-softmax-add" else (2, 1))
+    graph = onnx.load(str(tmp_path / "rewritten.onnx")).graph
+    makers = {tensor: node.op_type for node in graph.node for tensor in node.output}
+    first = next(node for node in graph.node if node.op_type == "Gather")
+    rounded = "QuantizeLinear" if pattern == "all-softmax-add" else "LayerNormalization"
+    assert makers[first.input[0]] == rounded
     np.testing.assert_allclose(run(out, images(8)), run(static, images(8)), atol=0.05)

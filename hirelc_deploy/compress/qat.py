@@ -108,7 +108,8 @@ def rounding_of(
 def grids_of(integer: ModelProto) -> dict[str, Grid]:
     """Return tensor of the float file to the grid on which an integer file rounds it."""
     constants = {initializer.name: initializer for initializer in integer.graph.initializer}
-    rounded = {node.output[0] for node in integer.graph.node if node.op_type == "DequantizeLinear"}
+    # Cast: bytes that only become signed ones.
+    rounded = {node.output[0] for node in integer.graph.node if node.op_type in ("DequantizeLinear", "Cast")}
     found = {}
     for node in integer.graph.node:
         if node.op_type != "QuantizeLinear" or node.input[0] in constants.keys() | rounded:

@@ -17,7 +17,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-from hirelc_deploy.compress import constant_factors, rewrite
+from hirelc_deploy.compress import constant_factors, products, rewrite, signed
 from hirelc_deploy.compress.bias_correction import correct_biases
 from hirelc_deploy.compress.calibration import Ranges
 from hirelc_deploy.compress.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
@@ -151,16 +151,7 @@ def quantize(
         raise InputError(f"precision {target.name!r} of this target has no integer arithmetic; use int8.")
     proto = onnx.load(str(float_model))
     known = _known_ranges(proto, ranges)
-    if pattern != BLANKET:
-        rewrite.rewrite(proto)
-        layers = layer_of_node(proto)
-        first = next((node for node in proto.graph.node if proto.graph.input[0].name in node.input), None)
-        if first is not None and first.name in layers and precision_of(layers[first.name]) == "int8":
-            rewrite.pad_stem(proto)
-    proto = onnx.shape_inference.infer_shapes(proto)
-    give_each_layer_its_own_constants(proto)
-    factors = rewrite.use_sigmoid_gelu(proto) if PATTERNS[pattern].sigmoid_gelu else {}
-    integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
+    proto, integer, factors = _in_fast_forms(proto, precision_of, pattern)
     four = {layer for layer in layer_of_node(proto).values() if precision_of(layer) == "int4"}
     if not integer:
         out.write_bytes(use_four_bits(proto, four).SerializeToString() if four else float_model.read_bytes())
@@ -190,6 +181,8 @@ def quantize(
         op_types_to_quantize=[*QLinearOpsRegistry, *QDQRegistry],
         extra_options={},
     )
+    for tensor in _moved_as_bytes(proto, set(integer)):
+        quantizer.quantize_activation_tensor(tensor)
     image = proto.graph.input[0].name
     padded = [node for node in proto.graph.node if node.output[0] == f"{image}{rewrite.PADDED}"]
     if PATTERNS[pattern].float_outputs:
@@ -207,10 +200,37 @@ def quantize(
     _keep_float(result, set(integer))
     if pattern != BLANKET:
         constant_factors.absorb(result)
+        if target.weight_bits == 8:  # else the kernel for unsigned times signed bytes saturates
+            signed.use_signed_operands(result)
     if padded:
         _round_before_padding(result, padded[0].output[0])
     quantizer.model.topological_sort()
     out.write_bytes((use_four_bits(result, four) if four else result).SerializeToString())
+
+
+def _in_fast_forms(
+    proto: ModelProto, precision_of: Callable[[str], str], pattern: str
+) -> tuple[ModelProto, list[str], dict[str, float]]:
+    """Return a float file rewritten for a pattern, the nodes that will be integer, and tensors' factors.
+
+    The factors are those of `rewrite.use_sigmoid_gelu`.
+    """
+    if pattern != BLANKET:
+        rewrite.rewrite(proto)
+        layers = layer_of_node(proto)
+        first = next((node for node in proto.graph.node if proto.graph.input[0].name in node.input), None)
+        if first is not None and first.name in layers and precision_of(layers[first.name]) == "int8":
+            rewrite.pad_stem(proto)
+    proto = onnx.shape_inference.infer_shapes(proto)
+    give_each_layer_its_own_constants(proto)
+    factors = rewrite.use_sigmoid_gelu(proto) if PATTERNS[pattern].sigmoid_gelu else {}
+    integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
+    if PATTERNS[pattern].float_outputs and rewrite.is_static(proto):
+        floats = _float_outputs(proto, set(integer))
+        products.use_two_turns(proto, lambda node: node.name in integer)
+        products.use_convolutions(proto, lambda node: node.name in integer and node.output[0] not in floats)
+        integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
+    return proto, integer, factors
 
 
 def _round_before_padding(proto: ModelProto, padded: str) -> None:
@@ -295,6 +315,22 @@ def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], patter
             # A norm or Gelu that stays float hands on what its own inputs are.
             fed.update(node.output if any(tensor in fed for tensor in node.input) else ())
     return names
+
+
+def _moved_as_bytes(proto: ModelProto, integer: set[str]) -> list[str]:
+    """Return what is put in another order on its way into an integer layer: it had better be rounded before.
+
+    The quantizer lets such an operator move bytes only where bytes come in.
+    """
+    readers = readers_of(proto.graph)
+    found = []
+    for node in proto.graph.node:
+        after = node
+        while after.op_type in ("Gather", *_SAME_VALUES) and len(readers[after.output[0]]) == 1:
+            (after,) = readers[after.output[0]]
+        if node.op_type == "Gather" and after.op_type in WEIGHT_OPERATORS and {node.name, after.name} <= integer:
+            found.append(node.input[0])
+    return found
 
 
 def _is_depthwise(node: NodeProto, shapes: Mapping[str, list[int]]) -> bool:

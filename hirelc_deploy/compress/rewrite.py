@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hirelc_deploy.compress.links import makers_of, readers_of, replace_nodes
 from hirelc_deploy.compress.moves import MOVED, PICKED, use_row_gathers
+from hirelc_deploy.compress.products import STEP
 
 MICROSOFT = "com.microsoft"
 ROWS = ":rows"
@@ -30,7 +31,7 @@ def rewrite(proto: ModelProto) -> None:
     """Bring activations, and layers on tokens, into their fast forms, in place."""
     # Before anything else: inference stops at operators that standard ONNX does not have.
     proto.CopyFrom(onnx.shape_inference.infer_shapes(proto))
-    if _is_static(proto):
+    if is_static(proto):
         use_row_gathers(proto)
     use_quick_gelu(proto)
     use_rows(proto)
@@ -38,6 +39,7 @@ def rewrite(proto: ModelProto) -> None:
 
 def source_of(tensor: str) -> str:
     """Return the tensor of the original file whose values a tensor of a rewritten file holds."""
+    tensor = tensor.partition(STEP)[0]
     for ending in (ROWS, PADDED, *MOVED):
         tensor = tensor.removesuffix(ending)
     return tensor
@@ -134,11 +136,11 @@ def use_rows(proto: ModelProto) -> None:
     from Add and LayerNormalization and whose CPU kernel takes longer than the two. Nothing changes in a file of any
     batch: the number of positions is unknown there.
     """
-    if _is_static(proto):
+    if is_static(proto):
         _Rows(proto).rewrite()
 
 
-def _is_static(proto: ModelProto) -> bool:
+def is_static(proto: ModelProto) -> bool:
     """Return whether a file has a fixed batch."""
     return bool(proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"))
 
