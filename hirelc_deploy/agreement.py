@@ -8,23 +8,10 @@ from typing import Any
 import numpy as np
 
 from hirelc_deploy.outcome import Measured
-from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import TrialRecord
 from hirelc_deploy.search.knapsack import tables_of
-from hirelc_deploy.search.problem import Choices, Problem
+from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.search.surrogate import rank_correlation
-
-
-def choices_of(problem: Problem, plan: CompressionPlan) -> Choices | None:
-    """Return the choices that a plan of widths means, or None where it keeps a width that was not offered."""
-    choices = []
-    for decision in problem.decisions:
-        width = plan.keep.get(decision.name, decision.options[-1])
-        if width not in decision.options:
-            return None
-        choices.append(decision.options.index(width))
-    known = {decision.name for decision in problem.decisions}
-    return np.array(choices, dtype=np.int64) if plan.keep.keys() <= known else None
 
 
 def agreement(problem: Problem, trials: Sequence[TrialRecord], reference_ms: float) -> dict[str, Any]:
@@ -41,7 +28,7 @@ def agreement(problem: Problem, trials: Sequence[TrialRecord], reference_ms: flo
     additive = tables_of(problem)
     losses: dict[str, dict[str, float]] = {"F1": {}, "F3": {}}
     for trial in trials:
-        outcome, choices = trial.outcome, choices_of(problem, trial.plan)
+        outcome, choices = trial.outcome, problem.choices_of(trial.plan)
         if not isinstance(outcome, Measured) or choices is None:
             continue
         if trial.fidelity in losses:

@@ -255,6 +255,10 @@ def search(
     depth: Annotated[
         bool, typer.Option("--depth/--widths-only", help="Whether residual branches may be left out.")
     ] = True,
+    precisions: Annotated[
+        bool,
+        typer.Option("--precisions", help="Blocks may stay float where rounding costs more than cutting elsewhere."),
+    ] = False,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
     calibration_images: CalibrationImages = None,
@@ -300,6 +304,7 @@ def search(
             options,
             str(warm_start.resolve()) if warm_start else None,
             depth,
+            precisions,
         ),
     )
     _run(config, out, None, as_json, quiet, jobs=jobs, ray=ray)

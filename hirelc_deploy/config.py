@@ -113,6 +113,7 @@ class SearchConfig:
         options: Widths offered per unit at most.
         warm_start: Folder of another run whose agents this one begins with, if they foretell what is measured here.
         depth: Whether residual branches may be left out.
+        precisions: Whether blocks may stay float where the fastest file makes them integer.
     """
 
     strategy: str = "hirelc"
@@ -122,6 +123,7 @@ class SearchConfig:
     options: int = 8
     warm_start: str | None = None
     depth: bool = True
+    precisions: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

@@ -120,6 +120,7 @@ def open_workplace(
         start=earlier if config.plan and (earlier := Path(config.plan) / "weights.safetensors").is_file() else None,
         jobs=jobs,
         evaluators=evaluators,
+        rounds=config.search.precisions,
     )
     return Workplace(config, pipeline, run, source, command)
 

@@ -139,6 +139,7 @@ class Judge:
         images: (n, channels, height, width) selection images, preprocessed.
         labels: (n,) their classes, where there are any.
         answers: (n, classes) logits of the uncut model on them.
+        roundings: What the integer file rounds for the sake of each block; none where all is judged in float.
     """
 
     model: nn.Module
@@ -150,6 +151,7 @@ class Judge:
     images: Tensor
     labels: NDArray[np.int64] | None
     answers: Tensor
+    roundings: Sequence[qat.Rounding] = ()
 
     def answer(self, text: str) -> str:
         """Return the outcome of a plan, both as JSON, computed by one thread."""
@@ -166,6 +168,7 @@ class Judge:
         except SliceError as error:
             return Failed(plan.digest, "F1", "slice", str(error), seconds)
         with clocked(seconds, "judge"):
+            round_as_asked(model, self.roundings, plan)
             with recovery.half_precision(torch.device("cpu")):
                 logits = forward(model, self.images)
             loss, correct = judged(logits.numpy(), self.answers, self.labels)
@@ -180,6 +183,7 @@ class Pipeline:
         start: Weights of the cut model, recovered before, from which its recovery goes on.
         jobs: Processes that judge cut models (F1) side by side, with one thread each; below 2 this process judges.
         evaluators: Makes those processes from what answers in them and their number.
+        rounds: Cut models are judged (F1) with the rounding of the layers that a plan leaves integer.
         after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
     """
 
@@ -198,6 +202,7 @@ class Pipeline:
         start: Path | None = None,
         jobs: int = 1,
         evaluators: Callable[[Callable[[str], str], int], Evaluators] = Ahead,
+        rounds: bool = False,
     ) -> None:
         self.model = model.eval()
         self.data = data
@@ -212,7 +217,7 @@ class Pipeline:
         if graph is not None:
             self.graph = graph  # known from before the run was opened, so that a bad option leaves no run behind
         self.start = start
-        self.jobs, self.evaluators = jobs, evaluators
+        self.jobs, self.evaluators, self.rounds = jobs, evaluators, rounds
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self._begun: set[str] = set()
         self.machine = fingerprint(describe(backend))
@@ -446,7 +451,25 @@ class Pipeline:
             images[:count].clone(),  # a slice would be sent with all images behind it
             None if labels is None else labels[:count],
             self.answers[:count].clone(),
+            tuple(self.roundings.values()),
         )
+
+    @cached_property
+    def roundings(self) -> dict[str, qat.Rounding]:
+        """Block to what the fastest uncut file rounds for its sake; blocks that are float there are not in it.
+
+        Read off files in each of which the layers of one block alone are integer, not equalised: where equalisation
+        helps, these round more than the file that ships.
+        """
+        if not self.rounds:
+            return {}
+        plans = {}
+        for block in self.graph.blocks:
+            others = [layer.name for layer in self.graph.layers if layer.block != block]
+            plans[block] = CompressionPlan({}, dict.fromkeys(others, FLOAT), default_precision="auto")
+        with self.progress.stage("rounding of each block"):
+            found = self._roundings(self.model, list(plans.values()))
+        return {block: rounding for block, rounding in zip(plans, found, strict=True) if rounding.weights}
 
     def evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
         """Walk the path as far as `fidelity` says. What cannot be built or run comes back as Failed."""
@@ -511,6 +534,7 @@ class Pipeline:
                 model, self.teacher, brief, seed=self.seed, progress=self.progress, name=name, reads=reads
             )
             images, labels = self.selection
+            round_as_asked(model, tuple(self.roundings.values()), plan)
             with recovery.half_precision(torch.device("cpu")):
                 return judged(forward(model, images).numpy(), self.answers, labels)[0]
 
@@ -683,7 +707,7 @@ class Pipeline:
             name = f"recovery of {plan.digest}"
             self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
             if plan.trained_rounding:
-                qat.install(model, self._rounding(model, plan))
+                qat.install(model, *self._roundings(model, [plan]))
             model = recovery.fine_tune(
                 model,
                 self.teacher,
@@ -702,19 +726,23 @@ class Pipeline:
         training.unlink(missing_ok=True)
         return model
 
-    def _rounding(self, model: nn.Module, plan: CompressionPlan) -> qat.Rounding:
-        """Return what the integer file of a plan rounds of this model; nothing where the file is float."""
-        pattern = self.pattern_of(plan).removesuffix(SIGMOID_GELU)  # which rounds numbers that the model does not have
-        if pattern == FLOAT:
-            return qat.Rounding({}, {})
+    def _roundings(self, model: nn.Module, plans: Sequence[CompressionPlan]) -> list[qat.Rounding]:
+        """Return what the integer files of plans round of this model; nothing where a file is float."""
+        found = []
         with tempfile.TemporaryDirectory() as folder:
             exported = self._exported(model, Path(folder), equalise=False)
-            path = Path(folder) / "integer.onnx"
-            self.form.write_integer(
-                exported.static, exported.ranges, self.precision_of(plan), self.integer, pattern, path
-            )
-            files = onnx.load(str(exported.batched)), onnx.load(str(path))
-        return qat.rounding_of(model, *files, self.example, self.integer.weight_bits)
+            batched, path = onnx.load(str(exported.batched)), Path(folder) / "integer.onnx"
+            for plan in plans:
+                # Its faster Gelu rounds numbers that the model does not have.
+                pattern, precision_of = self.pattern_of(plan).removesuffix(SIGMOID_GELU), self.precision_of(plan)
+                if pattern == FLOAT:
+                    found.append(qat.Rounding({}, {}))
+                    continue
+                static, ranges = exported.static, exported.ranges
+                self.form.write_integer(static, ranges, precision_of, self.integer, pattern, path)
+                integer = onnx.load(str(path))
+                found.append(qat.rounding_of(model, batched, integer, self.example, self.integer.weight_bits))
+        return found
 
 
 def weights_of_model(model: nn.Module) -> bytes:
@@ -733,6 +761,12 @@ def cut(uncut: Uncut, plan: CompressionPlan) -> nn.Module:
     with recovery.half_precision(torch.device("cpu")):
         recovery.correct_norms(model, slicing.slice_model(uncut.restated, uncut.graph, kept), uncut.norm_batches)
     return model
+
+
+def round_as_asked(model: nn.Module, roundings: Sequence[qat.Rounding], plan: CompressionPlan) -> None:
+    """Let a model round, in place, for the sake of each block that is there and is not float by the plan."""
+    integer = {name for name, _ in model.named_modules() if plan.precision_of(name) != FLOAT}
+    qat.install(model, qat.joined(each for each in roundings if integer & each.weights.keys()))
 
 
 def judged(

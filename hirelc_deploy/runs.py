@@ -352,7 +352,8 @@ def _check_options(directory: Path, config_text: str) -> None:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML ({error}); restore it, or use another --out.") from None
     now = _flat(tomllib.loads(config_text))
-    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    # What is not there is off: an older program did not have the option.
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name, False) != now.get(name, False)]
     if names:
         changes = "; ".join(f"{n} = {before.get(n, 'unset')!r} then, {now.get(n, 'unset')!r} now" for n in names[:3])
         more = f"; and {len(names) - 3} more" if len(names) > 3 else ""

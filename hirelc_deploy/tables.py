@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -40,8 +40,14 @@ PROBED_BUDGETS = (0.2, 0.4, 0.6, 0.8)
 MIN_STEP = 0.02
 """A width is offered only if it makes the unit's layers at least this share faster than the next wider one."""
 
+FLOAT_BYTES = 4
+"""Of a weight that is no integer of one byte."""
+
 NO_GATE = -1
 """Where the position of a decision would stand: no choice leaves the layer out."""
+
+PRECISIONS = ("float", "int8")
+"""Options of a block that the fastest uncut file makes integer."""
 
 FAILED_LOSS = 10.0
 """Loss in nats charged to an option that could not be built: worse than guessing among thousands of classes."""
@@ -203,28 +209,35 @@ class LayerTimes:
     others: tuple[Between, ...]
 
     @classmethod
-    def of(cls, network: NetworkTime, offered: Mapping[str, tuple[int, ...]]) -> LayerTimes:
-        """Look up every layer at every pair of offered widths of its two ends."""
+    def of(
+        cls,
+        network: NetworkTime,
+        offered: Mapping[str, tuple[int, ...]],
+        layers: Sequence[Layer],
+        precision: str = "int8",
+        fixed: float = 0.0,
+    ) -> LayerTimes:
+        """Look up these layers at every pair of offered widths of their two ends, and add `fixed`."""
         position = {unit: index for index, unit in enumerate(offered)}
-        fixed, pairs, others = network.fixed, dict[tuple[int, int, int], NDArray[np.float64]](), []
-        for layer in network.graph.layers:
+        pairs, others = dict[tuple[int, int, int], NDArray[np.float64]](), []
+        for layer in layers:
             gate = network.graph.gates.get(layer.name)
             units = {unit for unit in layer.units if unit in position}
             if gate in position and len(units | {gate}) <= 2:
                 units, gate = units | {gate}, None  # what goes at its first option is seen in the pair
             ends = sorted(units, key=position.__getitem__)
             if not ends:
-                fixed += network.scale * network.layer_ms(layer, {}, "int8")
+                fixed += network.scale * network.layer_ms(layer, {}, precision)
                 continue
             gated = NO_GATE if gate is None else position[gate]
             if len(ends) > 2:
-                others.append(_between(network, layer, offered, gated))
+                others.append(_between(network, layer, offered, gated, precision))
                 continue
             first, last = ends[0], ends[-1]
             ms = np.zeros((len(offered[first]), len(offered[last])))
             for (i, a), (j, b) in product(enumerate(offered[first]), enumerate(offered[last])):
                 if first != last or i == j:
-                    ms[i, j] = network.scale * network.layer_ms(layer, {first: a, last: b}, "int8")
+                    ms[i, j] = network.scale * network.layer_ms(layer, {first: a, last: b}, precision)
             pair = (position[first], position[last], gated)
             pairs[pair] = pairs[pair] + ms if pair in pairs else ms
         return cls(fixed, pairs, tuple(others))
@@ -239,12 +252,36 @@ class LayerTimes:
         return total
 
 
+@dataclass(frozen=True)
+class PlacedTimes:
+    """Times of a network in which some blocks choose their precision.
+
+    What conversions cost between float and integer blocks is in no table; the search sees it in files (F2) only.
+
+    Attributes:
+        always: The layers of all other blocks, and what no choice changes.
+        blocks: Position of a block's decision to the times of its layers with each of PRECISIONS.
+    """
+
+    always: LayerTimes
+    blocks: Mapping[int, tuple[LayerTimes, ...]]
+
+    def predict(self, choices: Choices) -> NDArray[np.float64]:
+        """Return (n,) predicted milliseconds of (n, decisions) choices, those of widths first."""
+        total = self.always.predict(choices)
+        for index, options in self.blocks.items():
+            total += np.choose(choices[:, index], [times.predict(choices) for times in options])
+        return total
+
+
 def _there(choices: Choices, gate: int) -> NDArray[np.bool_] | bool:
     """Return (n,) whether the layers behind a gate are there."""
     return True if gate == NO_GATE else choices[:, gate] > 0
 
 
-def _between(network: NetworkTime, layer: Layer, offered: Mapping[str, tuple[int, ...]], gate: int) -> Between:
+def _between(
+    network: NetworkTime, layer: Layer, offered: Mapping[str, tuple[int, ...]], gate: int, precision: str
+) -> Between:
     position = {unit: index for index, unit in enumerate(offered)}
 
     def at_level(shares: tuple[Share, ...], level: int) -> dict[str, int]:
@@ -262,7 +299,7 @@ def _between(network: NetworkTime, layer: Layer, offered: Mapping[str, tuple[int
     kept = [kept_features(layer, network.graph, at_level((*layer.reads, *layer.writes), n)) for n in range(LEVELS)]
     narrow, wide = zip(*kept, strict=True)
     paired = layer.shape.depthwise  # both its ends are the same features
-    ms = [[network.table.layer_ms(layer.shape, b if paired else a, b, "int8") for b in wide] for a in narrow]
+    ms = [[network.table.layer_ms(layer.shape, b if paired else a, b, precision) for b in wide] for a in narrow]
     ends = np.array(narrow, np.float64), np.array(wide, np.float64)
     return Between(gone(layer.reads), gone(layer.writes), *ends, network.scale * np.array(ms), gate)
 
@@ -272,6 +309,9 @@ def build_problem(
 ) -> Problem:
     """Return what a strategy may know: the time of every width, and the loss of each (unit, width) alone.
 
+    Where the pipeline rounds, every block that its fastest file makes integer may also stay float. Losses are then over
+    the uncut model in float: of a width with nothing rounded, of integer layers with nothing else rounded.
+
     Args:
         options: Widths offered per unit at most, the uncut one included.
         least_kept: Share of a unit below which no width is offered, where wider ones are legal.
@@ -279,10 +319,27 @@ def build_problem(
     graph = pipeline.graph
     offered = {unit.name: offered_widths(unit, network, options, least_kept) for unit in graph.units}
     units = [unit for unit in graph.units if len(offered[unit.name]) > 1]
-    times = LayerTimes.of(network, {unit.name: offered[unit.name] for unit in units})
     uncut_ms = network.predict({}, lambda _: "int8")
     removed = {unit.name: removed_fisher(pipeline.scores[unit.name], offered[unit.name]) for unit in units}
     largest_fisher = max((float(values[0]) for values in removed.values()), default=1.0) or 1.0
+    integer = {block: tuple(rounding.weights) for block, rounding in pipeline.roundings.items()}
+    decided = {layer: block for block, layers in integer.items() for layer in layers}
+
+    def times_of(layers: Iterable[str], precision: str = "int8", fixed: float = 0.0) -> LayerTimes:
+        wanted = set(layers)
+        chosen = [layer for layer in graph.layers if layer.name in wanted]
+        return LayerTimes.of(network, {unit.name: offered[unit.name] for unit in units}, chosen, precision, fixed)
+
+    always = times_of({layer.name for layer in graph.layers} - decided.keys(), fixed=network.fixed)
+    blocks = {
+        len(units) + index: tuple(times_of(layers, precision) for precision in PRECISIONS)
+        for index, layers in enumerate(integer.values())
+    }
+    times = PlacedTimes(always, blocks)
+    placed = [
+        _precision_decision(network, block, layers, loss, uncut_ms)
+        for (block, layers), loss in zip(integer.items(), rounding_losses(pipeline, integer), strict=True)
+    ]
 
     def problem_of(losses: Mapping[str, NDArray[np.float64]]) -> Problem:
         decisions = []
@@ -291,18 +348,58 @@ def build_problem(
             ms = np.array([network.predict({unit.name: width}, lambda _: "int8") - uncut_ms for width in widths])
             left = np.array([_weight_bytes(graph, {unit.name: width}) for width in widths], dtype=np.float64)
             fisher = float(removed[unit.name][0]) / largest_fisher
-            features = _features(unit, graph, fisher, loss, ms, uncut_ms)
+            layers = [layer for layer in graph.layers if unit.name in layer.units]
+            features = _features(graph, unit.kind, unit.block, unit.size, layers, fisher, loss, ms, uncut_ms)
             decisions.append(Decision(unit.name, "width", unit.block, widths, loss, ms, left - left[-1], features))
-        offers = [tuple(int(option) for option in decision.options) for decision in decisions]
+        decisions += placed
 
         def plan_of(choices: Choices) -> CompressionPlan:
-            taken = zip(decisions, offers, choices, strict=True)
-            keep = {d.name: widths[c] for d, widths, c in taken if c < len(widths) - 1}
-            return CompressionPlan(keep, default_precision="auto")
+            taken = [(d, d.options[c]) for d, c in zip(decisions, choices, strict=True) if c < len(d.options) - 1]
+            keep = {d.name: int(option) for d, option in taken if d.kind == "width"}
+            asked = {layer: str(option) for d, option in taken for layer in d.layers}
+            precision = {layer: option for layer, option in asked.items() if not graph.leaves_out(layer, keep)}
+            return CompressionPlan(keep, precision, default_precision="auto")
 
         return Problem(graph.blocks, tuple(decisions), uncut_ms, times.predict, plan_of)
 
-    return problem_of(single_losses(pipeline, removed, {u.name: offered[u.name] for u in units}, problem_of))
+    precision = "float" if integer else "auto"
+    return problem_of(single_losses(pipeline, removed, {u.name: offered[u.name] for u in units}, problem_of, precision))
+
+
+def _precision_decision(
+    network: NetworkTime, block: str, layers: tuple[str, ...], loss: float, uncut_ms: float
+) -> Decision:
+    """Return whether a block's integer layers stay so; `loss` is what their rounding costs."""
+    graph = network.graph
+    members = [layer for layer in graph.layers if layer.name in layers]
+    float_ms = network.predict({}, lambda layer: "float" if layer in layers else "int8")
+    losses, ms = np.array([0.0, loss]), np.array([float_ms - uncut_ms, 0.0])
+    size = np.array([(FLOAT_BYTES - 1.0) * sum(layer.params for layer in members), 0.0])
+    widest = max(layer.out_features for layer in members)
+    features = _features(graph, "precision", block, widest, members, 0.0, losses, ms, uncut_ms)
+    return Decision(f"precision of {block}", "precision", block, PRECISIONS, losses, ms, size, features, layers)
+
+
+def rounding_losses(pipeline: Pipeline, integer: Mapping[str, Sequence[str]]) -> list[float]:
+    """Return for each block what it loses when its layers are integer and all else is float.
+
+    Less what the float model loses when it is judged in half precision.
+    """
+    if not integer:
+        return []
+    plans = [
+        CompressionPlan({}, dict.fromkeys(layers, "int8"), default_precision="float")
+        for layers in ((), *integer.values())
+    ]
+    pipeline.begin(plans)
+    tracked = pipeline.progress.track(plans, "loss of each block's rounding", len(plans))
+    floor, *alone = [_loss_alone(pipeline, plan) for plan in tracked]
+    return [max(loss - floor, 0.0) for loss in alone]
+
+
+def _loss_alone(pipeline: Pipeline, plan: CompressionPlan) -> float:
+    outcome = pipeline.outcome(plan, "F1")
+    return outcome.loss if isinstance(outcome, Measured) else FAILED_LOSS
 
 
 def single_losses(
@@ -310,23 +407,26 @@ def single_losses(
     removed: Mapping[str, NDArray[np.float64]],
     offered: Mapping[str, tuple[int, ...]],
     problem_of: Callable[[Mapping[str, NDArray[np.float64]]], Problem],
+    precision: str = "auto",
 ) -> dict[str, NDArray[np.float64]]:
     """Return unit to the (widths,) rise of the loss when only it is cut, measured where it matters.
 
     With few pairs all are measured. With many, the narrowest and the middle width of each unit come first, the rest is
     interpolated (`interpolated_losses`); then the problem is solved at PROBED_BUDGETS, and what the solutions take or
     have beside them is measured too, until they stand on measured losses alone.
+
+    Args:
+        precision: Of all layers.
     """
     measured: dict[str, dict[int, float]] = {unit: {} for unit in offered}
 
     def measure(pairs: Sequence[tuple[str, int]]) -> None:
         new = [(unit, index) for unit, index in pairs if index not in measured[unit]]
-        plans = [CompressionPlan({unit: offered[unit][index]}, default_precision="auto") for unit, index in new]
+        plans = [CompressionPlan({unit: offered[unit][index]}, default_precision=precision) for unit, index in new]
         pipeline.begin(plans)
         planned = zip(new, plans, strict=True)
         for (unit, index), plan in pipeline.progress.track(planned, "loss of each option alone", len(new)):
-            outcome = pipeline.outcome(plan, "F1")
-            measured[unit][index] = outcome.loss if isinstance(outcome, Measured) else FAILED_LOSS
+            measured[unit][index] = _loss_alone(pipeline, plan)
 
     def losses() -> dict[str, NDArray[np.float64]]:
         return {unit: interpolated_losses(removed[unit], known) for unit, known in measured.items()}
@@ -343,7 +443,7 @@ def single_losses(
             answer = solve(problem, shortest_ms + share * (problem.uncut_ms - shortest_ms))
             for decision, choice in zip(problem.decisions, answer, strict=True):
                 beside = range(max(0, choice - 1), min(len(decision.options) - 1, choice + 2))
-                near |= {(decision.name, index) for index in beside}
+                near |= {(decision.name, index) for index in beside if decision.kind == "width"}
         if all(index in measured[unit] for unit, index in near):
             return losses()
         measure(sorted(near))
@@ -386,8 +486,12 @@ def smallest_bytes(graph: ModelGraph) -> int:
 
 
 def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 8) -> int:
-    """Fill the layer table with every pair of widths the search can meet; returns how many entries it needed."""
+    """Fill the layer table with every pair of widths the search can meet; returns how many entries it needed.
+
+    In float too, where a precision is to be decided.
+    """
     graph = pipeline.graph
+    decided = {layer for rounding in pipeline.roundings.values() for layer in rounding.weights}
     offered = {unit.name: offered_widths(unit, network, options) for unit in graph.units}
     keys = set()
     for layer in graph.layers:
@@ -400,15 +504,20 @@ def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 8) ->
                 u: w for u, w in ((layer.in_unit, narrow), (layer.out_unit, wide)) if u is not None and w is not None
             }
             if all(features := kept_features(layer, graph, keep)):
-                keys.add(LayerKey(layer.shape, *features, "int8"))
+                precisions = PRECISIONS if layer.name in decided else ("int8",)
+                keys |= {LayerKey(layer.shape, *features, precision) for precision in precisions}
     missing = network.table.measure_missing(sorted(keys, key=str))
     return sum(1 for _ in pipeline.progress.track(missing, "layer times", len(keys)))
 
 
 def weight_bytes(graph: ModelGraph, decisions: Sequence[Decision], choices: Choices) -> NDArray[np.float64]:
-    """Return (n,) bytes that the weights of the layers take as 8-bit integers at (n, decisions) choices."""
-    gone = {}
+    """Return (n,) bytes that the weights of the layers take at (n, decisions) choices: one, or FLOAT_BYTES in float."""
+    gone, more = {}, dict[str, NDArray[np.float64]]()
     for index, decision in enumerate(decisions):
+        if decision.kind != "width":
+            as_float = np.array([option == "float" for option in decision.options])[choices[:, index]]
+            more |= dict.fromkeys(decision.layers, 1.0 + (FLOAT_BYTES - 1.0) * as_float)
+            continue
         widths = np.array(decision.options, dtype=np.float64)
         gone[decision.name] = (widths[-1] - widths)[choices[:, index]]
 
@@ -420,7 +529,8 @@ def weight_bytes(graph: ModelGraph, decisions: Sequence[Decision], choices: Choi
     for layer in graph.layers:
         narrow, wide = kept(layer.in_features, layer.reads), kept(layer.out_features, layer.writes)
         there = _there(choices, position.get(graph.gates.get(layer.name, ""), NO_GATE))
-        total += there * layer.params * narrow * wide / (layer.in_features * layer.out_features)
+        left = there * layer.params * narrow * wide / (layer.in_features * layer.out_features)
+        total += left * more[layer.name] if layer.name in more else left
     return total
 
 
@@ -433,17 +543,25 @@ def _weight_bytes(graph: ModelGraph, keep: dict[str, int]) -> int:
 
 
 def _features(
-    unit: Unit, graph: ModelGraph, fisher: float, loss: NDArray[np.float64], ms: NDArray[np.float64], uncut_ms: float
+    graph: ModelGraph,
+    kind: str,
+    block: str,
+    size: int,
+    layers: Sequence[Layer],
+    fisher: float,
+    loss: NDArray[np.float64],
+    ms: NDArray[np.float64],
+    uncut_ms: float,
 ) -> NDArray[np.float64]:
     """(10,) kind one-hot of 4, depth, log size, share of MACs, Fisher, largest loss, largest saving."""
     kinds = ("channels", "residual channels", "mlp units", "attention heads")
-    macs = sum(layer.macs for layer in graph.layers if unit.name in layer.units)
-    depth = graph.blocks.index(unit.block) / max(1, len(graph.blocks) - 1) if unit.block in graph.blocks else 0.5
+    macs = sum(layer.macs for layer in layers)
+    depth = graph.blocks.index(block) / max(1, len(graph.blocks) - 1) if block in graph.blocks else 0.5
     return np.array(
         [
-            *(float(unit.kind == kind) for kind in kinds),
+            *(float(kind == known) for known in kinds),
             depth,
-            np.log2(unit.size) / 10,
+            np.log2(size) / 10,
             macs / graph.macs,
             fisher,
             np.log1p(loss.max()),

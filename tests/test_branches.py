@@ -199,14 +199,16 @@ def test_predicted_times_and_bytes_are_those_of_what_is_left(name):
     network = tables.NetworkTime(graph, table, 0.5, 2.0)
     offered = {unit.name: (unit.least, unit.widths[0], unit.size) for unit in graph.units}
     offered = {name: tuple(sorted(set(widths))) for name, widths in offered.items()}
-    times = tables.LayerTimes.of(network, offered)
+    times = tables.LayerTimes.of(network, offered, graph.layers, fixed=network.fixed)
     assert not times.others or name in ("efficientnet_b0", "regnety_002")
     rng = np.random.default_rng(0)
     for _ in range(20):
         choices = np.array([rng.integers(len(widths)) for widths in offered.values()])
         keep = {unit: widths[choice] for (unit, widths), choice in zip(offered.items(), choices, strict=True)}
         assert times.predict(choices[None])[0] == pytest.approx(network.predict(keep, lambda _: "int8"), rel=0.02)
-        some: list[Decision | Any] = [SimpleNamespace(name=unit, options=widths) for unit, widths in offered.items()]
+        some: list[Decision | Any] = [
+            SimpleNamespace(name=unit, kind="width", options=widths) for unit, widths in offered.items()
+        ]
         assert tables.weight_bytes(graph, some, choices[None])[0] == pytest.approx(
             sum(
                 layer.params

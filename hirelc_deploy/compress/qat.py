@@ -12,7 +12,7 @@ grid then: the file made of it holds exactly what was trained, and there is no m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,16 +145,35 @@ def _seen(model: nn.Module, example: Tensor) -> Iterator[tuple[tuple[str, str], 
     yield from seen
 
 
+def joined(roundings: Iterable[Rounding]) -> Rounding:
+    """Return everything that some of these round.
+
+    A file in which several layers are integer rounds what the files round in each of which one of them is: an operator
+    between layers is integer as soon as something integer feeds it (`quantize`).
+    """
+    weights: dict[str, int] = {}
+    tensors: dict[tuple[str, str], tuple[Grid | None, ...]] = {}
+    for rounding in roundings:
+        weights |= rounding.weights
+        for key, grids in rounding.tensors.items():
+            known = tensors.get(key, (None,) * len(grids))
+            tensors[key] = tuple(one or other for one, other in zip(known, grids, strict=True))
+    return Rounding(weights, tensors)
+
+
 def _same(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
     return one.size == other.size and float(np.abs(one - other).max()) <= SAME * float(np.abs(one).max())
 
 
 def install(model: nn.Module, rounding: Rounding) -> None:
-    """Let a model round as the file does, in place, until `settle`."""
+    """Let a model round as the file does, in place, until `settle`; what it lacks (a branch left out) is passed by."""
     modules = dict(model.named_modules())
     for layer, steps in rounding.weights.items():
-        parametrize.register_parametrization(modules[layer], "weight", RoundedWeight(steps))
+        if layer in modules:
+            parametrize.register_parametrization(modules[layer], "weight", RoundedWeight(steps))
     for (name, end), grids in rounding.tensors.items():
+        if name not in modules:
+            continue
         if end == INPUT:
             modules[name].register_forward_pre_hook(RoundedInput(grids))
         else:

@@ -97,7 +97,5 @@ def _answer(problem: Problem, gone: Gone, budget_ms: float) -> CompressionPlan |
 
 
 def _by_tables(problem: Problem, plan: CompressionPlan | None) -> float:
-    if plan is None:
-        return np.inf
-    options = [d.options.index(plan.keep.get(d.name, d.options[-1])) for d in problem.decisions]
-    return tables_of(problem).additive_loss(np.array(options, dtype=np.int64))
+    choices = None if plan is None else problem.choices_of(plan)
+    return np.inf if choices is None else tables_of(problem).additive_loss(choices)

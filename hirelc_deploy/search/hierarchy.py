@@ -328,10 +328,17 @@ def blind_to_fisher(problem: Problem) -> Problem:
 def neighbours(problem: Problem, choices: Choices, budget_ms: float) -> Choices:
     """Return (n, decisions) the feasible plans one step away in one decision, or in two that move opposite ways.
 
-    A step is to the next option of a width and to any option of a nominal decision.
+    A step is to the next option of a width and to any option of a nominal decision. Ways are those of the width, and of
+    the time where options have no order.
     """
     moves = [
-        (index, option, np.sign(option - choices[index]))
+        (
+            index,
+            option,
+            np.sign(option - choices[index])
+            if decision.kind == "width"
+            else np.sign(decision.ms[option] - decision.ms[choices[index]]),
+        )
         for index, decision in enumerate(problem.decisions)
         for option in range(len(decision.options))
         if option != choices[index] and (decision.kind != "width" or abs(option - choices[index]) == 1)

@@ -26,7 +26,7 @@ class Tables:
     """An additive picture of a problem around one point.
 
     Attributes:
-        loss: Rise of the loss over the uncut model; inf where there is no such option.
+        loss: Rise of the loss over the uncut float model; inf where there is no such option.
         ms: Change of the predicted time when only this decision leaves `around`; 0 where there is no such option.
         around: The choices at which `ms` was taken.
         around_ms: Predicted time there.

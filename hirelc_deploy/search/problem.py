@@ -25,13 +25,15 @@ class Decision:
     """One thing to decide: the width of a unit (ordered), or the precision of a block's layers (nominal).
 
     Attributes:
-        name: Unit name, or the block's name for a precision.
+        name: Unit name; for a precision `precision of` its block.
         kind: `width` or `precision`.
         options: Widths ascending, or precision names; the last is the uncut model's own.
-        loss: (options,) measured rise of the loss (nats) when only this decision leaves the uncut model; last 0.
+        loss: (options,) measured rise of the loss (nats) over the uncut float model when only this decision leaves it.
+            The last is 0 for a width, and for a precision what the rounding of its layers costs.
         ms: (options,) change of the predicted whole-network time when only this decision leaves uncut; last 0.
         size_bytes: (options,) change of the weights' bytes, likewise.
         features: (k,) what a policy may see: equal length and meaning over all decisions of a problem.
+        layers: Those whose precision it decides; none for a width.
     """
 
     name: str
@@ -42,6 +44,17 @@ class Decision:
     ms: NDArray[np.float64]
     size_bytes: NDArray[np.float64]
     features: NDArray[np.float64]
+    layers: tuple[str, ...] = ()
+
+    def option_of(self, plan: CompressionPlan) -> int | None:
+        """Return the index of the option that a plan takes, or None where it takes what is not offered."""
+        if self.kind == "width":
+            taken: set[int | str] = {plan.keep.get(self.name, self.options[-1])}
+        else:
+            asked = {plan.precision_of(layer) for layer in self.layers}
+            taken = {self.options[-1] if precision == "auto" else precision for precision in asked}
+        option = taken.pop()
+        return self.options.index(option) if not taken and option in self.options else None
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,14 @@ class Problem:
     def predict_ms(self, choices: Choices) -> float:
         """Return the predicted milliseconds of one plan."""
         return float(self.predict_batch(choices[None])[0])
+
+    def choices_of(self, plan: CompressionPlan) -> Choices | None:
+        """Return the choices that a plan means, or None where it takes what is not offered."""
+        choices = [decision.option_of(plan) for decision in self.decisions]
+        known = {decision.name for decision in self.decisions}
+        if None in choices or not plan.keep.keys() <= known:
+            return None
+        return np.array(choices, dtype=np.int64)
 
 
 Evaluate = Callable[[CompressionPlan, Fidelity], Outcome]
