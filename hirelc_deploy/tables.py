@@ -40,9 +40,6 @@ PROBED_BUDGETS = (0.2, 0.4, 0.6, 0.8)
 MIN_STEP = 0.02
 """A width is offered only if it makes the unit's layers at least this share faster than the next wider one."""
 
-FLOAT_BYTES = 4
-"""Of a weight that is no integer of one byte."""
-
 NO_GATE = -1
 """Where the position of a decision would stand: no choice leaves the layer out."""
 
@@ -336,8 +333,9 @@ def build_problem(
         for index, layers in enumerate(integer.values())
     }
     times = PlacedTimes(always, blocks)
+    float_bytes = next(p.weight_bits for p in pipeline.backend.precisions() if p.name == "float") / 8
     placed = [
-        _precision_decision(network, block, layers, loss, uncut_ms)
+        _precision_decision(network, block, layers, loss, uncut_ms, float_bytes)
         for (block, layers), loss in zip(integer.items(), rounding_losses(pipeline, integer), strict=True)
     ]
 
@@ -367,14 +365,14 @@ def build_problem(
 
 
 def _precision_decision(
-    network: NetworkTime, block: str, layers: tuple[str, ...], loss: float, uncut_ms: float
+    network: NetworkTime, block: str, layers: tuple[str, ...], loss: float, uncut_ms: float, float_bytes: float
 ) -> Decision:
-    """Return whether a block's integer layers stay so; `loss` is what their rounding costs."""
+    """Return whether a block's integer layers stay so; `loss` is what their rounding costs, `float_bytes` a weight."""
     graph = network.graph
     members = [layer for layer in graph.layers if layer.name in layers]
     float_ms = network.predict({}, lambda layer: "float" if layer in layers else "int8")
     losses, ms = np.array([0.0, loss]), np.array([float_ms - uncut_ms, 0.0])
-    size = np.array([(FLOAT_BYTES - 1.0) * sum(layer.params for layer in members), 0.0])
+    size = np.array([(float_bytes - 1.0) * sum(layer.params for layer in members), 0.0])
     widest = max(layer.out_features for layer in members)
     features = _features(graph, "precision", block, widest, members, 0.0, losses, ms, uncut_ms)
     return Decision(f"precision of {block}", "precision", block, PRECISIONS, losses, ms, size, features, layers)
@@ -511,12 +509,12 @@ def measure_table(pipeline: Pipeline, network: NetworkTime, options: int = 8) ->
 
 
 def weight_bytes(graph: ModelGraph, decisions: Sequence[Decision], choices: Choices) -> NDArray[np.float64]:
-    """Return (n,) bytes that the weights of the layers take at (n, decisions) choices: one, or FLOAT_BYTES in float."""
+    """Return (n,) bytes that the weights of the layers take at (n, decisions) choices, one each where none is float."""
     gone, more = {}, dict[str, NDArray[np.float64]]()
     for index, decision in enumerate(decisions):
         if decision.kind != "width":
-            as_float = np.array([option == "float" for option in decision.options])[choices[:, index]]
-            more |= dict.fromkeys(decision.layers, 1.0 + (FLOAT_BYTES - 1.0) * as_float)
+            params = sum(layer.params for layer in graph.layers if layer.name in decision.layers)
+            more |= dict.fromkeys(decision.layers, 1.0 + decision.size_bytes[choices[:, index]] / params)
             continue
         widths = np.array(decision.options, dtype=np.float64)
         gone[decision.name] = (widths[-1] - widths)[choices[:, index]]

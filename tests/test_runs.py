@@ -163,6 +163,13 @@ def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", "# a remark\nseed = 3\nstrategy = 'hirelc'\nlimits.max_drop = 1.0", {}).close()
 
 
+def test_an_option_that_an_older_program_lacked_changes_nothing_where_it_is_off(tmp_path: Path) -> None:
+    fill(tmp_path / "run")
+    Run.open(tmp_path / "run", f"search.precisions = false\n{OPTIONS}", {}).close()
+    with pytest.raises(InputError, match=r"search\.precisions = 'unset' then, True now"):
+        Run.open(tmp_path / "run", f"search.precisions = true\n{OPTIONS}", {})
+
+
 def test_a_folder_with_other_files_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match=r"holds 'thesis\.tex' and is not a run"):
