@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_problem import Toy
 
-from hirelc_deploy.agreement import agreement, choices_of
+from hirelc_deploy.agreement import agreement
 from hirelc_deploy.comparison import (
     Search,
     best_so_far,
@@ -96,19 +96,19 @@ def test_every_strategy_is_charged_the_same_and_ours_is_tested_against_each(tmp_
 def test_a_plan_is_read_back_as_the_choices_it_came_from() -> None:
     problem = Toy(0, blocks=1).problem
     choices = np.array([0, 4, 2])
-    assert np.array_equal(choices_of(problem, problem.plan_of(choices)), choices)
-    assert choices_of(problem, CompressionPlan({"unit0": 3})) is None
-    assert choices_of(problem, CompressionPlan({"other": 2})) is None
+    assert np.array_equal(problem.choices_of(problem.plan_of(choices)), choices)
+    assert problem.choices_of(CompressionPlan({"unit0": 3})) is None
+    assert problem.choices_of(CompressionPlan({"other": 2})) is None
 
 
 def test_agreement_by_hand() -> None:
     toy = Toy(0, blocks=1)
     problem = toy.problem
     plans = [problem.plan_of(np.array(c)) for c in ([0, 4, 2], [3, 1, 4], [2, 2, 2])]
-    sums = [sum(d.loss[c] for d, c in zip(problem.decisions, choices_of(problem, plan), strict=True)) for plan in plans]
+    sums = [sum(d.loss[c] for d, c in zip(problem.decisions, problem.choices_of(plan), strict=True)) for plan in plans]
     trials = []
     for index, (plan, total) in enumerate(zip(plans, sums, strict=True)):
-        ms = problem.predict_ms(choices_of(problem, plan))
+        ms = problem.predict_ms(problem.choices_of(plan))
         # Whole networks lose twice the sum, take 10 % more than predicted, and F3 turns the order round.
         for fidelity, loss in (("F1", 2 * total), ("F3", 1 / total)):
             ratio = 1.1 * ms / 50.0 if fidelity == "F3" else None
