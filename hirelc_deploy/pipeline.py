@@ -458,8 +458,9 @@ class Pipeline:
     def roundings(self) -> dict[str, qat.Rounding]:
         """Block to what the fastest uncut file rounds for its sake; blocks that are float there are not in it.
 
-        Read off files in each of which the layers of one block alone are integer, not equalised: where equalisation
-        helps, these round more than the file that ships.
+        Read off files in each of which the layers of one block alone are integer. These are not equalised and their
+        biases not corrected: where that helps, a cut model rounds worse than the file that ships (demo network, all
+        integer: 0.0012 nats, its file 0.0009).
         """
         if not self.rounds:
             return {}
