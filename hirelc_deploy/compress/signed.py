@@ -42,7 +42,7 @@ def use_signed_operands(proto: ModelProto) -> int:
             continue
         if any(maker.op_type != "DequantizeLinear" or len(maker.input) < 3 for maker in (first, second)):
             continue
-        if (shapes.get(node.output[0]) or (0, 0))[-2] < LEAST_ROWS:
+        if shapes.get(node.output[0], ())[-2:-1] < (LEAST_ROWS,):  # also where they are not known
             continue
         zero = numpy_helper.to_array(constants[second.input[2]])
         if zero.dtype != np.uint8 or zero.size != 1:
