@@ -22,6 +22,14 @@ def readers_of(graph: GraphProto) -> defaultdict[str, list[NodeProto]]:
     return readers
 
 
+def shapes_of(graph: GraphProto) -> dict[str, tuple[int, ...]]:
+    """Return tensor to its shape, of those that the graph has written down; 0 stands for an unknown size."""
+    return {
+        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        for value in (*graph.value_info, *graph.input, *graph.output)
+    }
+
+
 def replace_nodes(proto: ModelProto, nodes: Sequence[NodeProto]) -> None:
     """Give the graph these nodes, without those that nothing reads, and without constants that nothing reads."""
     graph = proto.graph

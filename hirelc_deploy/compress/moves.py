@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from hirelc_deploy.compress.links import makers_of, readers_of, replace_nodes
+from hirelc_deploy.compress.links import makers_of, readers_of, replace_nodes, shapes_of
 
 Indices = NDArray[np.int64]
 
@@ -38,10 +38,7 @@ def use_row_gathers(proto: ModelProto) -> None:
         proto: With the shapes of its tensors; those of new ones are added.
     """
     graph = proto.graph
-    shapes = {
-        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        for value in (*graph.value_info, *graph.input, *graph.output)
-    }
+    shapes = shapes_of(graph)
     constants = {initializer.name: initializer for initializer in graph.initializer}
     makers, readers = makers_of(graph), readers_of(graph)
     new: dict[str, list[NodeProto]] = {}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from hirelc_deploy.compress.links import replace_nodes
+from hirelc_deploy.compress.links import replace_nodes, shapes_of
 
 LEAST_ROWS = 16
 """With fewer a Gemm keeps its sums in the cache too."""
@@ -44,7 +44,7 @@ def use_convolutions(proto: ModelProto, wanted: Callable[[NodeProto], bool]) -> 
         wanted: Which Gemm nodes may be turned.
     """
     constants = {initializer.name: initializer for initializer in proto.graph.initializer}
-    shapes = _shapes(proto)
+    shapes = shapes_of(proto.graph)
     nodes: list[NodeProto] = []
     for node in proto.graph.node:
         rows = shapes.get(node.input[0], (0,))[0] if node.op_type == "Gemm" else 0
@@ -81,7 +81,7 @@ def use_two_turns(proto: ModelProto, wanted: Callable[[NodeProto], bool]) -> Non
         proto: With the shapes of its tensors; those of new ones are added.
         wanted: Which Transpose nodes may be turned.
     """
-    shapes = _shapes(proto)
+    shapes = shapes_of(proto.graph)
     nodes: list[NodeProto] = []
     for node in proto.graph.node:
         perm = _perm(node) if wanted(node) else ()
@@ -165,11 +165,3 @@ def _perm(node: NodeProto) -> Shape:
     if node.op_type != "Transpose":
         return ()
     return next((tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), ())
-
-
-def _shapes(proto: ModelProto) -> dict[str, Shape]:
-    graph = proto.graph
-    return {
-        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        for value in (*graph.value_info, *graph.input, *graph.output)
-    }

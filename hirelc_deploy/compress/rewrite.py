@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from hirelc_deploy.compress.links import makers_of, readers_of, replace_nodes
+from hirelc_deploy.compress.links import makers_of, readers_of, replace_nodes, shapes_of
 from hirelc_deploy.compress.moves import MOVED, PICKED, use_row_gathers
 from hirelc_deploy.compress.products import STEP
 
@@ -150,7 +150,7 @@ class _Rows:
 
     def __init__(self, proto: ModelProto) -> None:
         self.proto = proto
-        self.shapes = _shapes(proto)
+        self.shapes = shapes_of(onnx.shape_inference.infer_shapes(proto).graph)
         self.constants = {initializer.name for initializer in proto.graph.initializer}
         self.there = {proto.graph.input[0].name, *self.constants}
         self.rows: dict[str, str] = {}
@@ -240,14 +240,6 @@ class _Rows:
 
 def _axis(node: NodeProto) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), -1)
-
-
-def _shapes(proto: ModelProto) -> dict[str, tuple[int, ...]]:
-    inferred = onnx.shape_inference.infer_shapes(proto).graph
-    return {
-        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        for value in (*inferred.value_info, *inferred.input, *inferred.output)
-    }
 
 
 def pad_stem(proto: ModelProto) -> None:

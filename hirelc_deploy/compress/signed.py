@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from hirelc_deploy.compress.links import makers_of
+from hirelc_deploy.compress.links import makers_of, shapes_of
 
 LEAST_ROWS = 128
 """Of the first operand: the second one is turned once and read for each of them."""
@@ -27,10 +27,7 @@ def use_signed_operands(proto: ModelProto) -> int:
     to float and QuantizeLinear of scale 1 stay.
     """
     graph = proto.graph
-    shapes = {
-        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        for value in graph.value_info
-    }
+    shapes = shapes_of(graph)
     constants = {initializer.name: initializer for initializer in graph.initializer}
     makers = makers_of(graph)
     steps = {"step": np.float32(1), "lowest": np.int8(LOWEST)}
