@@ -3,6 +3,8 @@
     python benchmarks/published.py vgg16 vgg16.toml --run runs/published-vgg16 --epochs 20 --train-only
     python benchmarks/published.py vgg16 vgg16.toml --run runs/published-vgg16 --epochs 20
     python benchmarks/published.py resnet56 resnet56.toml --run runs/published-resnet56 --epochs 20
+    python benchmarks/published.py vgg16 vgg16.toml --run runs/further --strategies hirelc --epochs 12 \\
+        --start runs/published-vgg16/files/DIGEST-F3.safetensors --recovery soft_weight=0.5 feature_weight=0
 
 `vgg16`: a ninth of the parameters (Zhan, Lin and Cao; Network Slimming), and the file for storage at a limit on its
 bytes: decoded again, it answers the test images too. `resnet56`: half of the multiply-accumulates (Torch-Pruning, AMC).
@@ -13,17 +15,19 @@ uncut integer file. Every plan is trained for --epochs (with its accuracy on the
 made an integer file by the pipeline (F3), and answers all test images once.
 
 Everything is journaled in --run, trainings after every epoch: the same command goes on. --train-only ends before the
-timing and the test split, which want a quiet machine. The result goes to benchmarks/results/published-STUDY.json.
+timing and the test split, which want a quiet machine. --start goes on from weights that another run of this study
+recovered, which must be those of the same plan. The result goes to benchmarks/results/published-STUDY.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -46,7 +50,7 @@ from hirelc_deploy.outcome import Failed
 from hirelc_deploy.pipeline import Cost, Pipeline, forward
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.runs import atomic_path
+from hirelc_deploy.runs import Run, atomic_path
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.tables import NetworkTime
 
@@ -267,6 +271,24 @@ def show(found: Mapping[str, Mapping[str, Any]], study: Study) -> None:
         print("published:", json.dumps(figures))
 
 
+def keep_to(run: Run, name: str, now: Mapping[str, Any]) -> None:
+    """Raise SystemExit where a run was begun with other options."""
+    if (before := run.remember(name, lambda: now)) != now:
+        raise SystemExit(f"{run.directory}: begun with {before}, now {now}; give another --run.")
+
+
+def settings(given: Sequence[str]) -> dict[str, Any]:
+    """Return what NAME=VALUE says of `Recovery`; its whole numbers stay whole."""
+    defaults = asdict(recovery.Recovery())
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in defaults:
+            raise SystemExit(f"--recovery {text}: give NAME=VALUE with a name of {', '.join(defaults)}.")
+        found[name] = type(defaults[name])(value)
+    return found
+
+
 def options_of_the_command() -> argparse.Namespace:
     """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -280,6 +302,8 @@ def options_of_the_command() -> argparse.Namespace:
     parser.add_argument("--options", type=int, default=12, help="widths per unit")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--recovery", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of `Recovery`")
+    parser.add_argument("--start", type=Path, help="weights of the one strategy's plan, recovered before")
     parser.add_argument("--images", type=int, default=256, help="selection images that judge an F1 evaluation")
     parser.add_argument("--scheme", default="linear", help="of the codec for storage")
     parser.add_argument("--timing-seconds", type=float, default=120.0)
@@ -293,16 +317,26 @@ def main() -> int:
     torch.set_num_threads(1)
     study = STUDIES[options.study]
     strategies = tuple(options.strategies or study.strategies)
+    if options.start and len(strategies) != 1:
+        raise SystemExit("--start: weights belong to one plan; name one strategy with --strategies.")
     study = replace(study, times=options.times or study.times, strategies=strategies)
     config = replace(JobConfig.read(options.job), recovery_epochs=options.epochs, learning_rate=options.learning_rate)
     command = " ".join(["python", "benchmarks/published.py", *sys.argv[1:]])
     workplace = job.open_workplace(config, options.run, command, Progress())
     pipeline = workplace.pipeline
-    pipeline.effort = replace(pipeline.effort, search_images=options.images, norm_images=options.images // 2)
+    recovered = replace(pipeline.effort.recovery or recovery.Recovery(), **settings(options.recovery))
+    pipeline.effort = replace(
+        pipeline.effort, search_images=options.images, norm_images=options.images // 2, recovery=recovered
+    )
+    pipeline.start = options.start
     with workplace.run as run:
         fixed = {"images": options.images, "options": options.options}
-        if (before := run.remember("options of the study", lambda: fixed)) != fixed:
-            raise SystemExit(f"{options.run}: begun with {before}, now {fixed}; give another --run.")
+        keep_to(run, "options of the study", fixed)
+        training = {
+            "recovery": asdict(recovered),
+            "started_from_sha256": hashlib.sha256(options.start.read_bytes()).hexdigest() if options.start else None,
+        }
+        keep_to(run, "training of the study", training)
         made = train(pipeline, study, options)
         if options.train_only:
             print(f"{len(made.files) + len(made.stored)} files are ready; without --train-only they are measured.")
@@ -318,7 +352,7 @@ def main() -> int:
             "times_fewer_asked_for": study.times,
             "trials": options.trials,
             **fixed,
-            "recovery": asdict(pipeline.effort.recovery) if pipeline.effort.recovery else None,
+            **training,
             "training_images": len(pipeline.data.train),
             "selection_accuracy_of_the_uncut_model": top1(pipeline.answers.numpy(), labels),
             "files": found,
