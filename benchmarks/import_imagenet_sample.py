@@ -5,8 +5,9 @@
 
 The archive holds WNID/CLASS.jpg with a short side of 256 (the public images of EliSchwartz/imagenet-sample-images). The
 middle 256 x 256 of each is kept, out of which a model takes its middle 224: the usual evaluation. 200 classes, picked
-at random, are for calibration and importance, 200 for selection, 600 for the test. The images are almost certainly
-training images: drops and agreement mean something here, accuracies do not. ImageNet's terms apply.
+at random, are for calibration and importance, 200 for selection, 600 for the test; --turn 1 to 4 moves on by 200, so
+that over five turns every image is in the test three times. The images are almost certainly training images: drops and
+agreement mean something here, accuracies do not. ImageNet's terms apply.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path)
     parser.add_argument("--out", type=Path, default=Path("imagenet.npz"))
+    parser.add_argument("--turn", type=int, default=0, help="which 200 images come first")
     options = parser.parse_args()
     try:
         with zipfile.ZipFile(options.archive) as archive:
@@ -40,7 +42,7 @@ def main() -> None:
     if sorted(files) != list(range(CLASSES)):
         sys.exit(f"{options.archive}: {len(files)} images, expected one of each of {CLASSES} classes.")
     images = np.stack([middle(files[label]) for label in range(CLASSES)])
-    order = np.random.default_rng(0).permutation(CLASSES)
+    order = np.roll(np.random.default_rng(0).permutation(CLASSES), -SPLITS["calibration"][1] * options.turn)
     arrays = {"classes": np.array([str(label) for label in range(CLASSES)])}
     for split, (start, end) in SPLITS.items():
         arrays |= {f"x_{split}": images[order[start:end]], f"y_{split}": order[start:end].astype(np.int64)}
