@@ -459,6 +459,12 @@ def test_a_plan_without_a_branch_walks_the_whole_path(pipeline: Pipeline):
     assert (found.ratio or 9) < (whole.ratio or 9)
     nodes = onnx.load(str(pipeline.file_of(plan, "F3"))).graph.node
     assert not [node.name for node in nodes if node.name.startswith("stages.0.0.conv")]
+    shipped = job.shipped_model(pipeline, delivery.Contender("ours", pipeline.file_of(plan, "F3"), plan))
+    weights = load_file(str(pipeline.weights_of(plan)))
+    assert all(torch.equal(shipped.state_dict()[key], value) for key, value in weights.items())
+    assert {slicing.IDENTITY, slicing.ZERO} & {
+        value for value in slicing.shapes(shipped).values() if isinstance(value, str)
+    }
 
 
 def test_without_depth_a_search_keeps_something_of_every_unit(pipeline: Pipeline):
