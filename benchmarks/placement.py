@@ -31,6 +31,7 @@ from hirelc_deploy.compress import calibration, export, quantize, rewrite
 from hirelc_deploy.compress.nncf_engine import quantize_with_nncf
 from hirelc_deploy.compress.placement import changes, place
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.measure.accuracy import kl_divergence
 from hirelc_deploy.measure.backend import Precision
 from hirelc_deploy.measure.protocol import QUICK, Timing, TimingLimits, compare
 from hirelc_deploy.models import ModelSource
@@ -112,8 +113,15 @@ def time_model(folder: Path, limits: TimingLimits) -> dict[str, Any]:
     def quick(files: Sequence[Path]) -> list[Timing]:
         return compare(files, backend, limits=QUICK)
 
+    images = random_images(static)
+
+    def answers(path: Path) -> NDArray[np.float32]:
+        return backend.build(path, 1).infer(images)
+
+    exact = answers(static)
     started = time.monotonic()
-    placed = place(static, changes(onnx.load(str(static))), build, quick)
+    tried = changes(onnx.load(str(static)))
+    placed = place(static, tried, build, quick, divergence=lambda path: kl_divergence(exact, answers(path)))
     seconds = time.monotonic() - started
     (folder / "placed.onnx").write_bytes(build(placed.pattern, frozenset(placed.float_layers)).read_bytes())
     names = [name for name in (*OTHERS, "placed") if (folder / f"{name}.onnx").exists()]

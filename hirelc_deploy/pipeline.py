@@ -340,7 +340,8 @@ class Pipeline:
             tried = placement.changes(onnx.load(str(self._uncut.static)), wholly_integer=wholly_integer)
             with self.progress.stage("precision placement"):
                 patterns = self.form.patterns
-                return placement.place(self.reference, tried, self._trial, self.time, patterns).to_dict()
+                found = placement.place(self.reference, tried, self._trial, self.time, patterns, self._divergence)
+                return found.to_dict()
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
 

@@ -107,3 +107,25 @@ def test_the_faster_gelu_is_tried_in_the_fastest_pattern_and_taken_where_it_pays
     assert (
         Clockwork(tmp_path, lambda pattern, floats: times.get(pattern, 5.0) + len(floats)).place().pattern == "weights"
     )
+
+
+def test_among_files_as_fast_as_the_fastest_the_nearest_to_float_is_taken(tmp_path):
+    # "all-softmax-add" answers best but is 2 % slower; "all" and a float layer of "weights" are within the hundredth.
+    times = {"float": 10.0, "weights": 4.0, "all": 4.01, "all-softmax-add": 4.08}
+    far = {"weights-": 0.02, "all-": 0.015, "all-softmax-add-": 0.001, "weights-a": 0.01, "weights-c": 0.0199}
+
+    def ms(pattern, floats):
+        return times.get(pattern, 5.0) + 0.02 * len(floats)
+
+    clock = Clockwork(tmp_path, ms)
+    found = place(
+        tmp_path / "float", CHANGES, clock.build, clock.time, divergence=lambda path: far.get(path.name, 0.03)
+    )
+    assert (found.pattern, found.float_layers) == ("weights", ("a",))
+    assert found.ratio == pytest.approx(0.402)
+    far["weights-a"] = 0.0195
+    again = place(
+        tmp_path / "float", CHANGES, clock.build, clock.time, divergence=lambda path: far.get(path.name, 0.03)
+    )
+    assert (again.pattern, again.float_layers) == ("all", ())
+    assert clock.place().pattern == "weights"
