@@ -3,11 +3,12 @@
 Blanket INT8 is a gamble, because a float layer between integer ones costs conversions and an integer layer may have no
 fast kernel. So whole files are timed: first the exact patterns of `quantize`, then the fastest of them with the faster
 Gelu, where the network has one, then the first few layers and every class of equal layers the other way round. Pieces
-do not add up; what is chosen was timed as a whole.
+do not add up; what is chosen was timed as a whole. Where the clock does not tell files apart, their answers do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from onnx import ModelProto
 
 from hirelc_deploy.compress.export import layer_of_node
 from hirelc_deploy.compress.quantize import PATTERNS, SIGMOID_GELU
-from hirelc_deploy.measure.protocol import Timing
+from hirelc_deploy.measure.protocol import MARGIN, Timing
 
 FIRST_LAYERS = 4
 """So many layers at the image's end are also tried together: there few channels meet many pixels."""
@@ -29,8 +30,8 @@ LEAST_GAIN = 0.005
 IN_FLOAT = " in a float file"
 """Ends the name of a change to a float file, where the fastest pattern is slower than that."""
 
-AS_FAST = 0.01
-"""Files surely within this share of the fastest one's time are told apart by their answers (`Timing`: `same`)."""
+AS_FAST = math.exp(MARGIN)
+"""Files surely below this multiple of the fastest one's time count as equally fast: their answers tell them apart."""
 
 NEARER = 0.05
 """A file is nearer to the float answers when its divergence is smaller by this share."""
@@ -145,7 +146,7 @@ def place(
     ratio, floats = min(((t.ratio, f) for t, f in zip(final, found_floats, strict=True)), key=lambda pair: pair[0])
     if divergence is not None:
         others = [(best, floats | layers) for name, layers in tried.items() if _may_be_as_fast(candidates[name], 1.0)]
-        if not floats:
+        if not floats:  # as the patterns were timed
             exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(SIGMOID_GELU))
             limit = candidates[best]["ratio"]
             others += [(name, floats) for name in sorted(exact) if _may_be_as_fast(candidates[name], limit)]
@@ -155,7 +156,7 @@ def place(
 
 
 def _may_be_as_fast(summary: Mapping[str, float], fastest: float) -> bool:
-    return summary["ratio"] <= fastest * (1 + AS_FAST)
+    return summary["ratio"] <= fastest * AS_FAST
 
 
 def _nearest(
@@ -176,7 +177,7 @@ def _nearest(
     if nearer:
         timings = time([file, *(path for _, path, _ in nearer)])[1:]
         for timing, (_, _, one) in zip(timings, nearer, strict=True):
-            if timing.ratio_high <= 1 + AS_FAST:
+            if timing.ratio_high <= AS_FAST:
                 return *one, timing.ratio
     return *fastest, 1.0
 
