@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hirelc_deploy.delivery import inputs
-from hirelc_deploy.images import Images
+from hirelc_deploy.deliver.race import inputs
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
 from hirelc_deploy.measure.protocol import TimingLimits, compare
-from hirelc_deploy.pipeline import Pipeline
 
 Right = NDArray[np.bool_]
 """(images,) whether a file names the label of each."""
@@ -68,7 +68,7 @@ def timings(pipeline: Pipeline, files: Mapping[str, Path], limits: TimingLimits)
             found = compare(list(files.values()), pipeline.backend, threads=pipeline.threads, limits=limits)
         return [timing.to_dict() | {"file": timing.file.name} for timing in found]
 
-    key = f"timing of {[digest(path) for path in files.values()]} with {limits} on {pipeline.machine}"
+    key = f"timing of {[digest(path) for path in files.values()]} with {limits} on {pipeline.files.machine}"
     return dict(zip(files, pipeline.run.remember(key, measure), strict=True))
 
 

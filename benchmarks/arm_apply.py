@@ -26,8 +26,8 @@ from hirelc_backends.onnxruntime_arm import OnnxRuntimeArm
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from record import provenance
 
-from hirelc_deploy import cli
-from hirelc_deploy.compress.quantize import BLANKET
+from hirelc_deploy.cli import application
+from hirelc_deploy.compress.integer.quantize import BLANKET
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.testing.loopback import LoopbackBoard
@@ -61,7 +61,7 @@ def main() -> int:
     seconds = {}
     for name, command in steps.items():
         started = time.monotonic()
-        code = cli.run(command)
+        code = application.run(command)
         seconds[name] = round(time.monotonic() - started, 1)
         if code:
             return code

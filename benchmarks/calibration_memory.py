@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from pretrained import cifar_resnet18
 
-from hirelc_deploy.compress import calibration, export
-from hirelc_deploy.pipeline import SMALL_BATCH
+from hirelc_deploy.compress.integer import calibration
+from hirelc_deploy.compress.onnx_file import export
+from hirelc_deploy.evaluate.effort import SMALL_BATCH
 
 
 def random_batches(count: int) -> Iterator[NDArray[np.float32]]:

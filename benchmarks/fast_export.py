@@ -24,7 +24,7 @@ from record import RESULTS, provenance
 from zoo import difference, random_elements, randomised, run_file
 
 from hirelc_deploy.compress import slicing
-from hirelc_deploy.compress.refill import Exporter
+from hirelc_deploy.compress.onnx_file.refill import Exporter
 from hirelc_deploy.graph.units import build_graph
 
 MODELS = ("resnet18", "efficientnet_lite0", "deit_tiny_patch16_224")

@@ -18,26 +18,27 @@ from pathlib import Path
 from forms import judged, opened
 from record import RESULTS, provenance
 
-from hirelc_deploy.compress import codec, slicing
-from hirelc_deploy.compress.restore import restore
+from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.storage import codec
+from hirelc_deploy.compress.storage.restore import restore
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
+from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.outcome import Measured
-from hirelc_deploy.pipeline import Pipeline
 
 
 def forms(pipeline: Pipeline, folder: Path) -> dict[str, tuple[Path, int]]:
     """Return name to the file that runs and the bytes that are kept."""
-    runs = {"fp32": pipeline.reference, "int8 placed": pipeline.placed}
+    runs = {"fp32": pipeline.files.reference, "int8 placed": pipeline.files.placed}
     plan = slicing.uniform_plan(pipeline.graph, 1.0, "int4")
     outcome = pipeline.outcome(plan, "F2")
     assert isinstance(outcome, Measured), outcome
-    runs["int8 placed, Linear int4"] = pipeline.file_of(plan, "F2")
+    runs["int8 placed, Linear int4"] = pipeline.files.file_of(plan, "F2")
     found = {name: (path, path.stat().st_size) for name, path in runs.items()}
     for scheme in codec.ENCODERS:
         for bits in (4, 6):
             name = f"stored {scheme} {bits} bits"
             stored = folder / f"{scheme}-{bits}.stored"
-            codec.store(pipeline.placed, stored, bits, scheme)
+            codec.store(pipeline.files.placed, stored, bits, scheme)
             found[name] = Path(restore(str(stored), str(folder / name))), stored.stat().st_size
     return found
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from hirelc_deploy.config import JobConfig
-from hirelc_deploy.images import Images
-from hirelc_deploy.job import open_workplace
+from hirelc_deploy.evaluate.effort import BATCH
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.jobs.workplace import open_workplace
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.protocol import TimingLimits, compare
-from hirelc_deploy.pipeline import BATCH, Pipeline, batches
 from hirelc_deploy.progress import Progress
 
 LIMITS = TimingLimits(processes=3, min_rounds=60, max_rounds=200, seconds=30.0)

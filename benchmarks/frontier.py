@@ -47,20 +47,22 @@ from peers_resnet18 import cut_globally, gradients, write_files
 from record import RESULTS, provenance
 from torch import Tensor, nn
 
-from hirelc_deploy import comparison, job, tables
 from hirelc_deploy.compress import recovery
 from hirelc_deploy.config import JobConfig
-from hirelc_deploy.finalists import settled_depth
+from hirelc_deploy.deliver.finalists import settled_depth
+from hirelc_deploy.evaluate import network_time, tables
+from hirelc_deploy.evaluate.network_time import NetworkTime
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.workplace import open_workplace, table_path
 from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed
-from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
+from hirelc_deploy.results import comparison
 from hirelc_deploy.runs import atomic_path
-from hirelc_deploy.search.depth import gone_from, with_depth
-from hirelc_deploy.search.problem import Problem
-from hirelc_deploy.tables import NetworkTime
+from hirelc_deploy.strategies.depth import gone_from, with_depth
+from hirelc_deploy.strategies.problem import Problem
 
 UNCUT, UNCUT_RUNTIME = "uncut INT8", "uncut ONNX Runtime INT8"
 PEER_RUNTIME, PEER_OURS = "Torch-Pruning + ONNX Runtime INT8", "Torch-Pruning + our INT8"
@@ -135,7 +137,7 @@ class Peer:
         for layer in self.pipeline.graph.layers:
             for share in layer.writes:
                 keep[share.unit] = _features(modules[layer.name])[1] // share.per_element
-        plan = CompressionPlan(keep, default_precision="auto", pattern=self.pipeline.placement.pattern)
+        plan = CompressionPlan(keep, default_precision="auto", pattern=self.pipeline.files.placement.pattern)
         params = sum(parameter.numel() for parameter in model.parameters())
         if self.pipeline.cost(plan).params != params:
             raise RuntimeError(f"{plan}: {self.pipeline.cost(plan).params} parameters by its widths, it has {params}.")
@@ -148,13 +150,13 @@ class Peer:
         plan, predicted_ms = self.plan_of(model), self.predicted_ms(model)
         usual, usual_plan = copy.deepcopy(model), replace(plan, default_precision="int8")  # another name on the disk
         if pipeline.effort.recovery is not None:
-            model = pipeline.trained(model, plan, {**recovery.kept_inputs(pipeline.graph, {}), **lost})
-            usual = pipeline.trained(usual, usual_plan, {})
-        answers = pipeline.files / f"{usual_plan.digest}-runtime-int8.onnx"
+            model = pipeline.training.trained(model, plan, {**recovery.kept_inputs(pipeline.graph, {}), **lost})
+            usual = pipeline.training.trained(usual, usual_plan, {})
+        answers = pipeline.files.folder / f"{usual_plan.digest}-runtime-int8.onnx"
         write_runtime_file(pipeline, usual, answers)
-        ours, runtime = pipeline.file_of(plan, "F3"), pipeline.files / f"{plan.digest}-runtime-int8.onnx"
+        ours, runtime = pipeline.files.file_of(plan, "F3"), pipeline.files.folder / f"{plan.digest}-runtime-int8.onnx"
         if not ours.exists():
-            pipeline.build(model, plan, "F3")
+            pipeline.files.build(model, plan, "F3")
         write_runtime_file(pipeline, model, runtime)
         cost = asdict(pipeline.cost(plan))
         about = {"speedup": speedup, "predicted_ms": predicted_ms, "ratio_of_channels": percent / 100, **cost}
@@ -204,7 +206,9 @@ def our_files(
         predicted_ms = network.predict(plan.keep, lambda _: "int8")
         cost = asdict(pipeline.cost(plan))
         files.append(
-            File(search.strategy, pipeline.file_of(plan, "F3"), **cost, speedup=speedup, predicted_ms=predicted_ms)
+            File(
+                search.strategy, pipeline.files.file_of(plan, "F3"), **cost, speedup=speedup, predicted_ms=predicted_ms
+            )
         )
     losses = {f"{s.strategy} at {problem.uncut_ms / s.budget_ms:g}": s.best_loss for s in searches}
     return files, {"uncut_ms_predicted": problem.uncut_ms, "losses_before_training": losses}
@@ -264,23 +268,23 @@ def main() -> int:
     torch.set_num_threads(1)
     config = replace(JobConfig.read(options.job), recovery_epochs=options.epochs, learning_rate=options.learning_rate)
     command = " ".join(["python", "benchmarks/frontier.py", *sys.argv[1:]])
-    workplace = job.open_workplace(config, options.run, command, Progress())
+    workplace = open_workplace(config, options.run, command, Progress())
     pipeline = workplace.pipeline
     pipeline.effort = replace(pipeline.effort, search_images=options.images, norm_images=options.images // 2)
     with workplace.run:
         if (before := workplace.run.remember("images of F1", lambda: options.images)) != options.images:
             raise SystemExit(f"--images {options.images}: {options.run} was begun with {before}; give another --run.")
-        table = LatencyTable(pipeline.backend, job.table_path(), pipeline.threads)
-        network, fit = tables.fit_network_time(pipeline, table)
-        tables.measure_table(pipeline, network)
+        table = LatencyTable(pipeline.backend, table_path(), pipeline.threads)
+        network, fit = network_time.fit_network_time(pipeline, table)
+        network_time.measure_table(pipeline, network)
         files, search = our_files(pipeline, network, options.speedups, options.strategies, options.trials)
         peer = Peer(pipeline, network)
         for speedup in options.speedups:
             files += peer.files(speedup, search["uncut_ms_predicted"] / speedup)
-        runtime = pipeline.files / "uncut-runtime-int8.onnx"
+        runtime = pipeline.files.folder / "uncut-runtime-int8.onnx"
         write_runtime_file(pipeline, pipeline.model, runtime)
         whole = asdict(pipeline.cost(CompressionPlan()))
-        uncut = [("FP32", pipeline.reference), (UNCUT, pipeline.placed), (UNCUT_RUNTIME, runtime)]
+        uncut = [("FP32", pipeline.files.reference), (UNCUT, pipeline.files.placed), (UNCUT_RUNTIME, runtime)]
         files = [File(name, path, **whole) for name, path in uncut] + files
         if options.train_only:
             print(f"{len(files)} files are ready; the same command without --train-only measures them.")

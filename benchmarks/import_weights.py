@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from pretrained import cifar_resnet18, cifar_resnet56, cifar_vgg16_bn, efficientnet_lite0, resnet50
 from torch import Tensor, nn
 
-from hirelc_deploy.models import ModelSource
+from hirelc_deploy.inputs.models.source import ModelSource
 
 Weights = dict[str, Tensor]
 Archive = Mapping[str, bytes]

@@ -29,11 +29,13 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from record import RESULTS, provenance
 
-from hirelc_deploy.compress import calibration, export, quantize
-from hirelc_deploy.compress.nncf_engine import quantize_with_nncf
+from hirelc_deploy.compress.integer import calibration, quantize
+from hirelc_deploy.compress.integer.nncf_engine import quantize_with_nncf
+from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig, PreprocessConfig
 from hirelc_deploy.errors import HirelcError, InputError
-from hirelc_deploy.pipeline import Pipeline
+from hirelc_deploy.evaluate.guarded import guarded_file
+from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 
 
@@ -52,12 +54,14 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has n
 def peers(pipeline: Pipeline, folder: Path) -> dict[str, Path | str]:
     """Return name to the file that another tool makes of the uncut model, or to the reason why there is none."""
     batched, static = folder / "batched.onnx", folder / "static.onnx"
-    export.export_onnx(pipeline.model, pipeline.example, batched)
+    export.export_onnx(pipeline.model, pipeline.uncut.example, batched)
     export.set_static_batch(batched, static)
-    images = [batch.numpy() for batch in pipeline.calibration_batches()]
+    images = [batch.numpy() for batch in pipeline.uncut.calibration_batches()]
     ranges = dataclasses.replace(calibration.calibrate(batched, images, "minmax"), means={})
     blanket, theirs = folder / "blanket.onnx", folder / "nncf.onnx"
-    quantize.quantize(static, blanket, ranges, lambda _: "int8", target=pipeline.integer, pattern=quantize.BLANKET)
+    quantize.quantize(
+        static, blanket, ranges, lambda _: "int8", target=pipeline.files.writer.integer, pattern=quantize.BLANKET
+    )
     defaults = folder / "defaults.onnx"
     reader = Reader([image[None] for batch in images for image in batch])
     quantize_static(str(static), str(defaults), reader)
@@ -85,14 +89,18 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     )
     guarded: dict[str, Any] = {}
     with opened(config, options.run) as (pipeline, folder):
-        files: dict[str, Path | str] = {"fp32": pipeline.reference, **peers(pipeline, folder), "ours": pipeline.placed}
+        files: dict[str, Path | str] = {
+            "fp32": pipeline.files.reference,
+            **peers(pipeline, folder),
+            "ours": pipeline.files.placed,
+        }
         if options.guard is not None:
-            plan, found = pipeline.guarded(options.guard)
-            files["ours, guarded"] = pipeline.guarded_file(plan)
+            plan, found = guarded(pipeline, options.guard)
+            files["ours, guarded"] = guarded_file(pipeline, plan)
             for other in found.others:
                 plan = CompressionPlan({}, dict.fromkeys(other.floats, "float"), "auto", other.pattern, other.trained)
                 what = "trained" if other.trained else f"{len(other.floats)} layers float, pattern {other.pattern}"
-                files[f"ours, {what}"] = pipeline.guarded_file(plan)
+                files[f"ours, {what}"] = guarded_file(pipeline, plan)
             training = {"epochs": options.recovery_epochs, "learning_rate": options.learning_rate}
             guarded = {"max_drop_points": options.guard, "training": training, **found.to_dict()}
         test = pipeline.data.take_test()
@@ -102,7 +110,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             **provenance("python " + " ".join(sys.argv)),
             "test_images": len(test),
             "calibration_images": len(pipeline.data.calibration),
-            "placement": {"pattern": pipeline.placement.pattern, "float_layers": pipeline.placement.float_layers},
+            "placement": {
+                "pattern": pipeline.files.placement.pattern,
+                "float_layers": pipeline.files.placement.float_layers,
+            },
             "guard": guarded,
             "forms": {**judged(pipeline, made, test), **refused},
         }

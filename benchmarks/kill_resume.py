@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from hirelc_deploy.cli import application
 from hirelc_deploy.runs import write_atomic
 
 REPLAYED = "--replayed"
@@ -32,7 +33,7 @@ REPLAYED = "--replayed"
 
 def replayed(store: Path, arguments: Sequence[str]) -> NoReturn:
     """Run a command in which every comparison of files is timed once, and from then on read from `store`."""
-    from hirelc_deploy import cli, pipeline
+    from hirelc_deploy.evaluate import pipeline
     from hirelc_deploy.measure.protocol import Timing, compare
 
     def compare_once(files: Sequence[Path], *args: Any, **options: Any) -> list[Timing]:
@@ -45,7 +46,7 @@ def replayed(store: Path, arguments: Sequence[str]) -> NoReturn:
 
     store.mkdir(parents=True, exist_ok=True)
     pipeline.compare = compare_once
-    sys.exit(cli.run(list(arguments)))
+    sys.exit(application.run(list(arguments)))
 
 
 def finished_trials(run: Path) -> list[str]:

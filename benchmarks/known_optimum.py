@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from record import provenance
 
-from hirelc_deploy.search.ddpg import Ddpg, DdpgSettings
-from hirelc_deploy.search.ppo import A2C, ActionBatch, Ppo, PpoSettings
+from hirelc_deploy.strategies.ddpg import Ddpg, DdpgSettings
+from hirelc_deploy.strategies.ppo import A2C, ActionBatch, Ppo, PpoSettings
 
 OPTIONS, DECISIONS = 4, 8
 DRAWS, UPDATES, IMITATED = 64, 150, 16

@@ -35,11 +35,13 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import export, quantize
+from hirelc_deploy.compress.integer import quantize
+from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.compress.recovery import Recovery, Teacher, fine_tune
-from hirelc_deploy.data import Data, load_data
-from hirelc_deploy.models import ModelSource, load_for
-from hirelc_deploy.pipeline import batches
+from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.data.splits import Data
+from hirelc_deploy.inputs.models.source import ModelSource, load_for
 from hirelc_deploy.progress import Progress
 
 IMPORTANCE_IMAGES = 512

@@ -27,14 +27,15 @@ from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from numpy.typing import NDArray
 from record import RESULTS, provenance
 
-from hirelc_deploy.compress import calibration, export, quantize, rewrite
-from hirelc_deploy.compress.nncf_engine import quantize_with_nncf
-from hirelc_deploy.compress.placement import changes, place
+from hirelc_deploy.compress.integer import calibration, quantize
+from hirelc_deploy.compress.integer.nncf_engine import quantize_with_nncf
+from hirelc_deploy.compress.integer.placement import changes, place
+from hirelc_deploy.compress.onnx_file import export, rewrite
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.accuracy import kl_divergence
 from hirelc_deploy.measure.backend import Precision
 from hirelc_deploy.measure.protocol import QUICK, Timing, TimingLimits, compare
-from hirelc_deploy.models import ModelSource
 
 MODELS = (
     *("resnet50", "resnet18", "efficientnet_lite0", "mobilenetv2_100", "deit_small_patch16_224"),

@@ -19,7 +19,7 @@ from __future__ import annotations
 import safetensors.torch
 from torch import Tensor, nn
 
-from hirelc_deploy.models import ModelSource
+from hirelc_deploy.inputs.models.source import ModelSource
 
 UNSCALED = {"input_size": (3, 32, 32), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from record import provenance
 
-from hirelc_deploy import job
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig, PreprocessConfig
+from hirelc_deploy.evaluate.network_time import fit_network_time
+from hirelc_deploy.jobs.workplace import open_workplace
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.tables import fit_network_time
 
 RESULT = Path(__file__).resolve().parent / "results" / "profile_error.json"
 MODELS = {
@@ -44,7 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     source, size = MODELS[options.model]
     config = JobConfig(source, DataConfig("synthetic:8"), preprocess=PreprocessConfig(size), recovery_epochs=0)
-    workplace = job.open_workplace(config, options.run, "benchmarks/profile_error.py", Progress(quiet=True))
+    workplace = open_workplace(config, options.run, "benchmarks/profile_error.py", Progress(quiet=True))
     with workplace.run:
         pipeline = workplace.pipeline
         table = LatencyTable(pipeline.backend, options.run / "layer-times.jsonl", pipeline.threads)
@@ -59,7 +59,7 @@ def main() -> int:
             outcome = pipeline.outcome(CompressionPlan(keep, default_precision="auto"), "F2")
             assert isinstance(outcome, Measured), outcome
             assert outcome.ratio is not None
-            measured = outcome.ratio * pipeline.reference_ms
+            measured = outcome.ratio * pipeline.files.reference_ms
             predicted = network.predict(keep, lambda _: "int8")
             rows.append({"measured_ms": measured, "predicted_ms": predicted, "error": predicted / measured - 1})
             print(json.dumps(rows[-1]), flush=True)

@@ -38,21 +38,26 @@ from answers import drop, on_test_split, timings
 from record import RESULTS, provenance
 from torch import nn
 
-from hirelc_deploy import comparison, job, tables
-from hirelc_deploy.compress import codec, recovery, restore
+from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.config import JobConfig
+from hirelc_deploy.evaluate import network_time, tables
+from hirelc_deploy.evaluate.cutting import forward
+from hirelc_deploy.evaluate.network_time import NetworkTime
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.graph.costs import Cost
 from hirelc_deploy.graph.model_graph import LayerShape
-from hirelc_deploy.job import Storage, best_bits
+from hirelc_deploy.jobs.export import STORED, Storage, best_bits
+from hirelc_deploy.jobs.workplace import open_workplace
 from hirelc_deploy.measure.accuracy import top1
 from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed
-from hirelc_deploy.pipeline import Cost, Pipeline, forward
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
+from hirelc_deploy.results import comparison
 from hirelc_deploy.runs import Run, atomic_path
-from hirelc_deploy.search.problem import Problem
-from hirelc_deploy.tables import NetworkTime
+from hirelc_deploy.strategies.problem import Problem
 
 Currency = Literal["params", "macs"]
 
@@ -97,7 +102,7 @@ STUDIES = {
         "macs",
         2.1,
         ("hirelc", "uniform"),
-        tables.LEAST_KEPT,
+        network_time.LEAST_KEPT,
         (),
         (
             {
@@ -144,7 +149,7 @@ def check_budget(cost: Cost, whole: Cost, study: Study) -> None:
 
 def watch_epochs(pipeline: Pipeline) -> None:
     """Have the accuracy on the selection split journaled and said after every epoch of a recovery."""
-    images, labels = pipeline.selection
+    images, labels = pipeline.uncut.selection
     assert labels is not None
 
     def after_epoch(plan: CompressionPlan, epoch: int, model: nn.Module) -> None:
@@ -153,7 +158,7 @@ def watch_epochs(pipeline: Pipeline) -> None:
         pipeline.run.remember(epoch_key(plan, epoch), lambda: accuracy)
         pipeline.progress.say(f"{plan.digest} after epoch {epoch}: {100 * accuracy:.2f} % of the selection split")
 
-    pipeline.after_epoch = after_epoch
+    pipeline.training.after_epoch = after_epoch
 
 
 def epoch_key(plan: CompressionPlan, epoch: int) -> str:
@@ -172,9 +177,9 @@ def stored_file(pipeline: Pipeline, model: Path, times: float, strategy: str, sc
     Returns:
         `stored` and `restored` paths, bytes, bits by tensor, and the loss on selection images that chose them (nats).
     """
-    folder = pipeline.files / f"{model.stem}-stored-{times:g}"
+    folder = pipeline.files.folder / f"{model.stem}-stored-{times:g}"
     folder.mkdir(exist_ok=True)
-    max_bytes = int(pipeline.reference.stat().st_size / times)
+    max_bytes = int(pipeline.files.reference.stat().st_size / times)
     storage = Storage(scheme=scheme, max_bytes=max_bytes, strategy=strategy)
 
     def choose() -> dict[str, Any]:
@@ -183,7 +188,7 @@ def stored_file(pipeline: Pipeline, model: Path, times: float, strategy: str, sc
         return {"bits": dict(found.bits), "loss": found.loss, "evaluations": found.evaluations}
 
     chosen = pipeline.run.remember(f"bits of {model.name} within {max_bytes} bytes, {scheme}, {strategy}", choose)
-    stored, restored = folder / job.STORED, folder / "model.onnx"
+    stored, restored = folder / STORED, folder / "model.onnx"
     with tempfile.TemporaryDirectory() as scratch, atomic_path(stored) as one, atomic_path(restored) as other:
         codec.store(model, one, storage.bits, scheme, bits_of=chosen["bits"])
         decoded = restore.restore(str(one), scratch)
@@ -214,7 +219,7 @@ def train(pipeline: Pipeline, study: Study, options: argparse.Namespace) -> Trai
     )
     watch_epochs(pipeline)
     whole = pipeline.cost(CompressionPlan())
-    files = {"FP32": pipeline.reference, "uncut INT8": pipeline.placed}
+    files = {"FP32": pipeline.files.reference, "uncut INT8": pipeline.files.placed}
     made = Trained(files, {name: asdict(whole) for name in files}, {})
     for search in searches:
         plan = CompressionPlan.from_dict(search.best_plan)
@@ -224,7 +229,7 @@ def train(pipeline: Pipeline, study: Study, options: argparse.Namespace) -> Trai
         outcome = pipeline.outcome(plan, "F3")
         if isinstance(outcome, Failed):
             raise SystemExit(f"{search.strategy}: {outcome.stage} says: {outcome.reason}")
-        made.files[search.strategy] = path = pipeline.file_of(plan, "F3")
+        made.files[search.strategy] = path = pipeline.files.file_of(plan, "F3")
         made.facts[search.strategy] = {
             **asdict(cost),
             "params_times_fewer": whole.params / cost.params,
@@ -250,7 +255,7 @@ def measure(pipeline: Pipeline, made: Trained, seconds: float) -> dict[str, dict
         found[name] = made.facts[name] | timing | {"size_bytes": path.stat().st_size}
     for name, one in made.stored.items():
         found[name] = {key: one[key] for key in ("size_bytes", "scheme", "bits", "loss", "evaluations")}
-    full_bytes = pipeline.reference.stat().st_size
+    full_bytes = pipeline.files.reference.stat().st_size
     return {
         name: one | {"times_smaller": full_bytes / one["size_bytes"]} | drop(right["FP32"], right[name])
         for name, one in found.items()
@@ -322,13 +327,13 @@ def main() -> int:
     study = replace(study, times=options.times or study.times, strategies=strategies)
     config = replace(JobConfig.read(options.job), recovery_epochs=options.epochs, learning_rate=options.learning_rate)
     command = " ".join(["python", "benchmarks/published.py", *sys.argv[1:]])
-    workplace = job.open_workplace(config, options.run, command, Progress())
+    workplace = open_workplace(config, options.run, command, Progress())
     pipeline = workplace.pipeline
     recovered = replace(pipeline.effort.recovery or recovery.Recovery(), **settings(options.recovery))
     pipeline.effort = replace(
         pipeline.effort, search_images=options.images, norm_images=options.images // 2, recovery=recovered
     )
-    pipeline.start = options.start
+    pipeline.training.start = options.start
     with workplace.run as run:
         fixed = {"images": options.images, "options": options.options}
         keep_to(run, "options of the study", fixed)
@@ -342,7 +347,7 @@ def main() -> int:
             print(f"{len(made.files) + len(made.stored)} files are ready; without --train-only they are measured.")
             return 0
         found = measure(pipeline, made, options.timing_seconds)
-        labels = pipeline.selection[1]
+        labels = pipeline.uncut.selection[1]
         assert labels is not None
         record = {
             "name": options.name or f"published-{options.study}",
@@ -354,7 +359,7 @@ def main() -> int:
             **fixed,
             **training,
             "training_images": len(pipeline.data.train),
-            "selection_accuracy_of_the_uncut_model": top1(pipeline.answers.numpy(), labels),
+            "selection_accuracy_of_the_uncut_model": top1(pipeline.uncut.answers.numpy(), labels),
             "files": found,
             "published_by_others": list(study.published),
         }

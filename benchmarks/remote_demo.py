@@ -29,9 +29,12 @@ import numpy as np
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from record import provenance
 
-from hirelc_deploy import cli, job
+from hirelc_deploy.cli import application
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.demo import demo_config
+from hirelc_deploy.jobs.search import run_search
+from hirelc_deploy.jobs.shipping import stage_seconds
+from hirelc_deploy.jobs.workplace import open_workplace
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.testing.backend_contract import random_images, write_model
@@ -51,11 +54,11 @@ def search(target: str, folder: Path) -> dict[str, Any]:
         search=SearchConfig(f1_evaluations=4, finalists=1, options=3),
     )
     started, started_cpu = time.monotonic(), time.process_time()
-    workplace = job.open_workplace(config, folder / "run", "benchmarks/remote_demo.py", Progress(quiet=True))
+    workplace = open_workplace(config, folder / "run", "benchmarks/remote_demo.py", Progress(quiet=True))
     with workplace.run:
-        result = job.run_search(workplace)
+        result = run_search(workplace)
         trials = list(workplace.run.trials)
-        stages = {**job.stage_seconds(workplace.run), **workplace.pipeline.progress.seconds}
+        stages = {**stage_seconds(workplace.run), **workplace.pipeline.progress.seconds}
     seconds: dict[str, list[float]] = defaultdict(list)
     for trial in trials:
         if trial.fidelity != "F1":
@@ -123,7 +126,7 @@ def remote(folder: Path) -> dict[str, Any]:
     board = LoopbackBoard(folder)
     board.onto_path()
     os.environ["HIRELC_DEPLOY_TARGETS"] = str(folder / "targets.toml")
-    code = cli.run(["targets", "add", "desk", "--like", "cpu", "--host", "board", "--python", sys.executable])
+    code = application.run(["targets", "add", "desk", "--like", "cpu", "--host", "board", "--python", sys.executable])
     if code:
         sys.exit(code)
     found = search("desk", folder)

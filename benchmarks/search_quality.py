@@ -33,19 +33,21 @@ import numpy as np
 import torch
 from answers import drop, on_test_split
 
-from hirelc_deploy import comparison, job, tables
-from hirelc_deploy.agreement import agreement
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.demo import demo_config
+from hirelc_deploy.evaluate import network_time, tables
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.workplace import open_workplace, table_path
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
-from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.search.baselines import ABLATIONS, STRATEGIES
-from hirelc_deploy.search.problem import Problem
-from hirelc_deploy.search.surrogate import rank_correlation
+from hirelc_deploy.results import comparison
+from hirelc_deploy.results.agreement import agreement
+from hirelc_deploy.strategies.baselines import ABLATIONS, STRATEGIES
+from hirelc_deploy.strategies.problem import Problem
+from hirelc_deploy.strategies.surrogate import rank_correlation
 
 FINALISTS = ("hirelc", "knapsack", "uniform")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,7 +63,7 @@ def sensitivity(pipeline: Pipeline, problem: Problem) -> dict[str, Any]:
     fisher, measured, units = [], [], []
     for decision in problem.decisions:
         widths = [int(option) for option in decision.options]
-        removed = tables.removed_fisher(pipeline.scores[decision.name], widths)
+        removed = tables.removed_fisher(pipeline.uncut.scores[decision.name], widths)
         for width, predicted in zip(widths[:-1], removed[:-1], strict=True):
             plan = CompressionPlan({decision.name: width}, default_precision="auto")
             known = [t.outcome for t in pipeline.run.trials if t.plan.digest == plan.digest and t.fidelity == "F1"]
@@ -132,8 +134,10 @@ def finals(pipeline: Pipeline, searches: Sequence[comparison.Search]) -> list[di
     chosen = [s for s in searches if s.seed == first and s.strategy in FINALISTS]
     outcomes = [(s, pipeline.outcome(CompressionPlan.from_dict(s.best_plan), "F3")) for s in chosen]
     plans = [CompressionPlan.from_dict(search.best_plan) for search, _ in outcomes]
-    files = {plan.digest: pipeline.file_of(plan, "F3") for plan in plans if pipeline.file_of(plan, "F3").exists()}
-    right = on_test_split(pipeline, {"uncut": pipeline.reference, **files})
+    files = {
+        plan.digest: pipeline.files.file_of(plan, "F3") for plan in plans if pipeline.files.file_of(plan, "F3").exists()
+    }
+    right = on_test_split(pipeline, {"uncut": pipeline.files.reference, **files})
     found = []
     for plan, (search, outcome) in zip(plans, outcomes, strict=True):
         one: dict[str, Any] = {"strategy": search.strategy, "budget_ms": search.budget_ms, "plan": plan.to_dict()}
@@ -165,7 +169,7 @@ def main() -> int:
     torch.set_num_threads(1)
     config = demo_config(0) if options.model == "demo" else JobConfig.read(Path(options.model))
     command = " ".join(["python", "benchmarks/search_quality.py", *sys.argv[1:]])
-    workplace = job.open_workplace(config, options.run, command, Progress(quiet=False))
+    workplace = open_workplace(config, options.run, command, Progress(quiet=False))
     pipeline = workplace.pipeline
     pipeline.effort = replace(pipeline.effort, search_images=options.images, norm_images=options.images // 2)
 
@@ -175,9 +179,9 @@ def main() -> int:
         return pipeline.outcome(plan, fidelity)
 
     with workplace.run:
-        table = LatencyTable(pipeline.backend, job.table_path(), pipeline.threads)
-        network, fit = tables.fit_network_time(pipeline, table)
-        tables.measure_table(pipeline, network, options.options)
+        table = LatencyTable(pipeline.backend, table_path(), pipeline.threads)
+        network, fit = network_time.fit_network_time(pipeline, table)
+        network_time.measure_table(pipeline, network, options.options)
         problem = tables.build_problem(pipeline, network, options=options.options)
         try:
             searches = comparison.run_all(
@@ -204,7 +208,7 @@ def main() -> int:
             "f1_seconds_each": seconds / max(1, sum(t.fidelity == "F1" for t in pipeline.run.trials)),
             "latency_model": fit,
             "sensitivity": sensitivity(pipeline, problem),
-            "agreement": agreement(problem, pipeline.run.trials, pipeline.reference_ms),
+            "agreement": agreement(problem, pipeline.run.trials, pipeline.files.reference_ms),
             "surrogate": surrogate(searches),
             "budgets": budgets(searches),
             "finals": finals(pipeline, searches) if options.finals else [],

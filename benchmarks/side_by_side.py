@@ -24,11 +24,12 @@ import torch
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from record import provenance
 
-from hirelc_deploy.data import configured_data
 from hirelc_deploy.demo import demo_config
-from hirelc_deploy.models import ModelSource, load_for
+from hirelc_deploy.evaluate.effort import Effort
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.inputs.data.load import configured_data
+from hirelc_deploy.inputs.models.source import ModelSource, load_for
 from hirelc_deploy.outcome import Measured
-from hirelc_deploy.pipeline import Effort, Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
 

@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 from record import provenance
 
-from hirelc_deploy.compress import codec, restore, slicing
+from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
+from hirelc_deploy.deliver.stored_bits import StoredBits
 from hirelc_deploy.demo import demo_config
-from hirelc_deploy.job import open_workplace
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.workplace import open_workplace
 from hirelc_deploy.measure.accuracy import kl_divergence
-from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.stored_bits import StoredBits
 
 EQUAL_BITS, EVALUATIONS = 3, 48
 STRATEGIES = ("two-stage", "knapsack", "hirelc", "random")
@@ -41,9 +42,9 @@ class Bench:
 
     def __init__(self, pipeline: Pipeline, keep: float, folder: Path) -> None:
         plan = slicing.uniform_plan(pipeline.graph, keep, "int8")
-        self.file = pipeline.build(pipeline.cut(plan), plan, "F2")
+        self.file = pipeline.files.build(pipeline.cut(plan), plan, "F2")
         self._folder, self._backend = folder, pipeline.backend
-        images, labels = pipeline.selection
+        images, labels = pipeline.uncut.selection
         count = pipeline.effort.search_images
         self._images, self._labels = images[:count].numpy(), None if labels is None else labels[:count]
         self._answers = self._backend.build(self.file).infer(self._images)

@@ -26,11 +26,11 @@ import torch
 from hirelc_backends import tensorrt_ahead
 from record import provenance
 
-from hirelc_deploy.compress.calibration import Ranges, calibrate
-from hirelc_deploy.compress.export import export_onnx, layer_of_node, set_static_batch
-from hirelc_deploy.compress.export_tensorrt import write_tensorrt
+from hirelc_deploy.compress.integer.calibration import Ranges, calibrate
+from hirelc_deploy.compress.onnx_file.export import export_onnx, layer_of_node, set_static_batch
+from hirelc_deploy.compress.onnx_file.export_tensorrt import write_tensorrt
 from hirelc_deploy.errors import HirelcError
-from hirelc_deploy.models import ModelSource
+from hirelc_deploy.inputs.models.source import ModelSource
 
 MODELS = {
     "resnet18": 224,

@@ -23,9 +23,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hirelc_deploy.compress.recovery import half_precision, laid_out
-from hirelc_deploy.data import Images, load_data
-from hirelc_deploy.models import ModelSource, load_for, parse_arguments
-from hirelc_deploy.pipeline import batches
+from hirelc_deploy.inputs.data import Images
+from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.models.source import ModelSource, load_for
+from hirelc_deploy.inputs.models.user_code import parse_arguments
 
 BATCH = 128
 

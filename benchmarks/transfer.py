@@ -22,26 +22,27 @@ import numpy as np
 import torch
 from record import provenance
 
-from hirelc_deploy import job, tables
-from hirelc_deploy.comparison import paired_test
 from hirelc_deploy.config import JobConfig
+from hirelc_deploy.evaluate import network_time, tables
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.workplace import open_workplace, table_path
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Measured
-from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.search.hierarchy import Hierarchy
-from hirelc_deploy.search.loop import run_search
-from hirelc_deploy.search.problem import Problem
-from hirelc_deploy.search.transfer import Weights, shared_weights
+from hirelc_deploy.results.comparison import paired_test
+from hirelc_deploy.strategies.hierarchy import Hierarchy
+from hirelc_deploy.strategies.loop import run_search
+from hirelc_deploy.strategies.problem import Problem
+from hirelc_deploy.strategies.transfer import Weights, shared_weights
 
 
 def opened(config: Path, run: Path, images: int) -> tuple[Pipeline, Problem]:
     """Return a model's pipeline and problem, as search_quality.py makes them."""
-    pipeline = job.open_workplace(JobConfig.read(config), run, "", Progress()).pipeline
+    pipeline = open_workplace(JobConfig.read(config), run, "", Progress()).pipeline
     pipeline.effort = replace(pipeline.effort, search_images=images, norm_images=images // 2)
-    table = LatencyTable(pipeline.backend, job.table_path(), pipeline.threads)
-    network, _ = tables.fit_network_time(pipeline, table)
-    tables.measure_table(pipeline, network, 8)
+    table = LatencyTable(pipeline.backend, table_path(), pipeline.threads)
+    network, _ = network_time.fit_network_time(pipeline, table)
+    network_time.measure_table(pipeline, network, 8)
     return pipeline, tables.build_problem(pipeline, network, options=8)
 
 

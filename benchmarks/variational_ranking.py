@@ -28,13 +28,14 @@ from numpy.typing import NDArray
 from record import RESULTS, provenance
 from torch import Tensor, nn
 
-from hirelc_deploy import job, tables
 from hirelc_deploy.config import JobConfig
+from hirelc_deploy.evaluate import network_time
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.workplace import open_workplace
 from hirelc_deploy.outcome import Measured
-from hirelc_deploy.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.search.surrogate import rank_correlation
+from hirelc_deploy.strategies.surrogate import rank_correlation
 
 LEAST, CEILING = 0.001, 0.7
 """Bounds of alpha, as published."""
@@ -101,7 +102,7 @@ def losses(pipeline: Pipeline, scores: Mapping[str, NDArray[np.float64]]) -> dic
     pipeline.__dict__.pop("judge", None)  # and of what was made with it
     found = {}
     for keep in KEEPS:
-        plan = CompressionPlan(tables.uniform_keep(pipeline.graph, keep), default_precision="auto")
+        plan = CompressionPlan(network_time.uniform_keep(pipeline.graph, keep), default_precision="auto")
         outcome = pipeline.evaluate(plan, "F1")
         found[f"{keep:g}"] = outcome.loss if isinstance(outcome, Measured) else float("nan")
     return found
@@ -119,11 +120,11 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     command = " ".join(["python", "benchmarks/variational_ranking.py", *sys.argv[1:]])
-    workplace = job.open_workplace(JobConfig.read(options.job), options.run, command, Progress())
+    workplace = open_workplace(JobConfig.read(options.job), options.run, command, Progress())
     pipeline = workplace.pipeline
     pipeline.effort = replace(pipeline.effort, search_images=options.images, norm_images=options.images // 2)
     with workplace.run:
-        fisher = pipeline.scores
+        fisher = pipeline.uncut.scores
         found = {"fisher": {"losses": losses(pipeline, fisher)}}
         print("fisher", found["fisher"], flush=True)
         rng = np.random.default_rng(0)

@@ -17,8 +17,8 @@ from answers import drop, right
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from record import RESULTS, provenance
 
-from hirelc_deploy.data import load_data
-from hirelc_deploy.images import Preprocess
+from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.data.preprocess import Preprocess
 
 
 def main() -> int:

@@ -40,13 +40,15 @@ import torch
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import calibration, export, quantize, slicing
+from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.integer import calibration, quantize
+from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.compress.recovery import reestimate_norms
 from hirelc_deploy.errors import ExportError, HirelcError
+from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.units import build_graph
-from hirelc_deploy.models import ModelSource, preprocess_of
-from hirelc_deploy.pipeline import cost_of
+from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
 
 CONVOLUTIONAL = (
     *("resnet18", "resnet50", "vgg11_bn", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_lite0"),

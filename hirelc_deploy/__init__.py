@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Return `load` of `hirelc_deploy.bundle`, imported when asked for: torch takes seconds, --help must not."""
+    """Return `deliver.read.load`, imported when asked for: torch takes seconds, --help must not."""
     if name == "load":
-        return import_module("hirelc_deploy.bundle").load
+        return import_module("hirelc_deploy.deliver.read").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

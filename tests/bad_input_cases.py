@@ -24,10 +24,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from hirelc_deploy import cli
-from hirelc_deploy.bundle import FILES, MANIFEST, BundleContents, write_bundle
+from hirelc_deploy.cli import application
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
-from hirelc_deploy.images import Preprocess
+from hirelc_deploy.deliver.bundle import BundleContents, write_bundle
+from hirelc_deploy.deliver.read import FILES, MANIFEST
+from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.measure.accuracy import OperatorCount
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
@@ -149,7 +150,7 @@ def attempt(case: Case, folder: Path, *, in_process: bool = True) -> Answer:
             if in_process:
                 with low_level_errors() as below, contextlib.redirect_stdout(out):
                     with contextlib.redirect_stderr(err), shown_warnings():
-                        code = cli.run(case.argv)
+                        code = application.run(case.argv)
                     err.write(below())
             else:
                 command = [sys.executable, "-m", "hirelc_deploy", *case.argv]

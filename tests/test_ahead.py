@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from test_pipeline import data_file, make_pipeline  # noqa: F401  (a fixture)
 
-from hirelc_deploy.ahead import Ahead
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.config import Limits, SearchConfig
+from hirelc_deploy.deliver.finalists import Search
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.finalists import Search
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import TRIALS
+from hirelc_deploy.together.processes import Ahead
 
 
 def answer(question: str) -> str:
@@ -73,7 +73,7 @@ def test_a_copy_that_dies_is_one_sentence(ahead: Ahead):
 def test_copies_end_with_the_process_that_made_them_and_do_not_hear_ctrl_c(tmp_path: Path):
     code = (
         "import os, signal, sys, time\n"
-        "from hirelc_deploy.ahead import Ahead\n"
+        "from hirelc_deploy.together.processes import Ahead\n"
         "ahead = Ahead(lambda q: time.sleep(0.3) or str(os.getpid()), 2)\n"
         "ahead.begin(['a', 'b'])\n"
         "time.sleep(0.1)\n"

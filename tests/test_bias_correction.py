@@ -8,9 +8,10 @@ import torch
 from onnx import helper
 from torch import nn
 
-from hirelc_deploy.compress import export, quantize
-from hirelc_deploy.compress.bias_correction import mean_shift, observed_inputs
-from hirelc_deploy.compress.calibration import calibrate
+from hirelc_deploy.compress.integer import quantize
+from hirelc_deploy.compress.integer.bias_correction import mean_shift, observed_inputs
+from hirelc_deploy.compress.integer.calibration import calibrate
+from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.measure.backend import Precision
 
 U8S8 = Precision("int8", "uint8", "int8", 8)

@@ -14,18 +14,18 @@ import torch
 from test_slicing import outputs, randomised, relative_difference, small_vit
 from torch import Tensor, nn
 
-from hirelc_deploy import tables
 from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.branches import proven
-from hirelc_deploy.compress.export import export_onnx, set_static_batch
+from hirelc_deploy.compress.onnx_file.export import export_onnx, set_static_batch
 from hirelc_deploy.compress.slicing import check_plan, mask_model, rebuild, shapes, slice_model, uniform_plan
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError, SliceError
+from hirelc_deploy.evaluate import layer_times, network_time, tables
+from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import LayerShape, ModelGraph
 from hirelc_deploy.graph.units import build_graph
-from hirelc_deploy.pipeline import cost_of
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.search.problem import Decision
+from hirelc_deploy.strategies.problem import Decision
 
 
 class Chain(nn.Module):
@@ -196,10 +196,10 @@ class CountedTable:
 def test_predicted_times_and_bytes_are_those_of_what_is_left(name):
     _, graph, _ = known(name)
     table: Any = CountedTable()
-    network = tables.NetworkTime(graph, table, 0.5, 2.0)
+    network = network_time.NetworkTime(graph, table, 0.5, 2.0)
     offered = {unit.name: (unit.least, unit.widths[0], unit.size) for unit in graph.units}
     offered = {name: tuple(sorted(set(widths))) for name, widths in offered.items()}
-    times = tables.LayerTimes.of(network, offered, graph.layers, fixed=network.fixed)
+    times = layer_times.LayerTimes.of(network, offered, graph.layers, fixed=network.fixed)
     assert not times.others or name in ("efficientnet_b0", "regnety_002")
     rng = np.random.default_rng(0)
     for _ in range(20):

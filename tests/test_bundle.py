@@ -19,18 +19,22 @@ from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from PIL import Image
 from torch import nn
 
-from hirelc_deploy.bundle import FILES, MANIFEST, BundleContents, load, stored_images, verify, write_bundle
-from hirelc_deploy.compress.calibration import calibrate
-from hirelc_deploy.compress.export import export_onnx
-from hirelc_deploy.compress.quantize import quantize
+from hirelc_deploy.compress.integer.calibration import calibrate
+from hirelc_deploy.compress.integer.quantize import quantize
+from hirelc_deploy.compress.onnx_file.export import export_onnx
 from hirelc_deploy.compress.slicing import keep_indices, slice_model, uniform_plan
-from hirelc_deploy.data import Data, load_data
+from hirelc_deploy.deliver.bundle import BundleContents, stored_images, write_bundle
+from hirelc_deploy.deliver.read import FILES, MANIFEST, load
+from hirelc_deploy.deliver.verify import verify
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.units import build_graph
-from hirelc_deploy.images import ArrayImages, Preprocess
+from hirelc_deploy.inputs.data.images import ArrayImages
+from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.data.splits import Data
+from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.accuracy import operators
-from hirelc_deploy.models import ModelSource
 from hirelc_deploy.testing.fake_backend import FakeBackend
 
 BACKEND = OnnxRuntimeCpu()
@@ -482,6 +486,6 @@ def test_a_timm_model_loads_by_its_name_alone(made: Made, tmp_path: Path) -> Non
 def test_the_package_offers_load_without_importing_torch_first() -> None:
     code = (
         "import sys, hirelc_deploy; assert 'torch' not in sys.modules; "
-        "from hirelc_deploy.bundle import load; assert hirelc_deploy.load is load"
+        "from hirelc_deploy.deliver.read import load; assert hirelc_deploy.load is load"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

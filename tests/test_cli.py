@@ -18,10 +18,11 @@ from bad_input_cases import MODEL_FILE, contents, tiny_onnx
 from onnx import load as load_onnx
 from safetensors.numpy import load_file
 
-from hirelc_deploy import __version__, cli
-from hirelc_deploy.job import PRINTED
+from hirelc_deploy import __version__
+from hirelc_deploy.cli import application
+from hirelc_deploy.jobs.workplace import PRINTED
 
-GROUP: Any = typer.main.get_command(cli.app)
+GROUP: Any = typer.main.get_command(application.app)
 COMMANDS = sorted(GROUP.commands)
 JOB = ["--data", "npz:data.npz", "--recovery-epochs", "0.2", "--quiet", "--json"]
 APPLY = ["apply", "--model", "net.py:net", *JOB, "--plan", "uniform:keep=0.5,precision=int8", "--out", "half"]
@@ -70,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
     """Run a command and return what it printed, read as JSON where it was asked to print that."""
-    assert cli.run(arguments) == code
+    assert application.run(arguments) == code
     printed = capsys.readouterr()
     assert printed.err == ""
     return json.loads(printed.out) if "--json" in arguments else printed.out
@@ -78,13 +79,13 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
 
 @pytest.fixture(scope="module")
 def applied(place: Path) -> Path:
-    assert cli.run(APPLY) == 0
+    assert application.run(APPLY) == 0
     return place / "half"
 
 
 @pytest.fixture(scope="module")
 def searched(place: Path) -> Path:
-    assert cli.run(SEARCH) == 0
+    assert application.run(SEARCH) == 0
     return place / "found"
 
 
@@ -127,7 +128,9 @@ def test_a_bare_command_helps_and_version_is_printed(capsys: pytest.CaptureFixtu
 
 
 def test_help_and_version_do_not_wait_for_torch() -> None:
-    program = "import sys; from hirelc_deploy import cli; cli.run(['--version']); sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys; from hirelc_deploy import cli; application.run(['--version']); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
@@ -169,8 +172,8 @@ def test_ctrl_c_says_that_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capsy
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hirelc_deploy.doctor.examine", interrupted)
-    assert cli.run(["doctor"]) == 130
+    monkeypatch.setattr("hirelc_deploy.jobs.doctor.examine", interrupted)
+    assert application.run(["doctor"]) == 130
     assert "the same command resumes" in capsys.readouterr().err
 
 
@@ -342,7 +345,7 @@ def test_a_stored_export_within_a_limit_has_bits_of_its_own_for_each_layer(
     answer(capsys, *store, "--max-bytes", str(limit), "--trials", "6", "--out", "deploy-chosen")
     assert Path("deploy-chosen/model.stored").stat().st_size <= limit
     subprocess.run([sys.executable, "-I", "restore.py", "model.stored", "."], cwd="deploy-chosen", check=True)
-    assert cli.run([*store, "--max-bytes", "10", "--out", "deploy-none"]) == 4
+    assert application.run([*store, "--max-bytes", "10", "--out", "deploy-none"]) == 4
     assert "with 2 bits everywhere" in capsys.readouterr().err
 
 
@@ -387,7 +390,7 @@ def test_an_edited_plan_file_is_another_job(place: Path, capsys: pytest.CaptureF
     words = answer(capsys, *(argument for argument in command if argument != "--json"))
     assert "no accuracy is claimed" in words
     Path("plan.json").write_text('{"keep": {"0": 8}}')
-    assert cli.run(command) == 2
+    assert application.run(command) == 2
     assert "other options (plan = " in capsys.readouterr().err
 
 
@@ -396,26 +399,26 @@ def test_a_run_is_not_resumed_with_other_images_of_the_same_name(
 ) -> None:
     shutil.copy("data.npz", "mine.npz")
     command = [{"npz:data.npz": "npz:mine.npz", "half": "mine"}.get(argument, argument) for argument in APPLY]
-    assert cli.run(command) == 0
+    assert application.run(command) == 0
     arrays = dict(np.load("mine.npz"))
     np.savez("mine.npz", **{**arrays, "x_train": 255 - arrays["x_train"]})
-    assert cli.run(command) == 2
+    assert application.run(command) == 2
     assert "made with other images under the same name" in capsys.readouterr().err
 
 
 def test_the_recovery_of_a_bundle_goes_on(applied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = APPLY[APPLY.index("--plan") + 1]
     no_training = {"0.2": "0", plan: str(applied / "bundle"), "half": "again"}
-    assert cli.run([no_training.get(argument, argument) for argument in APPLY]) == 0
+    assert application.run([no_training.get(argument, argument) for argument in APPLY]) == 0
     before, after = (load_file(Path(run, "bundle/weights.safetensors")) for run in (applied, "again"))
     assert all(np.array_equal(before[name], after[name]) for name in before)
     more = {plan: str(applied / "bundle"), "half": "more"}
-    assert cli.run([more.get(argument, argument) for argument in APPLY]) == 0
+    assert application.run([more.get(argument, argument) for argument in APPLY]) == 0
     further = load_file(Path("more/bundle/weights.safetensors"))
     assert not any(np.array_equal(before[name], further[name]) for name in before if name.endswith("weight"))
     other = [{plan: str(applied), "half": "none"}.get(argument, argument) for argument in APPLY]
     capsys.readouterr()
-    assert cli.run(other) == 2
+    assert application.run(other) == 2
     assert "a bundle?" in capsys.readouterr().err
 
 

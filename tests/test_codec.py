@@ -11,10 +11,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import calibration, codec, quantize, restore
+from hirelc_deploy.compress.integer import calibration, quantize
+from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 from tests.test_quantize import U8S8, images, run, write
 
 

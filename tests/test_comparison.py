@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from toy_problem import Toy
 
-from hirelc_deploy.agreement import agreement
-from hirelc_deploy.comparison import (
+from hirelc_deploy.outcome import Measured
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.results.agreement import agreement
+from hirelc_deploy.results.comparison import (
     Search,
     best_so_far,
     hypervolume,
@@ -20,8 +22,6 @@ from hirelc_deploy.comparison import (
     write_json,
     write_page,
 )
-from hirelc_deploy.outcome import Measured
-from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import TrialRecord
 
 

@@ -19,7 +19,7 @@ from hirelc_deploy.config import (
     parse_duration,
 )
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.search import baselines
+from hirelc_deploy.strategies import baselines
 
 FULL = JobConfig(
     ModelConfig(

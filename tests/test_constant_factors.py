@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from hirelc_deploy.compress.constant_factors import absorb
+from hirelc_deploy.compress.onnx_file.constant_factors import absorb
 
 
 def rounded_twice(factor):

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from hirelc_deploy import demo
-from hirelc_deploy.data import Data, load_data
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.images import ArrayImages, FolderImages, Images, Preprocess
+from hirelc_deploy.inputs.data.images import ArrayImages, FolderImages, Images
+from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.data.splits import Data
 
 
 def arrays(per_class: int = 40, classes: int = 4, side: int = 8, *, by_class: bool = False) -> dict[str, np.ndarray]:

@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import export
-from hirelc_deploy.compress.equalisation import equalise, streams, write_equalised
+from hirelc_deploy.compress.integer.equalisation import equalise, streams, write_equalised
+from hirelc_deploy.compress.onnx_file import export
+from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 
 
 def images(count, seed=0):

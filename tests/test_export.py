@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import export
+from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 
 
 def small_cnn():

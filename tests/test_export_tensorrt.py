@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from hirelc_deploy.compress.calibration import Ranges, calibrate
-from hirelc_deploy.compress.export import export_onnx, set_static_batch
-from hirelc_deploy.compress.export_tensorrt import GRIDS, PATTERNS, _scales, write_tensorrt
+from hirelc_deploy.compress.integer.calibration import Ranges, calibrate
+from hirelc_deploy.compress.onnx_file.export import export_onnx, set_static_batch
+from hirelc_deploy.compress.onnx_file.export_tensorrt import GRIDS, PATTERNS, _scales, write_tensorrt
 from hirelc_deploy.errors import ExportError, InputError, TargetUnavailable
 
 IMAGE = (3, 32, 32)

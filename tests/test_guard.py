@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hirelc_deploy.compress.guard import Guarded, Other, Trials, given_back, guard, priced
+from hirelc_deploy.compress.integer.guard import Guarded, Other, Trials, given_back, guard, priced
 from hirelc_deploy.errors import ConstraintError
 
 POINTS = {"stem": 1.0, "depthwise": 3.0, "middle": 0.25, "head": 0.5, "wide": 3.0}

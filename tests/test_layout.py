@@ -4,39 +4,41 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# A module imports from its own line and from those above it. A folder's name stands for all modules in it.
+# A room imports from itself and from those above it.
 ORDER = (
-    ("__init__", "errors", "progress", "ahead", "ray_ahead", "ray_cluster", "scatter", "_torchvision_guard"),
-    ("plan", "outcome"),
-    ("config", "images", "data", "models", "demo"),
+    ("__init__", "errors", "progress", "_torchvision_guard"),
+    ("plan", "outcome", "config"),
+    ("together",),
     ("graph",),
+    ("tasks",),
+    ("inputs", "demo"),
     ("measure", "testing", "hirelc_backends"),
     ("compress",),
-    ("search",),
+    ("strategies",),
     ("runs",),
-    ("pipeline", "tables", "staircase", "stored_bits"),
-    ("finalists", "delivery", "agreement"),
-    ("bundle", "bundle_template", "report", "comparison", "staircase_page"),
-    ("tensorrt_folder",),
-    ("job", "doctor"),
+    ("evaluate",),
+    ("deliver",),
+    ("results",),
+    ("jobs",),
     ("cli", "__main__"),
 )
-SEARCH_SEES = {"errors", "plan", "outcome", "search"}
+STRATEGIES_SEE = {"errors", "plan", "outcome", "strategies"}
 BACKENDS_SEE = {"errors", "measure", "hirelc_backends"}
 RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "nncf", "openvino", "ray"}
 ADAPTERS = {
     "hirelc_backends",
-    "compress/four_bits.py",
-    "compress/quantize.py",
-    "compress/export.py",
-    "compress/nncf_engine.py",
-    "ray_cluster.py",
-    "bundle_template/run.py",
+    "compress/integer/four_bits.py",
+    "compress/integer/quantize.py",
+    "compress/onnx_file/export.py",
+    "compress/integer/nncf_engine.py",
+    "together/ray_cluster.py",
+    "deliver/bundle_template/run.py",
 }
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 
@@ -83,9 +85,24 @@ def test_imports_point_one_way(file: Path) -> None:
         assert rank[name] <= rank[part], f"{file}:{line}: {part} must not import {name}"
 
 
+def test_no_module_imports_itself_through_others() -> None:
+    names = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removeprefix("backends."): file
+        for file in product_files()
+    }
+    names = {name.removesuffix(".__init__"): file for name, file in names.items()}
+    graph: dict[str, set[str]] = {}
+    for name, file in names.items():
+        wanted = {found if found in names else found.rpartition(".")[0] for found, _ in imports(file)}
+        graph[name] = {
+            found for found in wanted if found in names and found != name and not name.startswith(f"{found}.")
+        }
+    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
 def test_the_search_knows_neither_compression_nor_devices() -> None:
-    for file in (ROOT / "hirelc_deploy" / "search").glob("*.py"):
-        assert {name for name, _ in own_imports(file)} <= SEARCH_SEES, file
+    for file in (ROOT / "hirelc_deploy" / "strategies").glob("*.py"):
+        assert {name for name, _ in own_imports(file)} <= STRATEGIES_SEE, file
         roots = {name.partition(".")[0] for name, _ in imports(file)}
         assert not roots & {"timm", "torchvision", "onnx", "safetensors", *RUNTIMES}, file
 

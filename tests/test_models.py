@@ -12,10 +12,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hirelc_deploy import _torchvision_guard, models
-from hirelc_deploy.data import load_data
+from hirelc_deploy import _torchvision_guard
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.models import ModelSource, check_output, load_for, load_weights, parse_arguments, preprocess_of
+from hirelc_deploy.inputs import models
+from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.models.checks import check_output
+from hirelc_deploy.inputs.models.source import ModelSource, load_for, preprocess_of
+from hirelc_deploy.inputs.models.user_code import parse_arguments
+from hirelc_deploy.inputs.models.weights import load_weights
 
 MODEL_FILE = """
 from dataclasses import dataclass
@@ -91,7 +95,7 @@ def test_the_guard_leaves_matching_wheels_and_a_missing_torchvision_alone(
 
 
 def test_importing_the_module_does_not_pay_for_timm() -> None:
-    code = "import sys, hirelc_deploy.models; assert 'timm' not in sys.modules"
+    code = "import sys, hirelc_deploy.inputs.models; assert 'timm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -235,7 +239,7 @@ def test_a_factory_with_nan_in_a_norm_statistic_is_refused(monkeypatch: pytest.M
 
     monkeypatch.setattr(models, "poisoned", poisoned, raising=False)
     with pytest.raises(InputError, match=r"1\.running_var holds 1 values"):
-        ModelSource("hirelc_deploy.models:poisoned").load()
+        ModelSource("hirelc_deploy.inputs.models:poisoned").load()
 
 
 @pytest.mark.parametrize(

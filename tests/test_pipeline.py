@@ -13,27 +13,32 @@ from safetensors.torch import load_file
 from torch import nn
 from toy_problem import WIDTHS, Toy
 
-from hirelc_deploy import delivery, finalists, job, tables
 from hirelc_deploy.compress import slicing
-from hirelc_deploy.compress.placement import Placement
-from hirelc_deploy.compress.quantize import BLANKET
+from hirelc_deploy.compress.integer.placement import Placement
+from hirelc_deploy.compress.integer.quantize import BLANKET
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import Limits, SearchConfig
-from hirelc_deploy.data import load_data
+from hirelc_deploy.deliver import finalists
+from hirelc_deploy.deliver import race as delivery
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ConstraintError, InputError
+from hirelc_deploy.evaluate import network_time, tables
+from hirelc_deploy.evaluate.effort import Effort
+from hirelc_deploy.evaluate.guarded import guarded, guarded_file
+from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.graph.units import build_graph
-from hirelc_deploy.images import ArrayImages
+from hirelc_deploy.inputs.data.images import ArrayImages
+from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.jobs.shipping import shipped_model
 from hirelc_deploy.measure.accuracy import PairedDrop
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed, Measured
-from hirelc_deploy.pipeline import Effort, Pipeline
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
-from hirelc_deploy.search import depth
-from hirelc_deploy.search.knapsack import smallest, solve
-from hirelc_deploy.search.problem import Problem
+from hirelc_deploy.strategies import depth
+from hirelc_deploy.strategies.knapsack import smallest, solve
+from hirelc_deploy.strategies.problem import Problem
 from hirelc_deploy.testing.fake_backend import FakeBackend, Faults
 
 EFFORT = Effort(64, 32, 32, Recovery(epochs=3, batch_size=16, soft_weight=1.0), Effort().timing)
@@ -80,9 +85,9 @@ def test_cost_counted_from_the_plan_is_that_of_the_sliced_model(pipeline: Pipeli
     rng = np.random.default_rng(1)
     for _ in range(5):
         plan = CompressionPlan({u.name: int(rng.choice(u.widths)) for u in pipeline.graph.units})
-        kept = slicing.keep_indices(pipeline.graph, plan, pipeline.scores)
+        kept = slicing.keep_indices(pipeline.graph, plan, pipeline.uncut.scores)
         sliced = slicing.slice_model(pipeline.model, pipeline.graph, kept)
-        counted = build_graph(sliced, pipeline.example)
+        counted = build_graph(sliced, pipeline.uncut.example)
         cost = pipeline.cost(plan)
         assert cost.params == sum(p.numel() for p in sliced.parameters())
         assert cost.macs == counted.macs
@@ -93,7 +98,7 @@ def test_an_integer_plan_gives_a_smaller_and_on_this_device_faster_file(pipeline
     half = pipeline.evaluate(slicing.uniform_plan(pipeline.graph, 0.5, "int8"), "F2")
     assert isinstance(whole, Measured)
     assert isinstance(half, Measured)
-    assert (half.size_bytes or 0) < (whole.size_bytes or 0) < pipeline.reference.stat().st_size
+    assert (half.size_bytes or 0) < (whole.size_bytes or 0) < pipeline.files.reference.stat().st_size
     assert (half.ratio or 9) < (whole.ratio or 9) < 1
 
 
@@ -120,7 +125,7 @@ def test_a_killed_recovery_goes_on_after_its_last_epoch_to_the_same_weights(data
         if seen == [1, 2]:
             raise KeyboardInterrupt
 
-    killed.after_epoch = stop
+    killed.training.after_epoch = stop
     with pytest.raises(KeyboardInterrupt):
         killed.evaluate(plan, "F3")
     assert not killed.weights_of(plan).exists()
@@ -139,7 +144,7 @@ def test_layers_that_share_their_weights_are_recovered_and_kept(data_file: Path,
     ).eval()
     plan = CompressionPlan(default_precision="float")
     assert isinstance(pipeline.evaluate(plan, "F3"), Measured)
-    assert pipeline.weights_of(plan).exists()
+    assert pipeline.files.weights_of(plan).exists()
 
 
 def test_a_file_the_runtime_refuses_is_a_failed_outcome(data_file: Path, tmp_path: Path):
@@ -151,20 +156,20 @@ def test_a_file_the_runtime_refuses_is_a_failed_outcome(data_file: Path, tmp_pat
 
 
 def test_predicted_network_time_follows_the_table_and_the_fit(pipeline: Pipeline):
-    network, fit = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    network, fit = network_time.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
     plan = slicing.uniform_plan(pipeline.graph, 0.5, "auto")
     measured = pipeline.evaluate(plan, "F2")
     assert isinstance(measured, Measured)
     predicted = network.predict(dict(plan.keep), lambda _: "int8")
-    assert predicted == pytest.approx((measured.ratio or 0) * pipeline.reference_ms, rel=0.35)
+    assert predicted == pytest.approx((measured.ratio or 0) * pipeline.files.reference_ms, rel=0.35)
     assert network.predict({}, lambda _: "int8") > predicted
     assert fit["samples"] == 3
 
 
 def test_widths_that_buy_no_time_are_not_offered(pipeline: Pipeline):
-    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    network, _ = network_time.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
     for unit in pipeline.graph.units:
-        offered = tables.offered_widths(unit, network, 5)
+        offered = network_time.offered_widths(unit, network, 5)
         assert offered[-1] == unit.size
         assert len(offered) <= 5
         times = [
@@ -179,7 +184,7 @@ def test_widths_that_buy_no_time_are_not_offered(pipeline: Pipeline):
 
 
 def test_times_from_arrays_are_those_of_the_layer_table(pipeline: Pipeline):
-    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    network, _ = network_time.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
     problem = tables.build_problem(pipeline, network, options=3)
     rng = np.random.default_rng(0)
     for _ in range(10):
@@ -239,8 +244,8 @@ def test_what_a_width_removes_is_the_least_important():
 
 
 def test_few_of_many_positions_are_chosen_evenly_with_both_ends():
-    assert tables.evenly_spaced(np.array([0.0, 1.0, 2.0, 9.0, 10.0, 20.0]), 3) == [0, 4, 5]
-    assert tables.evenly_spaced(np.array([0.0, 1.0]), 3) == [0, 1]
+    assert network_time.evenly_spaced(np.array([0.0, 1.0, 2.0, 9.0, 10.0, 20.0]), 3) == [0, 4, 5]
+    assert network_time.evenly_spaced(np.array([0.0, 1.0]), 3) == [0, 1]
 
 
 def test_a_search_ships_a_plan_within_its_speed_limit(data_file: Path, tmp_path: Path):
@@ -251,7 +256,7 @@ def test_a_search_ships_a_plan_within_its_speed_limit(data_file: Path, tmp_path:
     found = search.finalists()
     assert len(found) == 1
     assert (found[0].outcome.ratio or 9) <= 1 / 3.0 * (1 + finalists.TOLERANCE)
-    ours = delivery.Contender("ours", pipeline.file_of(found[0].plan, "F3"), found[0].plan)
+    ours = delivery.Contender("ours", pipeline.files.file_of(found[0].plan, "F3"), found[0].plan)
     shipped = delivery.race(pipeline, ours)
     assert shipped.shipped is ours
     counted = [t for t in pipeline.run.trials if t.fidelity == "F1"]
@@ -285,7 +290,7 @@ def test_an_impossible_speed_is_refused_before_anything_is_trained(data_file: Pa
 
 
 def test_a_slower_candidate_is_never_shipped(pipeline: Pipeline):
-    slow = delivery.Contender("ours", pipeline.reference, CompressionPlan(default_precision="float"))
+    slow = delivery.Contender("ours", pipeline.files.reference, CompressionPlan(default_precision="float"))
     outcome = delivery.race(pipeline, slow)
     assert outcome.shipped.name == outcome.best_unpruned
     assert outcome.timings[outcome.best_unpruned].ratio < 1
@@ -295,7 +300,7 @@ def test_a_slower_candidate_is_never_shipped(pipeline: Pipeline):
 def test_without_a_candidate_the_best_unpruned_file_is_shipped(pipeline: Pipeline):
     outcome = delivery.race(pipeline, None)
     assert outcome.shipped.name == outcome.best_unpruned
-    assert pipeline.blanket.name == f"uncut-{BLANKET}.onnx"
+    assert pipeline.files.blanket.name == f"uncut-{BLANKET}.onnx"
 
 
 def test_an_unpruned_file_that_breaks_a_limit_is_not_shipped_however_fast(pipeline: Pipeline):
@@ -321,9 +326,9 @@ def test_importance_without_labels_takes_the_uncut_models_own_answers(data_file:
     images._labels = labelled.model(images.batch(range(len(images)))).argmax(1).numpy()  # type: ignore[attr-defined]
     answered = make_pipeline(data_file, tmp_path / "answered")
     answered.data.train._labels = None  # type: ignore[attr-defined]
-    assert labelled.scores.keys() == answered.scores.keys()
-    for name, score in labelled.scores.items():
-        np.testing.assert_allclose(answered.scores[name], score, rtol=1e-4)
+    assert labelled.uncut.scores.keys() == answered.uncut.scores.keys()
+    for name, score in labelled.uncut.scores.items():
+        np.testing.assert_allclose(answered.uncut.scores[name], score, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +348,7 @@ def test_limits_hold_only_when_every_one_is_kept(drop: float, error: float, rati
 
 def test_layer_records_tell_widths_before_and_after(pipeline: Pipeline):
     plan = slicing.uniform_plan(pipeline.graph, 0.5, "int8")
-    records = {r["name"]: r for r in delivery.layer_records(pipeline.graph, plan, pipeline.precision_of(plan))}
+    records = {r["name"]: r for r in delivery.layer_records(pipeline.graph, plan, pipeline.files.precision_of(plan))}
     first = records["conv1"]
     assert (first["in_full"], first["in_kept"], first["out_full"]) == (3, 3, 16)
     assert first["out_kept"] == plan.keep[next(u.name for u in pipeline.graph.units if "residual" in u.name)]
@@ -358,18 +363,18 @@ def test_the_guard_turns_layers_back_until_the_drop_holds(pipeline: Pipeline, mo
         points = float(sum(node.op_type == "QuantizeLinear" for node in proto.graph.node))
         return PairedDrop(points, points, points)
 
-    monkeypatch.setattr(pipeline, "file_drop", file_drop)
-    plain, nothing = pipeline.guarded(100.0)
+    monkeypatch.setattr(pipeline.files, "file_drop", file_drop)
+    plain, nothing = guarded(pipeline, 100.0)
     assert nothing.reverted == ()
     assert plain.precision == {}
-    plan, found = pipeline.guarded(3.0)
+    plan, found = guarded(pipeline, 3.0)
     assert 0 < len(found.reverted) < len(pipeline.graph.layers)
     assert found.points <= 3.0 < found.points_before
     assert found.ms > 0
     layers = {step.layer for step in found.reverted}
     assert set(plan.precision) == layers
     assert plan.default_precision == "auto"
-    precision_of = pipeline.precision_of(plan)
+    precision_of = pipeline.files.precision_of(plan)
     assert {precision_of(layer) for layer in layers} == {"float"}
     names = [contender.name for contender in delivery.unpruned(pipeline, 3.0)]
     assert names[-1] == "int8 guarded"
@@ -385,16 +390,16 @@ def test_the_guard_turns_operators_between_layers_back_where_that_does(
         points = 2.0 * sum(node.op_type == "Add" and node.output[0] in rounded for node in proto.graph.node)
         return PairedDrop(points, points, points)
 
-    monkeypatch.setattr(pipeline, "file_drop", file_drop)
+    monkeypatch.setattr(pipeline.files, "file_drop", file_drop)
     placed = Placement(
         "all", (), 0.4, {"all": {"ratio": 0.4}, "weights": {"ratio": 0.6}, "first 2 layers": {"ratio": 0.9}}
     )
-    monkeypatch.setattr(pipeline, "placement", placed)
-    plan, found = pipeline.guarded(1.0)
+    monkeypatch.setattr(pipeline.files, "placement", placed)
+    plan, found = guarded(pipeline, 1.0)
     assert (found.pattern, found.reverted, found.points) == ("weights", (), 0.0)
     assert found.points_before > 1.0
     assert (plan.pattern, dict(plan.precision)) == ("weights", {})
-    assert pipeline.pattern_of(plan) == "weights"
+    assert pipeline.files.pattern_of(plan) == "weights"
     assert CompressionPlan.from_dict(plan.to_dict()) == plan
     assert plan.digest != CompressionPlan(default_precision="auto").digest
 
@@ -404,7 +409,7 @@ def test_a_plan_may_ask_for_linear_layers_in_four_bits(pipeline: Pipeline):
     assert plan.precision == {"fc": "int4"}
     outcome = pipeline.outcome(plan, "F2")
     assert isinstance(outcome, Measured)
-    operators = {node.op_type for node in onnx.load(str(pipeline.file_of(plan, "F2"))).graph.node}
+    operators = {node.op_type for node in onnx.load(str(pipeline.files.file_of(plan, "F2"))).graph.node}
     assert "MatMulNBits" in operators
     with pytest.raises(InputError, match="no Linear layer"):
         slicing.check_plan(pipeline.graph, CompressionPlan(precision={"stages.1.0.conv2": "int4"}))
@@ -413,16 +418,16 @@ def test_a_plan_may_ask_for_linear_layers_in_four_bits(pipeline: Pipeline):
 def test_many_calibration_images_are_read_batch_by_batch_and_are_the_same(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ):
-    kept = pipeline.calibration_batches()
-    assert pipeline.calibration_batches() is kept
-    monkeypatch.setattr("hirelc_deploy.pipeline.KEPT_BYTES", 0)
-    streamed = pipeline.calibration_batches()
+    kept = pipeline.uncut.calibration_batches()
+    assert pipeline.uncut.calibration_batches() is kept
+    monkeypatch.setattr("hirelc_deploy.evaluate.effort.KEPT_BYTES", 0)
+    streamed = pipeline.uncut.calibration_batches()
     assert not isinstance(streamed, list)
     assert torch.equal(torch.cat(list(streamed)), torch.cat(list(kept)))
 
 
 def test_which_branches_go_is_settled_by_trial_recoveries(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    network, _ = network_time.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
     problem = tables.build_problem(pipeline, network, options=3)
     known = [CompressionPlan({"stages.0.0.conv1": 8}, default_precision="auto")]
     asked: list[float] = []
@@ -431,7 +436,7 @@ def test_which_branches_go_is_settled_by_trial_recoveries(pipeline: Pipeline, mo
         asked.append(epochs)
         return 0.1 + plan.keep.get("stages.0.0.conv1", 16)
 
-    monkeypatch.setattr(pipeline, "loss_after", loss_after)
+    monkeypatch.setattr(pipeline.training, "loss_after", loss_after)
     budget_ms = 0.8 * problem.uncut_ms
     assert finalists.settled_depth(pipeline, problem, budget_ms, known) == {"stages.0.0.conv1"}
     assert asked == pytest.approx([20 / 8] * 2)  # of 8 steps an epoch
@@ -444,9 +449,9 @@ def test_a_trial_recovery_lowers_the_loss_and_is_remembered(pipeline: Pipeline):
     plan = CompressionPlan({"stages.0.0.conv1": 0, "stages.0.residual": 8}, default_precision="auto")
     before = pipeline.evaluate(plan, "F1")
     assert isinstance(before, Measured)
-    after = pipeline.loss_after(plan, 3)
+    after = pipeline.training.loss_after(plan, 3)
     assert after < before.loss
-    assert pipeline.loss_after(plan, 3) == after
+    assert pipeline.training.loss_after(plan, 3) == after
     assert pipeline.run.fact(f"loss of {plan.digest} after 3 epochs of recovery") == after
 
 
@@ -457,10 +462,10 @@ def test_a_plan_without_a_branch_walks_the_whole_path(pipeline: Pipeline):
     assert isinstance(found, Measured)
     assert found.params < whole.params
     assert (found.ratio or 9) < (whole.ratio or 9)
-    nodes = onnx.load(str(pipeline.file_of(plan, "F3"))).graph.node
+    nodes = onnx.load(str(pipeline.files.file_of(plan, "F3"))).graph.node
     assert not [node.name for node in nodes if node.name.startswith("stages.0.0.conv")]
-    shipped = job.shipped_model(pipeline, delivery.Contender("ours", pipeline.file_of(plan, "F3"), plan))
-    weights = load_file(str(pipeline.weights_of(plan)))
+    shipped = shipped_model(pipeline, delivery.Contender("ours", pipeline.files.file_of(plan, "F3"), plan))
+    weights = load_file(str(pipeline.files.weights_of(plan)))
     assert all(torch.equal(shipped.state_dict()[key], value) for key, value in weights.items())
     assert {slicing.IDENTITY, slicing.ZERO} & {
         value for value in slicing.shapes(shipped).values() if isinstance(value, str)
@@ -468,11 +473,13 @@ def test_a_plan_without_a_branch_walks_the_whole_path(pipeline: Pipeline):
 
 
 def test_without_depth_a_search_keeps_something_of_every_unit(pipeline: Pipeline):
-    network = tables.NetworkTime(pipeline.graph.without_branches(), LatencyTable(pipeline.backend, None), 0.0, 1.0)
+    network = network_time.NetworkTime(
+        pipeline.graph.without_branches(), LatencyTable(pipeline.backend, None), 0.0, 1.0
+    )
     for unit in network.graph.units:
-        assert min(tables.offered_widths(unit, network, 5)) > 0
+        assert min(network_time.offered_widths(unit, network, 5)) > 0
     deep = replace(network, graph=pipeline.graph)
-    assert [0 in tables.offered_widths(unit, deep, 5) for unit in pipeline.graph.units].count(True) == 1
+    assert [0 in network_time.offered_widths(unit, deep, 5) for unit in pipeline.graph.units].count(True) == 1
 
 
 TRAINED = CompressionPlan(default_precision="auto", trained_rounding=True)
@@ -488,16 +495,16 @@ def counted_drop(path: Path) -> PairedDrop:
 def test_the_guard_takes_the_trained_file_where_that_keeps_the_drop_in_less_time(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipeline, "file_drop", counted_drop)
-    plan, found = pipeline.guarded(2.0)
+    monkeypatch.setattr(pipeline.files, "file_drop", counted_drop)
+    plan, found = guarded(pipeline, 2.0)
     assert (plan, found.trained, found.reverted, found.points) == (TRAINED, True, (), 0.5)
     assert found.others
     assert all(not other.trained and found.ms <= other.ms for other in found.others)
     assert CompressionPlan.from_dict(plan.to_dict()) == plan
     contender = delivery.unpruned(pipeline, 2.0)[-1]
-    assert (contender.name, contender.path) == ("int8 guarded", pipeline.guarded_file(plan))
-    weights = load_file(str(pipeline.weights_of(plan)))
-    shipped = job.shipped_model(pipeline, contender).state_dict()
+    assert (contender.name, contender.path) == ("int8 guarded", guarded_file(pipeline, plan))
+    weights = load_file(str(pipeline.files.weights_of(plan)))
+    shipped = shipped_model(pipeline, contender).state_dict()
     assert all(torch.equal(shipped[key], value) for key, value in weights.items())
     assert sorted(weights) == sorted(pipeline.model.state_dict())
     name = "stages.1.0.conv1.weight"
@@ -519,8 +526,8 @@ def test_without_recovery_or_training_images_the_guard_only_turns_layers_back(
     none = ArrayImages(images._pixels, images._all_labels, np.empty(0, np.int64), images._preprocess)
     bare.data = replace(bare.data, train=none)
     for pipeline in (still, bare):
-        monkeypatch.setattr(pipeline, "file_drop", counted_drop)
-        plan, found = pipeline.guarded(2.0)
+        monkeypatch.setattr(pipeline.files, "file_drop", counted_drop)
+        plan, found = guarded(pipeline, 2.0)
         assert not found.trained
         assert not plan.trained_rounding
         assert not any(other.trained for other in found.others)
@@ -531,15 +538,15 @@ def test_a_killed_training_of_rounded_weights_goes_on_to_the_same_ones(data_file
     whole, killed = make_pipeline(data_file, tmp_path / "whole"), make_pipeline(data_file, tmp_path / "killed")
     placed = Placement("all-softmax-add", ("conv1",), 0.4, {})
     for pipeline in (whole, killed):
-        pipeline.__dict__["placement"] = placed
+        pipeline.files.__dict__["placement"] = placed
 
     def stop(_plan: CompressionPlan, epoch: int, _model: nn.Module) -> None:
         raise KeyboardInterrupt
 
-    killed.after_epoch = stop
+    killed.training.after_epoch = stop
     with pytest.raises(KeyboardInterrupt):
         killed.evaluate(TRAINED, "F3")
-    killed.after_epoch = whole.after_epoch
+    killed.training.after_epoch = whole.training.after_epoch
     killed.evaluate(TRAINED, "F3")
     whole.evaluate(TRAINED, "F3")
     assert killed.weights_of(TRAINED).read_bytes() == whole.weights_of(TRAINED).read_bytes()
@@ -548,11 +555,11 @@ def test_a_killed_training_of_rounded_weights_goes_on_to_the_same_ones(data_file
 def test_the_file_of_trained_weights_for_many_images_answers_as_that_for_one(pipeline: Pipeline, tmp_path: Path):
     pipeline.outcome(TRAINED, "F3")
     model = pipeline.cut(TRAINED)
-    model.load_state_dict(load_file(str(pipeline.weights_of(TRAINED))))
-    pipeline.write_batched(model, TRAINED, tmp_path / "batched.onnx")
-    images = pipeline.selection[0].numpy()
+    model.load_state_dict(load_file(str(pipeline.files.weights_of(TRAINED))))
+    pipeline.files.write_batched(model, TRAINED, tmp_path / "batched.onnx")
+    images = pipeline.uncut.selection[0].numpy()
     one, many = (
         pipeline.backend.build(path, 1).infer(images)
-        for path in (pipeline.file_of(TRAINED, "F3"), tmp_path / "batched.onnx")
+        for path in (pipeline.files.file_of(TRAINED, "F3"), tmp_path / "batched.onnx")
     )
     assert np.abs(one - many).max() < 0.05 * np.abs(one).max()

@@ -6,10 +6,10 @@ import onnx
 import pytest
 import torch
 
-from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress.placement import Placement, changes, place
-from hirelc_deploy.compress.quantize import PATTERNS, SIGMOID_GELU
+from hirelc_deploy.compress.integer.placement import Placement, changes, place
+from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.demo.model import DemoNet
+from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 from tests.test_quantize import write
 
 CHANGES = {"a": frozenset("a"), "b": frozenset("bB"), "c": frozenset("c")}

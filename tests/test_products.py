@@ -8,9 +8,9 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import calibration, products, qat, quantize, signed
-from hirelc_deploy.compress.export import layer_of_node
+from hirelc_deploy.compress.integer import calibration, products, qat, quantize, signed
+from hirelc_deploy.compress.onnx_file.export import layer_of_node
+from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 from hirelc_deploy.measure.backend import Precision
 from tests.test_quantize import images, kernels, run, write
 

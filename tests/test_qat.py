@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hirelc_deploy.compress import calibration, qat, quantize
-from hirelc_deploy.compress.export import export_onnx, open_session, set_static_batch
+from hirelc_deploy.compress.integer import calibration, qat, quantize
+from hirelc_deploy.compress.onnx_file.export import export_onnx, open_session, set_static_batch
 from hirelc_deploy.measure.backend import Precision
 
 INT8 = Precision("int8", "uint8", "int8", 8)

@@ -12,13 +12,14 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
-from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import export, quantize
-from hirelc_deploy.compress.calibration import Histogram, Ranges, calibrate
-from hirelc_deploy.compress.four_bits import use_four_bits
-from hirelc_deploy.compress.quantize import PATTERNS
+from hirelc_deploy.compress.integer import quantize
+from hirelc_deploy.compress.integer.calibration import Histogram, Ranges, calibrate
+from hirelc_deploy.compress.integer.four_bits import use_four_bits
+from hirelc_deploy.compress.integer.quantize import PATTERNS
+from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 from hirelc_deploy.measure.backend import Precision
 
 U8S8 = Precision("int8", "uint8", "int8", 8)

@@ -17,19 +17,21 @@ from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from test_ahead import journal
 from test_pipeline import data_file, make_pipeline  # noqa: F401  (a fixture)
 
-from hirelc_deploy import cli, ray_ahead
+from hirelc_deploy.cli import application
 from hirelc_deploy.config import Limits, SearchConfig
+from hirelc_deploy.deliver.finalists import Search
 from hirelc_deploy.errors import InputError, TargetUnavailable
-from hirelc_deploy.finalists import Search
+from hirelc_deploy.inputs.models.source import ModelSource
+from hirelc_deploy.inputs.models.user_code import factory_modules
 from hirelc_deploy.measure import ray_pipe
 from hirelc_deploy.measure.remote import Board
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.measure.targets import find_target, open_target
-from hirelc_deploy.models import ModelSource, factory_modules
-from hirelc_deploy.ray_ahead import RayAhead, default_evaluators
-from hirelc_deploy.ray_cluster import connect
 from hirelc_deploy.testing import loopback
 from hirelc_deploy.testing.backend_contract import random_images, write_model
+from hirelc_deploy.together import ray_evaluators as ray_ahead
+from hirelc_deploy.together.ray_cluster import connect
+from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: the extra `ray`")
 needs_sshd = pytest.mark.skipif(loopback.why_not() is not None, reason=str(loopback.why_not()))
@@ -202,7 +204,7 @@ def test_without_ray_its_option_is_one_sentence(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert cli.run([*SEARCH, "--ray", "auto"]) == 2
+    assert application.run([*SEARCH, "--ray", "auto"]) == 2
     assert "Ray is not installed" in capsys.readouterr().err
     assert not Path("out").exists()
 
@@ -229,7 +231,7 @@ def test_what_ray_cannot_use_is_one_sentence(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    assert cli.run([*SEARCH, *options]) == code
+    assert application.run([*SEARCH, *options]) == code
     assert says in capsys.readouterr().err.splitlines()[0]
     assert not Path("out").exists()
 

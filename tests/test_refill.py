@@ -7,8 +7,9 @@ import torch
 from test_export import images, small_cnn, small_vit
 from torch import nn
 
-from hirelc_deploy.compress import export, refill, slicing
-from hirelc_deploy.compress.folding import fold, tensors_of
+from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.onnx_file import export, refill
+from hirelc_deploy.compress.onnx_file.folding import fold, tensors_of
 from hirelc_deploy.errors import ExportError
 from hirelc_deploy.graph.units import build_graph
 

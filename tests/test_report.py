@@ -13,8 +13,8 @@ import pytest
 from report_run import EVIL, result, write_run
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.report import ReportInput, read_run, render, write_report
-from hirelc_deploy.scatter import Point, draw, frame, front, log_ticks, ticks
+from hirelc_deploy.results.report import ReportInput, read_run, render, write_report
+from hirelc_deploy.results.scatter import Point, draw, frame, front, log_ticks, ticks
 
 
 @pytest.fixture(scope="module")

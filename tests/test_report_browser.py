@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from report_run import write_run
 
-from hirelc_deploy.report import read_run, write_report
+from hirelc_deploy.results.report import read_run, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hirelc_deploy import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.compress import calibration, export, quantize, rewrite
+from hirelc_deploy.compress.integer import calibration, quantize
+from hirelc_deploy.compress.onnx_file import export, rewrite
+from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 from hirelc_deploy.measure.backend import Precision
 from tests.test_quantize import images, kernels, run, write
 

@@ -20,8 +20,8 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.outcome import Failed, Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run, atomic_path, write_atomic
-from hirelc_deploy.search.baselines import make_strategy
-from hirelc_deploy.search.loop import run_search
+from hirelc_deploy.strategies.baselines import make_strategy
+from hirelc_deploy.strategies.loop import run_search
 
 OLD_RUN = Path(__file__).parent / "data" / "run_schema_1"
 OPTIONS = 'strategy = "hirelc"\nseed = 3\n\n[limits]\nmax_drop = 1.0\n'

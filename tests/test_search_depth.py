@@ -9,9 +9,9 @@ import pytest
 from toy_problem import Toy
 
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.search.depth import branches_of, choose_depth, gone_from, with_depth
-from hirelc_deploy.search.knapsack import solve
-from hirelc_deploy.search.problem import Choices, Problem
+from hirelc_deploy.strategies.depth import branches_of, choose_depth, gone_from, with_depth
+from hirelc_deploy.strategies.knapsack import solve
+from hirelc_deploy.strategies.problem import Choices, Problem
 
 
 def with_branches(count: int) -> Problem:

@@ -10,7 +10,7 @@ import pytest
 from toy_problem import Toy, additive_problem, random_problem
 
 from hirelc_deploy.errors import ConstraintError
-from hirelc_deploy.search.knapsack import (
+from hirelc_deploy.strategies.knapsack import (
     MAX_STATES,
     _undominated,
     check_feasible,
@@ -24,7 +24,7 @@ from hirelc_deploy.search.knapsack import (
     tables_of,
     uncut,
 )
-from hirelc_deploy.search.problem import Choices, Problem
+from hirelc_deploy.strategies.problem import Choices, Problem
 
 
 def every_choice(problem: Problem) -> list[Choices]:
@@ -52,7 +52,7 @@ def test_solving_with_thinned_states_still_fits_and_loses_almost_nothing(monkeyp
     toy = Toy(3)
     tables, budget_ms = tables_of(toy.problem), 0.6 * toy.problem.uncut_ms
     exact = solve_additive(tables, budget_ms)  # 868 states at most
-    monkeypatch.setattr("hirelc_deploy.search.knapsack.MAX_STATES", 200)
+    monkeypatch.setattr("hirelc_deploy.strategies.knapsack.MAX_STATES", 200)
     thinned = solve_additive(tables, budget_ms)
     assert exact is not None
     assert thinned is not None

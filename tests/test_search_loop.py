@@ -12,9 +12,9 @@ from toy_problem import Toy
 from hirelc_deploy.outcome import Failed, Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
-from hirelc_deploy.search.baselines import make_strategy
-from hirelc_deploy.search.loop import SearchResult, Trial, extended_front, objectives, run_search
-from hirelc_deploy.search.problem import Choices, Evaluate
+from hirelc_deploy.strategies.baselines import make_strategy
+from hirelc_deploy.strategies.loop import SearchResult, Trial, extended_front, objectives, run_search
+from hirelc_deploy.strategies.problem import Choices, Evaluate
 
 
 class Script:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hirelc_deploy.outcome import Failed, Measured
-from hirelc_deploy.search.ppo import A2C, ActionBatch, Ppo, PpoSettings, advantages
-from hirelc_deploy.search.reward import FAILED_REWARD, Goal, reward_of
+from hirelc_deploy.strategies.ppo import A2C, ActionBatch, Ppo, PpoSettings, advantages
+from hirelc_deploy.strategies.reward import FAILED_REWARD, Goal, reward_of
 
 
 def measured(loss: float, ms: float | None = None) -> Measured:

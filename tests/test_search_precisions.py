@@ -11,20 +11,22 @@ import torch
 from test_pipeline import EFFORT, data_file, tiny_net  # noqa: F401  # a fixture is found by its name
 from toy_problem import additive_problem
 
-from hirelc_deploy import tables
-from hirelc_deploy.compress import qat, slicing
-from hirelc_deploy.data import load_data
+from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.integer import qat
+from hirelc_deploy.evaluate import network_time, tables
+from hirelc_deploy.evaluate.cutting import round_as_asked
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Measured
-from hirelc_deploy.pipeline import Pipeline, round_as_asked
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
-from hirelc_deploy.search.baselines import make_strategy
-from hirelc_deploy.search.hierarchy import neighbours
-from hirelc_deploy.search.knapsack import solve
-from hirelc_deploy.search.loop import run_search
-from hirelc_deploy.search.problem import Decision, Problem
-from hirelc_deploy.search.votes import vote
+from hirelc_deploy.strategies.baselines import make_strategy
+from hirelc_deploy.strategies.hierarchy import neighbours
+from hirelc_deploy.strategies.knapsack import solve
+from hirelc_deploy.strategies.loop import run_search
+from hirelc_deploy.strategies.problem import Decision, Problem
+from hirelc_deploy.strategies.votes import vote
 from hirelc_deploy.testing.fake_backend import FakeBackend
 
 HURT = "stages.1.0"
@@ -48,12 +50,12 @@ def pipeline(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipel
 
 
 @pytest.fixture(scope="module")
-def network(pipeline: Pipeline) -> tables.NetworkTime:
-    return tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))[0]
+def network(pipeline: Pipeline) -> network_time.NetworkTime:
+    return network_time.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))[0]
 
 
 @pytest.fixture(scope="module")
-def problem(pipeline: Pipeline, network: tables.NetworkTime) -> Problem:
+def problem(pipeline: Pipeline, network: network_time.NetworkTime) -> Problem:
     return tables.build_problem(pipeline, network, options=3)
 
 
@@ -81,7 +83,7 @@ def test_every_integer_block_decides_between_float_and_what_it_is_in_the_best_fi
 
 def test_without_the_option_there_are_widths_alone_and_nothing_is_rounded(data_file: Path, tmp_path: Path):  # noqa: F811
     pipeline = open_pipeline(data_file, tmp_path / "run", rounds=False)
-    network, _ = tables.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
+    network, _ = network_time.fit_network_time(pipeline, LatencyTable(pipeline.backend, None))
     problem = tables.build_problem(pipeline, network, options=3)
     assert {d.kind for d in problem.decisions} == {"width"}
     assert all(d.loss[-1] == 0 and d.layers == () for d in problem.decisions)
@@ -89,7 +91,9 @@ def test_without_the_option_there_are_widths_alone_and_nothing_is_rounded(data_f
     assert problem.plan_of(np.array([0] * len(problem.decisions))).precision == {}
 
 
-def test_predicted_times_of_mixed_plans_are_sums_of_the_layer_table(problem: Problem, network: tables.NetworkTime):
+def test_predicted_times_of_mixed_plans_are_sums_of_the_layer_table(
+    problem: Problem, network: network_time.NetworkTime
+):
     for choices in random_choices(problem, 20):
         plan = problem.plan_of(choices)
         wanted = network.predict(plan.keep, lambda layer, plan=plan: plan.precision.get(layer, "int8"))
@@ -98,8 +102,8 @@ def test_predicted_times_of_mixed_plans_are_sums_of_the_layer_table(problem: Pro
 
 def test_a_measured_table_has_all_that_such_times_need(pipeline: Pipeline, problem: Problem):
     table = LatencyTable(pipeline.backend, None)
-    network = tables.NetworkTime(pipeline.graph, table, 0.0, 1.0)
-    tables.measure_table(pipeline, network, 3)
+    network = network_time.NetworkTime(pipeline.graph, table, 0.0, 1.0)
+    network_time.measure_table(pipeline, network, 3)
     before = table.measured
     tables.build_problem(pipeline, network, options=3)
     assert table.measured == before > 0
@@ -151,10 +155,10 @@ def test_files_round_what_their_blocks_round_alone(pipeline: Pipeline):
 def test_a_model_without_a_branch_rounds_the_rest(pipeline: Pipeline):
     plan = CompressionPlan({"stages.0.0.conv1": 0}, default_precision="auto")
     model = pipeline.cut(plan)
-    plain = model(pipeline.selection[0][:8])
+    plain = model(pipeline.uncut.selection[0][:8])
     round_as_asked(model, tuple(pipeline.roundings.values()), plan)
-    assert not torch.equal(model(pipeline.selection[0][:8]), plain)
-    assert torch.equal(qat.settle(model)(pipeline.selection[0][:8]).argmax(1), plain.argmax(1))
+    assert not torch.equal(model(pipeline.uncut.selection[0][:8]), plain)
+    assert torch.equal(qat.settle(model)(pipeline.uncut.selection[0][:8]).argmax(1), plain.argmax(1))
 
 
 @pytest.mark.parametrize("strategy", ["hirelc", "knapsack", "greedy"])
@@ -208,8 +212,8 @@ def test_a_cut_plan_with_a_float_block_becomes_a_file_with_that_block_float(pipe
     plan = CompressionPlan({"stages.1.0.conv1": 16}, dict.fromkeys(layers, "float"), "auto")
     outcome = pipeline.evaluate(plan, "F2")
     assert isinstance(outcome, Measured)
-    runner = pipeline.backend.build(pipeline.file_of(plan, "F2"), 1)
-    times = runner.profile(pipeline.example[:1].numpy(), 1)
+    runner = pipeline.backend.build(pipeline.files.file_of(plan, "F2"), 1)
+    times = runner.profile(pipeline.uncut.example[:1].numpy(), 1)
     assert sum(operator.operator == "Conv" for operator in times) == len(layers) == 3
     assert any(operator.operator == "QLinearConv" for operator in times)
 

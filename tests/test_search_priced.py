@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from toy_problem import Toy
 
-from hirelc_deploy.search.knapsack import smallest, solve
-from hirelc_deploy.search.priced import with_price, within_bytes
-from hirelc_deploy.search.problem import Choices
+from hirelc_deploy.strategies.knapsack import smallest, solve
+from hirelc_deploy.strategies.priced import with_price, within_bytes
+from hirelc_deploy.strategies.problem import Choices
 
 
 def bytes_of(toy: Toy, choices: Choices) -> np.ndarray:

@@ -12,12 +12,12 @@ from toy_problem import Toy, random_problem
 
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.outcome import Failed, Measured
-from hirelc_deploy.search.baselines import STRATEGIES, make_strategy
-from hirelc_deploy.search.hierarchy import Hierarchy, Parts
-from hirelc_deploy.search.high_level import MULTIPLIERS, PricePolicy, block_budgets
-from hirelc_deploy.search.knapsack import smallest, solve
-from hirelc_deploy.search.loop import SearchResult, run_search
-from hirelc_deploy.search.problem import FISHER, Choices, Problem
+from hirelc_deploy.strategies.baselines import STRATEGIES, make_strategy
+from hirelc_deploy.strategies.hierarchy import Hierarchy, Parts
+from hirelc_deploy.strategies.high_level import MULTIPLIERS, PricePolicy, block_budgets
+from hirelc_deploy.strategies.knapsack import smallest, solve
+from hirelc_deploy.strategies.loop import SearchResult, run_search
+from hirelc_deploy.strategies.problem import FISHER, Choices, Problem
 
 BUDGET = 0.45
 OPTUNA = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="Optuna is not installed")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from toy_problem import Toy
 
-from hirelc_deploy.search import surrogate as module
-from hirelc_deploy.search.agent import Agent, Member, Scene, counterfactual_credit
-from hirelc_deploy.search.hierarchy import neighbours
-from hirelc_deploy.search.knapsack import solve, tables_around, tables_of
-from hirelc_deploy.search.ppo import PpoSettings
-from hirelc_deploy.search.surrogate import NOISE, Surrogate, expected_improvement, rank_correlation
-from hirelc_deploy.search.votes import weighted_median, weighted_plurality
+from hirelc_deploy.strategies import surrogate as module
+from hirelc_deploy.strategies.agent import Agent, Member, Scene, counterfactual_credit
+from hirelc_deploy.strategies.hierarchy import neighbours
+from hirelc_deploy.strategies.knapsack import solve, tables_around, tables_of
+from hirelc_deploy.strategies.ppo import PpoSettings
+from hirelc_deploy.strategies.surrogate import NOISE, Surrogate, expected_improvement, rank_correlation
+from hirelc_deploy.strategies.votes import weighted_median, weighted_plurality
 
 
 def plans(toy: Toy, count: int, seed: int = 0) -> np.ndarray:

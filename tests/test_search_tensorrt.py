@@ -11,8 +11,8 @@ from hirelc_backends import tensorrt_ahead
 from hirelc_backends.tensorrt_gpu import TensorrtGpu
 from onnx import TensorProto
 
-from hirelc_deploy import cli
-from hirelc_deploy.compress.forms import form_of
+from hirelc_deploy.cli import application
+from hirelc_deploy.compress.integer.forms import form_of
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.model_graph import LayerShape
 from hirelc_deploy.measure import targets
@@ -50,7 +50,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def run(command: str, out: Path, *options: str) -> int:
     net = ("--model", "hirelc_deploy.demo.model:DemoNet", "--model-arg", "widths=[16,16]")
     data = ("--model-arg", "blocks_per_stage=1", "--data", "synthetic:16", "--target", "gpu", "--quiet")
-    return cli.run([command, *net, *data, "--recovery-epochs", "0", "--out", str(out), *options])
+    return application.run([command, *net, *data, "--recovery-epochs", "0", "--out", str(out), *options])
 
 
 def types_of(file: Path) -> set[int]:

@@ -11,12 +11,12 @@ from test_pipeline import data_file, make_pipeline  # noqa: F401  (a fixture)
 from toy_problem import Toy, plan_of
 
 from hirelc_deploy.config import Limits, SearchConfig
+from hirelc_deploy.deliver.finalists import AGENTS, Search
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.finalists import AGENTS, Search
 from hirelc_deploy.measure.table import LatencyTable
-from hirelc_deploy.search.hierarchy import Hierarchy
-from hirelc_deploy.search.loop import run_search
-from hirelc_deploy.search.transfer import FRESH, shared_weights, take_over
+from hirelc_deploy.strategies.hierarchy import Hierarchy
+from hirelc_deploy.strategies.loop import run_search
+from hirelc_deploy.strategies.transfer import FRESH, shared_weights, take_over
 
 
 def searched(toy: Toy, hierarchy: Hierarchy, trials: int) -> Hierarchy:

@@ -6,10 +6,10 @@ import numpy as np
 from toy_problem import random_problem
 
 from hirelc_deploy.outcome import Measured
-from hirelc_deploy.search import two_stage
-from hirelc_deploy.search.ddpg import Ddpg, DdpgSettings
-from hirelc_deploy.search.knapsack import smallest
-from hirelc_deploy.search.two_stage import TwoStage
+from hirelc_deploy.strategies import two_stage
+from hirelc_deploy.strategies.ddpg import Ddpg, DdpgSettings
+from hirelc_deploy.strategies.knapsack import smallest
+from hirelc_deploy.strategies.two_stage import TwoStage
 
 
 def test_the_actor_goes_where_the_reward_is_in_each_state() -> None:

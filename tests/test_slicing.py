@@ -24,9 +24,9 @@ from hirelc_deploy.compress.slicing import (
 )
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError, SliceError
+from hirelc_deploy.graph.costs import cost_of, kept_features
 from hirelc_deploy.graph.model_graph import ModelGraph, Share
 from hirelc_deploy.graph.units import build_graph
-from hirelc_deploy.pipeline import cost_of, kept_features
 from hirelc_deploy.plan import CompressionPlan
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from hirelc_deploy import job
 from hirelc_deploy.graph.model_graph import LayerShape, ModelGraph
 from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.jobs.profile import profile_model
 from hirelc_deploy.measure import table as tables
 from hirelc_deploy.measure.table import CHECKS, LatencyTable, LayerKey
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.staircase import stairs_of, thinned, wanted_keys
+from hirelc_deploy.results.staircase import stairs_of, thinned, wanted_keys
 from hirelc_deploy.testing.fake_backend import FakeBackend
 
 LINEAR = LayerShape("linear", 17, (1, 17))
@@ -81,9 +81,7 @@ def test_a_profile_is_stored_drawn_and_reused(
 
     def once() -> dict[str, Any]:
         out, quiet = tmp_path / "out", Progress(quiet=True)
-        return job.profile_model(
-            graph, FakeBackend(), out, "Twins <1>", threads=1, steps=4, fresh=False, progress=quiet
-        )
+        return profile_model(graph, FakeBackend(), out, "Twins <1>", threads=1, steps=4, fresh=False, progress=quiet)
 
     first, second = once(), once()
     assert first["stairs"] == second["stairs"]

@@ -6,9 +6,9 @@ import pytest
 from onnx import numpy_helper
 from test_codec import files, integer_cnn  # noqa: F401  (fixtures)
 
-from hirelc_deploy.compress import codec
+from hirelc_deploy.compress.storage import codec
+from hirelc_deploy.deliver.stored_bits import StoredBits
 from hirelc_deploy.errors import ConstraintError
-from hirelc_deploy.stored_bits import StoredBits
 from tests.test_quantize import images, run
 
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from hirelc_deploy.compress.sums import GRID, MOST_RATIO, align_sums
+from hirelc_deploy.compress.integer.sums import GRID, MOST_RATIO, align_sums
 
 BYTES = np.arange(256, dtype=np.int64)
 RESNET56 = (0.000554415222723037, 132, 0.0024033254012465477, 0, 0.002353743417188525, 0)

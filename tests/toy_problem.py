@@ -8,7 +8,7 @@ import numpy as np
 
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.search.problem import Choices, Decision, Problem
+from hirelc_deploy.strategies.problem import Choices, Decision, Problem
 
 WIDTHS = (2, 4, 6, 8, 10)
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hirelc_deploy.compress.slicing import LeftOut, difference, in_double, outputs, provable, uniform_plan
+from hirelc_deploy.compress.slicing import LeftOut, difference, in_double, provable, uniform_plan
+from hirelc_deploy.graph.answers import answers
 from hirelc_deploy.graph.model_graph import Branch, ModelGraph, Unit
 
 
@@ -96,7 +97,7 @@ def _given(model: nn.Module, paths: set[str], example: Tensor) -> dict[str, Tens
 
     handles = [watch(path) for path in paths]
     try:
-        outputs(model, example)
+        answers(model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -114,8 +115,7 @@ def _alive(model: nn.Module, branches: Mapping[str, Branch], example: Tensor) ->
         module = parent.get_submodule(child)
         setattr(parent, child, LeftOut(branch.passes))
         try:
-            one, other = outputs(model, two_images)
-            if not torch.equal(one, other):
+            if any(not torch.equal(output[0], output[1]) for output in answers(model, two_images).values()):
                 found.append(unit)
         except Exception:  # the model is the user's code and may raise anything once a module is another
             pass

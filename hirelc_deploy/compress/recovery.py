@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
-from hirelc_deploy.images import Images
+from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.progress import Progress
 
 RIDGE = 1e-3

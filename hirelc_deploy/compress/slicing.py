@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.errors import InputError, SliceError
+from hirelc_deploy.graph.answers import answers
 from hirelc_deploy.graph.model_graph import KeptWhole, ModelGraph, Unit
 from hirelc_deploy.graph.sizes import set_whole_number, whole_numbers
 from hirelc_deploy.graph.trace import drop_caches
@@ -248,26 +249,30 @@ def provable(model: nn.Module, graph: ModelGraph, example: Tensor) -> tuple[Mode
 
 
 def difference(model: nn.Module, graph: ModelGraph, kept: Kept, example: Tensor) -> float:
-    """Return how far the outputs of the sliced and of the masked model are apart, as a share of their scale.
+    """Return how far the outputs of the sliced and of the masked model are apart, each as a share of its own scale.
 
     Infinite where the sliced model cannot run or its outputs are not finite.
     """
     try:
-        masked = outputs(mask_model(model, graph, kept), example)
-        sliced = outputs(slice_model(model, graph, kept), example)
+        masked = answers(mask_model(model, graph, kept), example)
+        sliced = answers(slice_model(model, graph, kept), example)
     except Exception:  # the model is the user's code and may raise anything once its sizes change
         return math.inf
-    if sliced.shape != masked.shape:
+    if {name: tensor.shape for name, tensor in sliced.items()} != {name: tensor.shape for name, tensor in masked.items()}:
         return math.inf
-    error = float((sliced - masked).abs().max() / masked.abs().max().clamp_min(1e-12))
-    return error if math.isfinite(error) else math.inf
+    errors = [_apart(sliced[name].double(), whole.double()) for name, whole in masked.items()]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+
+def _apart(one: Tensor, whole: Tensor) -> float:
+    return float((one - whole).abs().max() / whole.abs().max().clamp_min(1e-12))
 
 
 def in_double(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, float]:
     """Return model and images in double precision and 1e-5, or as they are and 1e-4 where its code needs floats."""
     double = copy.deepcopy(model).double()
     try:
-        outputs(double, example.double())
+        answers(double, example.double())
     except RuntimeError:  # torch's answer to operands of different types
         return model, example, 1e-4
     return double, example.double(), 1e-5
@@ -439,10 +444,3 @@ def _staying(model: nn.Module, graph: ModelGraph, kept: Kept) -> dict[str, dict[
 def _near(name: str, names: Iterable[str]) -> str:
     near = get_close_matches(name, list(names), 3, 0.4)
     return f" Near names: {', '.join(near)}." if near else " `inspect` lists the names of this model."
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """Return what a model in eval mode answers, without gradients; the first tensor where it returns several."""
-    output = model.eval()(images)
-    return output if isinstance(output, Tensor) else output[0]

@@ -5,22 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hirelc_deploy.graph.labels import (
-    AttentionUse,
-    Factor,
-    Value,
-    Walk,
-    WeightUse,
-    factors_at,
-    handles,
-    only,
-    permuted,
-    repeated,
-    tie_bias,
-    unknown,
-    where,
-)
-from hirelc_deploy.graph.trace import BATCH, Op, TensorRef, refs
+from hirelc_deploy.graph.labels import AttentionUse, Factor, Value, Walk, WeightUse, handles, only, unknown, where
+from hirelc_deploy.graph.rules import factors_at, permuted, repeated, tie_bias
+from hirelc_deploy.graph.sizes import TensorRef
+from hirelc_deploy.graph.trace import BATCH, Op, refs
 
 
 @handles("scaled_dot_product_attention")

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from hirelc_deploy.graph.trace import TensorRef
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor of the trace. `name` is that of a parameter or buffer of the model, else None."""
+
+    uid: int
+    shape: tuple[int, ...]
+    name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.graph.sizes import DimSource, Size, traced_numbers
+from hirelc_deploy.graph.sizes import DimSource, Size, TensorRef, traced_numbers
 
 BATCH = 2
 """Images in the traced batch: more than one, so that a size of 1 always means a dimension that carries nothing."""
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """One tensor of the trace. `name` is that of a parameter or buffer of the model, else None."""
-
-    uid: int
-    shape: tuple[int, ...]
-    name: str | None = None
 
 
 @dataclass(frozen=True)

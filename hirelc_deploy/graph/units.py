@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import Tensor, nn
 
-import hirelc_deploy.graph.attention  # noqa: F401  registers its rules
+import hirelc_deploy.graph.attention  # noqa: F401  registers the rules of all operations
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.blocks import block_of_layers, stage_of
 from hirelc_deploy.graph.labels import ANSWER, AttentionUse, Labelled, Labels, WeightUse, label

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hirelc_deploy.errors import HirelcError, TargetUnavailable
-from hirelc_deploy.ray_cluster import connect, reason
+from hirelc_deploy.together.ray_cluster import connect, reason
 
 PIECE_BYTES = 1 << 20
 LOST = 255

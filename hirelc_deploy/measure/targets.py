@@ -24,7 +24,7 @@ from hirelc_deploy.measure.pool import PoolBackend
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.measure.registry import get_backend, installed_backends
 from hirelc_deploy.measure.remote import FOLDER, Board
-from hirelc_deploy.ray_cluster import installed
+from hirelc_deploy.together.ray_cluster import installed
 
 ENVIRONMENT_VARIABLE = "HIRELC_DEPLOY_TARGETS"
 KEYS = ("backend", "host", "via", "threads", "precisions", "power_mode", "python", "folder", "description")

@@ -1,0 +1,99 @@
+"""In: a command line. Out: an exit code, and on standard output what a person or a program asked for.
+
+Everything heavy is imported inside the commands, so that --help and a typing error answer at once.
+Exit codes: 0 done, 2 bad input, 3 target not available, 4 constraint cannot be met, 130 interrupted with results kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hirelc_deploy import __version__
+from hirelc_deploy.errors import COMMAND, HirelcError
+
+if TYPE_CHECKING:
+    pass
+
+
+app = typer.Typer(
+    name="hirelc-deploy",
+    help="A trained vision model in, the fastest file its device can run within an allowed accuracy drop out.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+targets_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(targets_app, name="targets")
+
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
+
+
+DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+"""What any write may meet at any time, and no check beforehand can rule out."""
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not complain while it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; the one place where errors become a sentence on standard error."""
+    try:
+        code = app(list(arguments), prog_name=app.info.name, standalone_mode=False)
+    except HirelcError as error:
+        return fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except typer.TyperException as error:  # an option or command that does not exist, or a value it cannot take
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else app.info.name
+        return fail(f"{error.format_message().rstrip('.')}; `{command} --help` says what it takes.", 2)
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        where = error.filename or "the disk"
+        return fail(f"{where}: {error.strerror}; what was finished is kept: make room, and run the same again.", 2)
+    if code == INTERRUPTED:
+        return fail("interrupted; what was finished is kept, and the same command resumes.", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def fail(sentence: str, code: int) -> int:
+    """Print one sentence on standard error, and below it the commands it ends in, if any; return `code`."""
+    plain = re.sub("\x1b\\[[0-9;]*m", "", sentence)  # libraries colour their messages
+    first, *commands = (" ".join(part.split()) for part in plain.split(COMMAND))
+    print("\n  ".join([f"hirelc-deploy: {first}", *commands]), file=sys.stderr)
+    return code
+
+
+def show(value: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print what a program reads, or what a person does."""
+    print(json.dumps(value, indent=2, default=float) if as_json else text)
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())

@@ -1,0 +1,268 @@
+"""In: a model, files or a target. Out: `inspect`, `profile`, `benchmark`, `targets`, `doctor`: what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hirelc_deploy.graph.model_graph import ModelGraph, Unit
+
+from hirelc_deploy.cli.application import app, show, targets_app
+from hirelc_deploy.cli.options import (
+    Exclude,
+    Include,
+    InputSize,
+    Json,
+    Model,
+    ModelArg,
+    Out,
+    Pretrained,
+    Quiet,
+    Target,
+    Threads,
+    Weights,
+    model_source,
+    path_weights,
+    preprocess_config,
+)
+
+
+def _unit_record(network: nn.Module, graph: ModelGraph, unit: Unit) -> dict[str, Any]:
+    """Return what `inspect` says of a unit; parameters and multiply-accumulates are those that it takes part in."""
+    from hirelc_deploy.graph.costs import cost_of
+
+    without = cost_of(network, graph, {unit.name: 0})
+    params = graph.params - without.params
+    return {
+        "name": unit.name,
+        "kind": unit.kind,
+        "size": unit.size,
+        "block": unit.block,
+        "widths": list(unit.widths),
+        "branch": unit.branch.module if unit.branch else None,
+        "params": params,
+        "macs": graph.macs - without.macs,
+        "bytes": 4 * params,
+    }
+
+
+@app.command()
+def inspect(
+    model: Model,
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    exclude: Exclude = None,
+    include: Include = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model consists of, what can be cut, and what is kept whole and why.
+
+    With --exclude or --include also what each pattern matches, before anything is cut.
+
+    \b
+    Example: hirelc-deploy inspect --model resnet18 --exclude 'layer1.*'
+    """
+    import torch
+
+    from hirelc_deploy.compress.branches import proven
+    from hirelc_deploy.graph.units import build_graph, matches
+    from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
+
+    source = ModelSource(**path_weights(model_source(model, weights, model_arg, pretrained)))
+    network = source.load().eval()
+    size = preprocess_of(network, None, preprocess_config(input_size, None, None).overrides()).input_size
+    images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
+    everything = graph = build_graph(network, images)
+    if patterns := [*(exclude or ()), *(include or ())]:
+        graph = build_graph(network, images, exclude=tuple(exclude or ()), include=tuple(include or ()))
+    graph = proven(network, graph, images)
+    matched = {pattern: [u.name for u in everything.units if matches(u, pattern)] for pattern in patterns}
+    record: dict[str, Any] = {
+        "model": model,
+        "params": graph.params,
+        "macs": graph.macs,
+        "blocks": list(graph.blocks),
+        "units": [_unit_record(network, graph, unit) for unit in graph.units],
+        "kept_whole": [{"layer": k.layer, "reason": k.reason} for k in graph.kept_whole],
+        "matched": matched,
+    }
+    lines = [
+        f"{model}: {graph.params:,} parameters, {graph.macs:,} multiply-accumulates at {'x'.join(map(str, size))}",
+        f"{len(graph.blocks)} blocks, {len(graph.units)} units that can be cut (size, parameters, operations):",
+        *(
+            f"  {u['name']:<40} {u['kind']:<18} {u['size']:>5} {u['params']:>11,} {u['macs']:>14,}  in {u['block']}"
+            + (f", may go with all of {u['branch']}" if u["branch"] else "")
+            for u in record["units"]
+        ),
+        f"{len(graph.kept_whole)} layers kept whole:" if graph.kept_whole else "nothing is kept whole",
+        *(f"  {k.layer:<40} {k.reason}" for k in graph.kept_whole),
+        *(f"pattern {p!r} matches {', '.join(names) or 'layers in no unit'}" for p, names in matched.items()),
+    ]
+    show(record, as_json, "\n".join(lines))
+
+
+@app.command()
+def benchmark(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is the reference.")],
+    target: Target = "cpu",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(help="Wall-clock limit.")] = 300.0,
+    as_json: Json = False,
+) -> None:
+    """Time files against the first of them: interleaved, with intervals and verdicts.
+
+    \b
+    Example: hirelc-deploy benchmark reference.onnx candidate.onnx
+    """
+    from hirelc_deploy.measure.machine import describe
+    from hirelc_deploy.measure.protocol import FULL, compare
+    from hirelc_deploy.measure.targets import find_target, open_target
+
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--seconds {seconds:g}: give a finite number above 0.")
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; give ONNX files, the reference first.")
+    profile = find_target(target)
+    backend = open_target(profile)
+    timings = compare(
+        files, backend, threads=threads or profile.threads, limits=dataclasses.replace(FULL, seconds=seconds)
+    )
+    keys = ("file", "median_ms", "p90_ms", "ratio", "ratio_low", "ratio_high", "verdict", "rounds", "contended", "note")
+    results = [{key: timing.to_dict()[key] for key in keys} for timing in timings]
+    lines = [f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'ratio':>7}  {'95 % interval':<16} verdict"]
+    for r in results:
+        lines.append(
+            f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['ratio']:>7.3f}  "
+            f"{r['ratio_low']:.3f} to {r['ratio_high']:.3f}   {r['verdict']}"
+        )
+        if r["note"]:
+            lines.append(f"  {r['note']}")
+    show({"machine": describe(backend), "results": results}, as_json, "\n".join(lines))
+
+
+@app.command()
+def profile(
+    model: Model,
+    out: Out,
+    target: Target = "cpu",
+    model_arg: ModelArg = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    exclude: Exclude = None,
+    threads: Threads = None,
+    steps: Annotated[int, typer.Option(min=2, help="Widths per unit, at most.")] = 12,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Believe no other machine's times, even if checks agree.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure milliseconds against width, per unit and precision, on a target; kept for every later search there.
+
+    \b
+    Example: hirelc-deploy profile --model resnet18 --target raspberrypi5 --out profiles/resnet18-pi5
+    """
+    import torch
+
+    from hirelc_deploy.compress.branches import proven
+    from hirelc_deploy.graph.units import build_graph
+    from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
+    from hirelc_deploy.jobs.profile import profile_model
+    from hirelc_deploy.measure.targets import find_target, open_target
+
+    device = find_target(target)
+    backend = open_target(device)
+    source = ModelSource(**path_weights(model_source(model, weights, model_arg, pretrained)))
+    network = source.load().eval()
+    size = preprocess_of(network, None, preprocess_config(input_size, None, None).overrides()).input_size
+    images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
+    graph = proven(network, build_graph(network, images, exclude=tuple(exclude or ())), images)
+    found = profile_model(
+        graph,
+        backend,
+        out,
+        f"{model} at {'x'.join(map(str, size))} on {target}",
+        threads=threads or device.threads,
+        steps=steps,
+        fresh=fresh,
+        progress=Progress(quiet=quiet),
+    )
+    lines = [f"{name}: {value}" for name, value in found["facts"].items()]
+    show(found, as_json, "\n".join([*lines, f"drawn in {out / 'staircase.html'}"]))
+
+
+@targets_app.callback(invoke_without_command=True)
+def targets(context: typer.Context, as_json: Json = False) -> None:
+    """List target profiles, built in and from your targets.toml; `targets add` adds a board.
+
+    \b
+    Example: hirelc-deploy targets
+    """
+    from hirelc_deploy.measure.targets import known_targets
+
+    if context.invoked_subcommand is not None:
+        return
+    known = known_targets().values()
+    lines = [
+        f"{t.name:<14} {t.backend:<16} {', '.join(t.hosts) or '-':<16} {t.source:<10} {t.description}" for t in known
+    ]
+    show({"targets": [dataclasses.asdict(target) for target in known]}, as_json, "\n".join(lines))
+
+
+@targets_app.command("add")
+def add_target(
+    name: Annotated[str, typer.Argument(help="A profile such as jetson or raspberrypi5, or a name of your own.")],
+    host: Annotated[list[str], typer.Option(help="me@board, as `ssh` takes it; several for a pool of equal boards.")],
+    via: Annotated[
+        list[str] | None,
+        typer.Option(help="Ray node that the board hangs on: one for all, or one for each --host ('' for none)."),
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="The profile that a name of your own begins from.")] = None,
+    python: Annotated[str, typer.Option(help="Command of the Python on the board that has the runtime.")] = "python3",
+    folder: Annotated[str | None, typer.Option(help="Folder on the board for files while they are needed.")] = None,
+    threads: Threads = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Write a target anew that is already there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a board and write it to your targets.toml.
+
+    \b
+    Example: hirelc-deploy targets add jetson --host me@orin
+    """
+    from hirelc_deploy.measure import targets as profiles
+
+    found = profiles.check_boards(profiles.new_target(name, host, like or name, python, folder, threads, via or ()))
+    path = profiles.targets_file()
+    profiles.add_target(path, found.target, replace=replace)
+    show(found.to_dict(), as_json, "\n".join([*found.lines(), f"written to {path}; use it with --target {name}"]))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what can run here, what is missing, and how to get it.
+
+    \b
+    Example: hirelc-deploy doctor
+    """
+    from hirelc_deploy.jobs.doctor import examine
+
+    findings = examine()
+    show(
+        {"findings": findings},
+        as_json,
+        "\n".join(f"{'ok ' if f['ok'] else 'NO '} {f['what']}: {f['says']}" for f in findings),
+    )

@@ -1,0 +1,101 @@
+"""In: nothing. Out: the options that several commands share, and how they become a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hirelc_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from hirelc_deploy.config import PreprocessConfig
+
+
+Model = Annotated[
+    str, typer.Option("--model", help="A timm name, file.py:factory or package.module:factory.", show_default=False)
+]
+ModelArg = Annotated[
+    list[str] | None, typer.Option("--model-arg", help="Argument of the factory, as key=value; may be repeated.")
+]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Trained weights: .safetensors, or .pth read safely.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm fetch its own trained weights.")]
+DataSpec = Annotated[
+    str,
+    typer.Option("--data", help="npz:FILE, imagefolder:DIR, torch/cifar10, or synthetic:N.", show_default=False),
+]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of a torchvision data set (torch/...).")]
+Target = Annotated[str, typer.Option("--target", help="A target profile; `hirelc-deploy targets` lists them.")]
+RecoveryEpochs = Annotated[
+    float,
+    typer.Option(
+        help="Passes over the training split per finalist, and for the uncut integer file where it loses more than is "
+        "allowed; 0 for no training."
+    ),
+]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of the recovery; smaller for few images.")]
+CalibrationImages = Annotated[int | None, typer.Option(help="Training images set aside for activation ranges.")]
+SelectionImages = Annotated[int | None, typer.Option(help="Training images set aside for choosing.")]
+InputSize = Annotated[str | None, typer.Option(help="channels,height,width of the model's input.")]
+Mean = Annotated[str | None, typer.Option(help="Per-channel mean of the normalisation, as 0.49,0.48,0.45.")]
+Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation of the normalisation.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of units or layers that stay whole; may be repeated.")]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Pattern of units or layers; when given, only these are cut. May be repeated.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one inference; the target's own if not given.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder that is made for the results.", show_default=False)]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes that judge cut models side by side, one thread each; same results. 1 if not given, "
+        "with --ray one per free CPU, at most 8.",
+        show_default=False,
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Have them on the hosts of a Ray cluster that this machine is a node of: HOST:PORT, auto, "
+        "or local (this machine alone).",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while working.")]
+
+
+def model_source(model: str, weights: Path | None, arguments: list[str] | None, pretrained: bool) -> dict[str, Any]:
+    """Return the fields of `config.ModelConfig`."""
+    from hirelc_deploy.inputs.models.user_code import parse_arguments
+
+    return {
+        "spec": model,
+        "weights": str(weights.resolve()) if weights else None,
+        "arguments": parse_arguments(arguments or []),
+        "pretrained": pretrained,
+    }
+
+
+def path_weights(source: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `models.source.ModelSource`."""
+    return {**source, "weights": Path(source["weights"]) if source["weights"] else None}
+
+
+def preprocess_config(input_size: str | None, mean: str | None, std: str | None) -> PreprocessConfig:
+    """Return what the options say of the model's input; raises InputError where they are no numbers."""
+    from hirelc_deploy.config import PreprocessConfig
+
+    def numbers(name: str, text: str | None, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
+        try:
+            return None if text is None else tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise InputError(f"{name} {text!r}: give numbers with commas between them.") from None
+
+    return PreprocessConfig(
+        numbers("--input-size", input_size, int), numbers("--mean", mean, float), numbers("--std", std, float)
+    )

@@ -1,0 +1,1 @@
+"""A float file in, an integer one out: ranges, patterns, placement, the accuracy guard, trained rounding."""

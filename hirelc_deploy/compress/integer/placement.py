@@ -1,0 +1,230 @@
+"""In: a float file, a way to make integer files of it and a way to time them. Out: what becomes integer, by the clock.
+
+Blanket INT8 is a gamble, because a float layer between integer ones costs conversions and an integer layer may have no
+fast kernel. So whole files are timed: first the exact patterns of `quantize`, then the fastest of them with the faster
+Gelu, where the network has one, then the first few layers and every class of equal layers the other way round. Pieces
+do not add up; what is chosen was timed as a whole. Where the clock does not tell files apart, their answers do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto
+
+from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
+from hirelc_deploy.compress.onnx_file.export import layer_of_node
+from hirelc_deploy.measure.protocol import MARGIN, Timing
+
+FIRST_LAYERS = 4
+"""So many layers at the image's end are also tried together: there few channels meet many pixels."""
+
+LEAST_GAIN = 0.005
+"""A change is taken only when the whole interval of its time is below the time without it by this share."""
+
+IN_FLOAT = " in a float file"
+"""Ends the name of a change to a float file, where the fastest pattern is slower than that."""
+
+AS_FAST = math.exp(MARGIN)
+"""Files surely below this multiple of the fastest one's time count as equally fast: their answers tell them apart."""
+
+NEARER = 0.05
+"""A file is nearer to the float answers when its divergence is smaller by this share."""
+
+TOGETHER = 8
+"""Files timed side by side: each costs a warm-up in every process, and the comparison is with the first of them."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What becomes integer in the fastest file.
+
+    Attributes:
+        pattern: A key of `quantize.PATTERNS`, or of `export_tensorrt.PATTERNS`.
+        float_layers: Weight layers that stay float although the pattern would make them integer.
+        ratio: Time of that file / time of the float file.
+        candidates: What else was timed: its name to `ratio`, `ratio_low`, `ratio_high` against the float file for
+            patterns, against the file it would change for single changes.
+    """
+
+    pattern: str
+    float_layers: tuple[str, ...]
+    ratio: float
+    candidates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the placement as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Placement:
+        """Rebuild what `to_dict` returned."""
+        return cls(value["pattern"], tuple(value["float_layers"]), value["ratio"], value["candidates"])
+
+
+def changes(proto: ModelProto, *, wholly_integer: bool = False) -> dict[str, frozenset[str]]:
+    """Return a name for each change that is tried, and the layers that it turns to the other precision.
+
+    Where a blanket file is wholly integer only the image's end is tried: amid integer layers a float one is slower
+    itself and costs two conversions more.
+
+    Layers are equal, and decided together, when operator, weight shape, groups, strides and input size agree.
+    """
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    sizes = {
+        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        for value in (*inferred.value_info, *inferred.input)
+    }
+    weights = {initializer.name: tuple(initializer.dims) for initializer in proto.graph.initializer}
+    layers = layer_of_node(proto)
+    order: list[str] = []
+    classes: dict[tuple[Any, ...], list[str]] = {}
+    for node in proto.graph.node:
+        if node.name not in layers:
+            continue
+        layer = layers[node.name]
+        order.append(layer)
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name != "pads"}
+        key = (node.op_type, weights[node.input[1]], str(sorted(attributes.items())), sizes.get(node.input[0]))
+        classes.setdefault(key, []).append(layer)
+    found = {f"first {count} layers": frozenset(order[:count]) for count in range(2, min(FIRST_LAYERS, len(order)) + 1)}
+    for members in () if wholly_integer else classes.values():
+        name = members[0] if len(members) == 1 else f"{members[0]} and {len(members) - 1} like it"
+        found[name] = frozenset(members)
+    return found
+
+
+def place(
+    reference: Path,
+    tried: Mapping[str, frozenset[str]],
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+    patterns: Sequence[str] = tuple(PATTERNS),
+    divergence: Callable[[Path], float] | None = None,
+) -> Placement:
+    """Return the fastest placement that was found, and among those that are as fast the one nearest to float.
+
+    MobileNetV2 with ImageNet weights: with its first two layers float the divergence is 30 % smaller and the time 0 to
+    1 % longer.
+
+    Args:
+        reference: The float file.
+        tried: Of `changes`.
+        build: Writes the file of a pattern and the layers that stay float, and returns its path.
+        time: Times files side by side against the first of them.
+        patterns: Those of the form that the target takes.
+        divergence: Of a file's answers from the float ones, in nats; without it the clock alone decides.
+    """
+    candidates: dict[str, dict[str, float]] = {}
+    files: dict[bytes, tuple[str, Path]] = {}
+    for pattern in (name for name in patterns if not name.endswith(SIGMOID_GELU)):
+        path = build(pattern, frozenset())
+        files.setdefault(path.read_bytes(), (pattern, path))
+    found = time([reference, *(path for _, path in files.values())])
+    for (pattern, _), timing in zip(files.values(), found[1:], strict=True):
+        candidates[pattern] = _summary(timing)
+    best = min(candidates, key=lambda name: candidates[name]["ratio"])
+    faster = f"{best}{SIGMOID_GELU}"
+    if faster in patterns and (path := build(faster, frozenset())).read_bytes() not in files:
+        timing = time([build(best, frozenset()), path])[1]
+        candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
+        best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
+    starts = {"": frozenset[str]()}
+    if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
+        starts = {IN_FLOAT: frozenset[str]().union(*tried.values()), **starts}
+    found_floats = []
+    for where, floats in starts.items():
+        changed, seen = _changed(floats, tried, best, build, time)
+        found_floats.append(changed)
+        candidates |= {f"{name}{where}": summary for name, summary in seen.items()}
+    final = time([reference, *(build(best, floats) for floats in found_floats)])[1:]
+    ratio, floats = min(((t.ratio, f) for t, f in zip(final, found_floats, strict=True)), key=lambda pair: pair[0])
+    if divergence is not None:
+        others = [(best, floats | layers) for name, layers in tried.items() if _may_be_as_fast(candidates[name], 1.0)]
+        if not floats:  # as the patterns were timed
+            exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(SIGMOID_GELU))
+            limit = candidates[best]["ratio"]
+            others += [(name, floats) for name in sorted(exact) if _may_be_as_fast(candidates[name], limit)]
+        best, floats, more = _nearest((best, floats), others, build, time, divergence)
+        ratio *= more
+    return Placement(best, tuple(sorted(floats)), ratio, candidates)
+
+
+def _may_be_as_fast(summary: Mapping[str, float], fastest: float) -> bool:
+    return summary["ratio"] <= fastest * AS_FAST
+
+
+def _nearest(
+    fastest: tuple[str, frozenset[str]],
+    others: Sequence[tuple[str, frozenset[str]]],
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+    divergence: Callable[[Path], float],
+) -> tuple[str, frozenset[str], float]:
+    """Return pattern and float layers of the file nearest to float that is as fast, and its time by the fastest's."""
+    file = build(*fastest)
+    limit = divergence(file) * (1 - NEARER)
+    different = {path.read_bytes(): (path, one) for one in others if (path := build(*one)) != file}
+    nearer = sorted(
+        ((found, path, one) for path, one in different.values() if (found := divergence(path)) < limit),
+        key=lambda each: each[0],
+    )[: TOGETHER - 1]
+    if nearer:
+        timings = time([file, *(path for _, path, _ in nearer)])[1:]
+        for timing, (_, _, one) in zip(timings, nearer, strict=True):
+            if timing.ratio_high <= AS_FAST:
+                return *one, timing.ratio
+    return *fastest, 1.0
+
+
+def _changed(
+    floats: frozenset[str],
+    tried: Mapping[str, frozenset[str]],
+    pattern: str,
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+) -> tuple[frozenset[str], dict[str, dict[str, float]]]:
+    """Return float layers after the changes that pay, from `floats` on, and the time of each single change."""
+    current = build(pattern, floats)
+    candidates: dict[str, dict[str, float]] = {}
+    gains: list[tuple[float, frozenset[str]]] = []
+    waiting = [(name, layers, build(pattern, floats ^ layers)) for name, layers in tried.items()]
+    for start in range(0, len(waiting), TOGETHER):
+        group = waiting[start : start + TOGETHER]
+        for (name, layers, _), timing in zip(group, time([current, *(path for *_, path in group)])[1:], strict=True):
+            candidates[name] = _summary(timing)
+            if timing.ratio_high < 1 - LEAST_GAIN:
+                gains.append((timing.ratio, layers))
+    if gains:
+        floats = _fastest_together(current, sorted(gains, key=lambda gain: gain[0]), floats, pattern, build, time)
+    return floats, candidates
+
+
+def _fastest_together(
+    current: Path,
+    gains: list[tuple[float, frozenset[str]]],
+    floats: frozenset[str],
+    pattern: str,
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+) -> frozenset[str]:
+    """Add up changes from the greatest gain on, none that overlaps an earlier one, and return the fastest sum."""
+    sums: list[frozenset[str]] = []
+    turned = frozenset[str]()
+    for _, layers in gains:
+        if not layers & turned:
+            turned |= layers
+            sums.append(floats ^ turned)
+    sums = sums[-1 : -TOGETHER - 1 : -1]
+    timings = time([current, *(build(pattern, each) for each in sums)])[1:]
+    ratio, fastest = min(((t.ratio, s) for t, s in zip(timings, sums, strict=True)), key=lambda pair: pair[0])
+    return fastest if ratio < 1 else floats
+
+
+def _summary(timing: Timing) -> dict[str, float]:
+    return {"ratio": timing.ratio, "ratio_low": timing.ratio_low, "ratio_high": timing.ratio_high}

@@ -1,0 +1,1 @@
+"""A model as a float ONNX file, and that file's graph."""

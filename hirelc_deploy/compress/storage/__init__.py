@@ -1,0 +1,1 @@
+"""A form for storage: weights in few bits, and how they come back."""

@@ -1,0 +1,1 @@
+"""From limits to what is shipped: finalists, the last race, the bundle."""

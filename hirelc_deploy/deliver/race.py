@@ -1,0 +1,203 @@
+"""In: a chosen plan, recovered and exported. Out: the file that is shipped, and its final measurements.
+
+Whatever the search chose is timed once more, with the full protocol, beside every unpruned file; the fastest ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hirelc_deploy.compress.integer.guard import Guarded
+from hirelc_deploy.compress.integer.quantize import BLANKET
+from hirelc_deploy.errors import ConstraintError
+from hirelc_deploy.evaluate.effort import BATCH
+from hirelc_deploy.evaluate.guarded import guarded, guarded_file
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.graph.costs import kept_features, kept_share
+from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.protocol import FULL, Timing, TimingLimits, compare
+from hirelc_deploy.plan import CompressionPlan
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A file that could be shipped. `plan` says how it was made; `name` is what the report calls it.
+
+    Attributes:
+        guard: What the accuracy guard turned back to float, where this is the file that it made.
+    """
+
+    name: str
+    path: Path
+    plan: CompressionPlan
+    guard: Guarded | None = None
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What is shipped and how it measured against the files it had to beat.
+
+    Attributes:
+        timings: Contender name to its final timing; the reference is the uncut float file.
+        best_unpruned: Name of the fastest unpruned contender.
+        guard: What the accuracy guard turned back to float in the unpruned file that it made, if it made one.
+    """
+
+    shipped: Contender
+    reference: Contender
+    timings: Mapping[str, Timing]
+    best_unpruned: str
+    guard: Guarded | None = None
+
+
+def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contender]:
+    """Return the files that can be had without cutting: float, blanket INT8, our placement, and that one guarded.
+
+    The last is there when the drop is limited and the placed file exceeds it: trained while it is rounded, or with its
+    worst layers float again, whichever is faster.
+    """
+    files = [
+        Contender(
+            pipeline.files.writer.form.float_name, pipeline.files.reference, CompressionPlan(default_precision="float")
+        ),
+        Contender("int8 blanket", pipeline.files.blanket, CompressionPlan(default_precision="int8")),
+    ]
+    if pipeline.files.placement.pattern != BLANKET or pipeline.files.placement.float_layers:
+        files.append(Contender("int8 placed", pipeline.files.placed, CompressionPlan(default_precision="auto")))
+    if max_drop is not None and pipeline.data.labelled:
+        try:
+            plan, found = guarded(pipeline, max_drop)
+        except ConstraintError as error:
+            pipeline.progress.say(f"accuracy guard: {error}")
+        else:
+            if found.points_before > max_drop:
+                layers = ", ".join(step.layer for step in found.reverted) or "no layer"
+                pipeline.progress.say(
+                    f"accuracy guard: {found.points:.2f} points lost instead of {found.points_before:.2f}, "
+                    f"{found.ms:.3f} ms instead of {found.ms_before:.3f}; pattern {found.pattern}, "
+                    f"back to float: {layers}{', trained while rounded' if found.trained else ''}"
+                )
+                files.append(Contender("int8 guarded", guarded_file(pipeline, plan), plan, found))
+    return files
+
+
+def race(
+    pipeline: Pipeline,
+    candidate: Contender | None,
+    *,
+    always: bool = False,
+    max_drop: float | None = None,
+    keeps: Callable[[Contender, Timing], bool] = lambda contender, timing: True,
+    limits: TimingLimits = FULL,
+) -> Delivery:
+    """Time the candidate and all unpruned files together and say which is shipped.
+
+    Args:
+        candidate: None when the search found nothing that keeps the limits.
+        always: Ship the candidate even if an unpruned file is faster (`apply` builds what it is told to).
+        max_drop: Points that an unpruned file may lose; where the placed one loses more, a guarded one takes part.
+        keeps: Whether an unpruned file may be shipped; the candidate was judged before.
+
+    Raises:
+        ConstraintError: There is no candidate, and no unpruned file may be shipped.
+    """
+    contenders = unpruned(pipeline, max_drop) + ([candidate] if candidate else [])
+    with pipeline.progress.stage("final timing"):
+        found = compare([c.path for c in contenders], pipeline.backend, threads=pipeline.threads, limits=limits)
+    timings = {c.name: timing for c, timing in zip(contenders, found, strict=True)}
+    best = min((c for c in contenders if c is not candidate), key=lambda c: timings[c.name].ratio)
+    able = [c for c in contenders if c is candidate or keeps(c, timings[c.name])]
+    if not able:
+        raise ConstraintError("no plan keeps every limit, and no unpruned file does.")
+    fastest = min(able, key=lambda c: timings[c.name].ratio)
+    shipped = candidate if candidate is not None and always else fastest
+    guard = next((c.guard for c in contenders if c.guard), None)
+    return Delivery(shipped, contenders[0], timings, best.name, guard)
+
+
+def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> tuple[dict[str, float | None], NDArray[np.int64] | None]:
+    """Read the test split, once; return the accuracies of the shipped and the reference file, and the labels.
+
+    Without labels every accuracy is None.
+    """
+    if not pipeline.data.labelled:
+        return dict.fromkeys(("test", "baseline_test", "drop_points", "drop_low", "drop_high")), None
+    images = pipeline.data.take_test()
+    labels = images.labels
+    assert labels is not None
+    with pipeline.progress.stage("test split"):
+        right = {}
+        for contender in (delivery.reference, delivery.shipped):
+            runner = pipeline.backend.build(contender.path, pipeline.threads)
+            right[contender.name] = accuracy.correct(accuracy.predict(runner, inputs(images)), labels)
+    before, after = right[delivery.reference.name], right[delivery.shipped.name]
+    drop = accuracy.paired_drop(before, after)
+    found: dict[str, float | None] = {
+        "test": float(after.mean()),
+        "baseline_test": float(before.mean()),
+        "drop_points": drop.points,
+        "drop_low": drop.low,
+        "drop_high": drop.high,
+    }
+    return found, labels
+
+
+def inputs(images: Images) -> Iterator[NDArray[np.float32]]:
+    """Yield the preprocessed images in batches."""
+    for pictures in batches(images, BATCH):
+        yield pictures.numpy()
+
+
+def layer_records(graph: ModelGraph, plan: CompressionPlan, precision_of: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return name, block, kind, widths before and after, size and precision of every layer, in execution order."""
+    records = []
+    for layer in graph.layers:
+        narrow, wide = kept_features(layer, graph, plan.keep)
+        share = kept_share(layer, graph, plan.keep)
+        records.append(
+            {
+                "name": layer.name,
+                "block": layer.block,
+                "kind": layer.shape.kind,
+                "in_full": layer.in_features,
+                "out_full": layer.out_features,
+                "in_kept": narrow,
+                "out_kept": wide,
+                "params": round(layer.params * share),
+                "macs": round(layer.macs * share),
+                "precision": precision_of(layer.name),
+            }
+        )
+    return records
+
+
+def result_record(pipeline: Pipeline, delivery: Delivery, found_accuracy: Mapping[str, float | None]) -> dict[str, Any]:
+    """Return the keys that `apply`, `search` and `demo` print with --json, but for `bundle`."""
+    shipped, timing = delivery.shipped, delivery.timings[delivery.shipped.name]
+    cost = pipeline.cost(shipped.plan)
+    size, full = shipped.path.stat().st_size, delivery.reference.path.stat().st_size
+    return {
+        "params": cost.params,
+        "macs": cost.macs,
+        "size_bytes": size,
+        "size_ratio": full / size,
+        "accuracy": dict(found_accuracy),
+        "latency": {
+            "median_ms": timing.median_ms,
+            "reference": delivery.reference.path.name,
+            "ratio": timing.ratio,
+            "ratio_low": timing.ratio_low,
+            "ratio_high": timing.ratio_high,
+            "verdict": timing.verdict,
+        },
+        "best_unpruned": {"name": delivery.best_unpruned, "ratio": delivery.timings[delivery.best_unpruned].ratio},
+    }

@@ -1,0 +1,144 @@
+"""In: a finished run. Out: a folder that builds its TensorRT engine where the GPU is, in the form fastest there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hirelc_deploy.compress.integer.calibration import calibrate
+from hirelc_deploy.compress.onnx_file import export_tensorrt
+from hirelc_deploy.compress.onnx_file.export import export_onnx, set_static_batch
+from hirelc_deploy.config import JobConfig
+from hirelc_deploy.deliver.read import LABELS, MANIFEST, PREPROCESS
+from hirelc_deploy.deliver.read import load as load_bundle
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.evaluate.effort import BATCH
+from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.inputs.data.load import configured_data
+from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.models.source import ModelSource
+from hirelc_deploy.measure.accuracy import correct, paired_drop, predict
+from hirelc_deploy.measure.registry import get_backend
+from hirelc_deploy.plan import CompressionPlan
+
+FP16 = "fp16"
+SAMPLES = 8
+CPU = "onnxruntime_cpu"
+"""Computes the answers that the engine is checked against, and the accuracy of each form, from the very files."""
+
+
+def write_folder(run: Path, out: Path) -> list[Path]:
+    """Write every form of a run's shipped model for TensorRT, sample inputs with answers, and `engine.py`.
+
+    The forms are FP16 and each pattern of export_tensorrt; those that lose more accuracy on the selection split than
+    the run allowed are left out. Which form is fastest only the GPU can say: `engine.py build` asks it.
+
+    Args:
+        run: The folder of a finished search or apply; its model, data and weights are found again by its config.toml.
+        out: An empty or new folder.
+
+    Raises:
+        InputError: the run's bundle or data are not there, or the folder cannot be written.
+        ExportError: the model cannot be exported.
+    """
+    config, bundle = JobConfig.read(run / "config.toml"), run / "bundle"
+    try:
+        manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
+        preprocess = Preprocess.from_dict(json.loads((bundle / PREPROCESS).read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{bundle}: cannot be read ({error}); `hirelc-deploy verify {bundle}` says more.") from None
+    plan = CompressionPlan.from_dict(manifest.get("plan"), f"{bundle / MANIFEST}: plan")
+    source = ModelSource(config.model.spec, arguments=dict(config.model.arguments))
+    model = load_bundle(bundle, None if source.is_timm else source.build)
+    data = configured_data(config).preprocessed(preprocess)
+    dynamic, static = out / ".dynamic.onnx", out / ".static.onnx"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        export_onnx(model, data.calibration.batch(np.arange(2) % len(data.calibration)), dynamic)
+        set_static_batch(dynamic, static)
+        ranges = calibrate(dynamic, (images.numpy() for images in batches(data.calibration, BATCH)))
+        for name, (precision, pattern) in forms(plan).items():
+            export_tensorrt.write_tensorrt(
+                static,
+                out / f"model.{name}.onnx",
+                ranges,
+                partial(precision_of, plan, precision),
+                pattern=pattern,
+            )
+        records = _judge(out, static, data.selection, config.limits.max_drop)
+        for name in (PREPROCESS, LABELS):
+            shutil.copyfile(bundle / name, out / name)
+        program = resources.files("hirelc_backends") / "tensorrt_program.py"
+        (out / "engine.py").write_bytes(program.read_bytes())
+        (out / "forms.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}).") from None
+    finally:
+        dynamic.unlink(missing_ok=True)
+        static.unlink(missing_ok=True)
+    return sorted(out.iterdir())
+
+
+def forms(plan: CompressionPlan) -> dict[str, tuple[str, str]]:
+    """Return name to (default precision, pattern) of the files to write; a plan in float has one form only."""
+    found = {FP16: ("float", "all")}
+    if plan.default_precision != "float" or "int8" in plan.precision.values():
+        found |= {f"int8-{pattern}": ("int8", pattern) for pattern in export_tensorrt.PATTERNS}
+    return found
+
+
+def precision_of(plan: CompressionPlan, precision: str, layer: str) -> str:
+    """Return what a layer runs in: what the plan says of it, or nothing but FP16 in the form of that name."""
+    if precision == "float":
+        return "float"
+    return plan.precision.get(layer, "float" if plan.default_precision == "float" else precision)
+
+
+def _judge(out: Path, static: Path, images: Images, max_drop: float | None) -> dict[str, Any]:
+    """Run each form on a CPU, remove equal ones and those that lose too much, and keep answers to check engines by."""
+    backend = get_backend(CPU)
+    count = len(images)
+
+    def answers(path: Path) -> Any:
+        starts = range(0, count, BATCH)
+        return predict(backend.build(path), (images.batch(range(at, min(at + BATCH, count))).numpy() for at in starts))
+
+    expected = answers(static)
+    labels = expected.argmax(1) if images.labels is None else images.labels
+    samples: dict[str, Any] = {"inputs": images.batch(np.arange(min(SAMPLES, count))).numpy()}
+    records: dict[str, Any] = {}
+    seen: dict[bytes, str] = {}
+    for path in sorted(out.glob("model.*.onnx")):
+        content = path.read_bytes()
+        if content in seen:
+            records[path.name] = {"equal_to": seen[content]}
+            path.unlink()
+            continue
+        seen[content] = path.name
+        logits = answers(path)
+        drop = paired_drop(correct(expected, labels), correct(logits, labels))
+        kept = max_drop is None or drop.points <= max_drop or path.name == f"model.{FP16}.onnx"
+        records[path.name] = {
+            "bytes": len(content),
+            "images": count,
+            "agreement_with_labels" if images.labels is not None else "agreement_with_float": float(
+                correct(logits, labels).mean()
+            ),
+            "drop_points": drop.points,
+            "drop_low": drop.low,
+            "drop_high": drop.high,
+            "kept": kept,
+        }
+        if kept:
+            samples[path.name] = logits[:SAMPLES]
+        else:
+            path.unlink()
+    np.savez_compressed(out / "inputs.npz", allow_pickle=False, **samples)
+    return records

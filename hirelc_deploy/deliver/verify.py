@@ -1,0 +1,273 @@
+"""In: a bundle, and images. Out: whether it is what its manifest says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from hirelc_deploy.deliver.bundle import labels_digest
+from hirelc_deploy.deliver.read import (
+    FILES,
+    MANIFEST,
+    MODEL,
+    SAMPLES,
+    SHAPES,
+    WEIGHTS,
+    check_file,
+    number,
+    read_manifest,
+    read_preprocess,
+    read_samples,
+    read_shapes,
+    read_weights,
+    record,
+)
+from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.inputs.data.splits import Data
+from hirelc_deploy.measure.accuracy import OperatorCount, correct, operators, predict
+from hirelc_deploy.measure.backend import Backend, Runner
+from hirelc_deploy.measure.machine import describe
+from hirelc_deploy.measure.protocol import FULL, TimingLimits, compare
+from hirelc_deploy.plan import CompressionPlan
+
+SAMPLE_TOLERANCE = 0.05
+"""Of the range of an image's outputs. Processors round a few integers differently; a saturating one is far outside."""
+REPEAT_TOLERANCE = 0.002
+"""Share of the same test images that two processors may answer differently; run.py's samples bound what that can be."""
+LATENCY_TOLERANCE = 1.1
+"""Two timings on one machine, of other days, agree when their intervals are within this factor."""
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a check of a bundle found.
+
+    Attributes:
+        problems: One sentence each; the bundle is what it says when there is none.
+        remarks: What a reader should know and what is no problem.
+        integer_ops, float_ops: Operators with integer and with float arithmetic as this runtime ran them; None where
+            the file was not run.
+        accuracy: Of this file on the data given, in [0, 1]; None without data.
+        latency: `median_ms, ratio, ratio_low, ratio_high, verdict` against the reference given; None without one.
+    """
+
+    problems: tuple[str, ...]
+    remarks: tuple[str, ...]
+    integer_ops: int | None
+    float_ops: int | None
+    accuracy: float | None
+    claimed_accuracy: float | None
+    latency: Mapping[str, Any] | None
+
+    @property
+    def ok(self) -> bool:
+        """True when there is no problem."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "ok": self.ok,
+            "problems": list(self.problems),
+            "remarks": list(self.remarks),
+            "integer_ops": self.integer_ops,
+            "float_ops": self.float_ops,
+            "accuracy": self.accuracy,
+            "claimed_accuracy": self.claimed_accuracy,
+            "latency": None if self.latency is None else dict(self.latency),
+        }
+
+
+# Verifying
+
+
+@dataclass
+class _Findings:
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    count: OperatorCount | None = None
+    accuracy: float | None = None
+    claimed_accuracy: float | None = None
+    latency: dict[str, Any] | None = None
+
+    def result(self) -> VerifyResult:
+        return VerifyResult(
+            tuple(self.problems),
+            tuple(self.remarks),
+            self.count.integer_ops if self.count else None,
+            self.count.float_ops if self.count else None,
+            self.accuracy,
+            self.claimed_accuracy,
+            self.latency,
+        )
+
+
+def verify(
+    bundle: Path,
+    data: Data | None,
+    backend: Backend,
+    *,
+    reference: Path | None = None,
+    limits: TimingLimits = FULL,
+) -> VerifyResult:
+    """Check that a bundle is what its manifest says: files, integer operators, outputs, accuracy and latency.
+
+    Args:
+        data: Its test split is taken for the accuracy; None leaves that out.
+        reference: The uncut FP32 file, to time the bundle's file against; without it nothing is timed.
+
+    Raises:
+        InputError: There is no bundle, or `data` or `reference` do not fit it.
+        ExportError: The runtime refuses `reference`.
+        TargetUnavailable: The device cannot be reached.
+    """
+    if not bundle.is_dir() or not (bundle / MANIFEST).is_file():
+        raise InputError(f"{bundle}: not a bundle (no {MANIFEST} in it); give a folder that search or apply wrote.")
+    findings = _Findings()
+    try:
+        manifest = read_manifest(bundle)
+        measurements = manifest["measurements"]
+        findings.claimed_accuracy = number(record(measurements, "accuracy").get("test"))
+        findings.problems += _check_all_files(bundle, manifest["files"])
+        CompressionPlan.from_dict(manifest["plan"], f"{MANIFEST}: plan")
+        if findings.problems:
+            findings.remarks.append("Nothing was run, because the files are not those that were written.")
+            return findings.result()
+        preprocess = read_preprocess(bundle)
+        inputs, expected = read_samples(bundle, preprocess)
+        _check_weights(bundle)
+        _check_self_contained(bundle / MODEL)
+        runner = backend.build(bundle / MODEL)
+        findings.problems += _check_samples(runner.infer(inputs), expected)
+        findings.count = operators(runner, inputs[:1])
+        findings.problems += _check_operators(findings.count, record(measurements, "operators"))
+    except (InputError, ExportError) as error:
+        findings.problems.append(str(error))
+        return findings.result()
+    if data is not None:
+        _accuracy_again(findings, runner, data.preprocessed(preprocess), expected.shape[1], measurements)
+    if reference is not None:
+        _latency_again(findings, bundle / MODEL, backend, reference, manifest, limits=limits)
+    return findings.result()
+
+
+def _check_all_files(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    problems = [f"{name}: the manifest does not list it." for name in FILES if name not in files]
+    for name, claim in files.items():
+        problems += check_file(folder, name, claim)
+    extra = sorted(path.name for path in folder.iterdir() if path.name not in files and path.name != MANIFEST)
+    return problems + [f"{name}: the manifest does not know it." for name in extra]
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise InputError unless the weights are readable and have the shapes of the shape manifest."""
+    wanted = {name: shape for name, shape in read_shapes(folder).items() if isinstance(shape, list)}
+    found = {name: list(tensor.shape) for name, tensor in read_weights(folder).items()}
+    if odd := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise InputError(
+            f"{WEIGHTS}: {odd[0]} has shape {found.get(odd[0])}, {SHAPES} says {wanted.get(odd[0])}: they do not "
+            "belong together."
+        )
+
+
+def _check_self_contained(model: Path) -> None:
+    """Raise InputError for a model that reads other files: they would not be covered by the manifest's hashes."""
+    try:
+        graph = onnx.load(str(model), load_external_data=False).graph
+    except Exception as error:  # protobuf's errors share no narrower base that it exports
+        raise InputError(f"{MODEL}: not readable as ONNX ({error}).") from None
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer):
+        raise InputError(f"{MODEL}: keeps weights in other files, which nothing vouches for.")
+
+
+def _check_samples(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> list[str]:
+    if logits.shape != expected.shape:
+        return [f"{SAMPLES}: the file answers {logits.shape}, the stored outputs have shape {expected.shape}."]
+    span = np.ptp(expected, axis=1, keepdims=True)
+    good = (np.abs(logits - expected) <= SAMPLE_TOLERANCE * span).all(axis=1)  # NaN is not good
+    if good.all():
+        return []
+    return [
+        f"{SAMPLES}: {int((~good).sum())} of {len(good)} stored outputs are not reproduced within "
+        f"{SAMPLE_TOLERANCE:.0%} of their range: this device computes other numbers."
+    ]
+
+
+def _check_operators(count: OperatorCount, claim: Mapping[str, Any]) -> list[str]:
+    claimed = number(claim.get("integer_ops"))
+    if claimed is None:
+        return [f"{MANIFEST}: measurements.operators.integer_ops is missing or no number."]
+    if count.integer_ops >= claimed:
+        return []
+    return [f"{MODEL}: {count.integer_ops} operators run in integers here, the manifest says {claimed:.0f}."]
+
+
+def _accuracy_again(
+    findings: _Findings, runner: Runner, data: Data, outputs: int, measurements: Mapping[str, Any]
+) -> None:
+    """Read the test split and compare: exactly where it is the one of the manifest, else within its sampling error."""
+    images = data.take_test()
+    if images.labels is None:
+        findings.remarks.append(f"{data.name} has no labels: the accuracy was not checked.")
+        return
+    if len(data.classes) != outputs:
+        raise InputError(f"{data.name} has {len(data.classes)} classes, but the bundle's file answers {outputs}.")
+    count = len(images)
+    starts = range(0, count, BATCH)
+    logits = predict(runner, (images.batch(range(at, min(at + BATCH, count))).numpy() for at in starts))
+    findings.accuracy = accuracy = float(correct(logits, images.labels).mean())
+    claimed, test = findings.claimed_accuracy, record(measurements, "test")
+    if claimed is None:
+        findings.remarks.append("The manifest claims no accuracy.")
+        return
+    if test.get("labels_sha256") == labels_digest(images.labels):
+        allowed = max(REPEAT_TOLERANCE, 3 / count)
+        basis = f"on the same {count} test images"
+    else:
+        # 3.3 standard errors of a difference of two shares: one in a thousand honest bundles would be called wrong.
+        before = number(test.get("images")) or count
+        allowed = 3.3 * math.sqrt(max(claimed * (1 - claimed), 0.01) * (1 / count + 1 / before))
+        basis = f"on {count} other test images than the manifest's"
+        findings.remarks.append(
+            f"The accuracy was taken {basis}; it may differ by {100 * allowed:.1f} points by chance."
+        )
+    if not abs(accuracy - claimed) <= allowed:
+        findings.problems.append(f"accuracy: {accuracy:.2%} {basis}, the manifest claims {claimed:.2%}.")
+
+
+def _latency_again(
+    findings: _Findings,
+    model: Path,
+    backend: Backend,
+    reference: Path,
+    manifest: Mapping[str, Any],
+    *,
+    limits: TimingLimits,
+) -> None:
+    """Time the file against the reference; another machine's ratio may differ, this machine's may not."""
+    timing = compare([reference, model], backend, limits=limits)[1]
+    keys = ("median_ms", "ratio", "ratio_low", "ratio_high", "verdict")
+    findings.latency = {key: getattr(timing, key) for key in keys}
+    if timing.note:
+        findings.remarks.append(timing.note)
+    claim = record(manifest["measurements"], "latency")
+    low, high = number(claim.get("ratio_low")), number(claim.get("ratio_high"))
+    if low is None or high is None:
+        findings.remarks.append("The manifest claims no interval of the latency.")
+        return
+    here = describe(backend)
+    if any(here[key] != manifest["machine"].get(key) for key in ("cpu_model", "versions")):
+        findings.remarks.append("The latency was claimed on another machine or runtime; its ratio may differ here.")
+    elif timing.ratio_low > high * LATENCY_TOLERANCE:
+        findings.problems.append(
+            f"latency: {timing.ratio:.3f} of the reference's time ({timing.ratio_low:.3f} to {timing.ratio_high:.3f}), "
+            f"the manifest claims {low:.3f} to {high:.3f} on this machine."
+        )

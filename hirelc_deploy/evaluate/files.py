@@ -1,0 +1,208 @@
+"""In: plans and models. Out: their files, and those of the uncut model; what files answer and how long they take."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+
+from hirelc_deploy.compress.integer import placement, qat, quantize
+from hirelc_deploy.compress.integer.placement import Placement
+from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
+from hirelc_deploy.evaluate.cutting import FLOAT, judged
+from hirelc_deploy.evaluate.uncut import UncutModel
+from hirelc_deploy.evaluate.writer import Exported, Writer
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.machine import describe, fingerprint
+from hirelc_deploy.measure.protocol import Timing, compare
+from hirelc_deploy.outcome import Fidelity
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.progress import Progress
+from hirelc_deploy.runs import Run, atomic_path
+
+
+class Files:
+    """The files of one run on one target.
+
+    Attributes:
+        folder: Receives exported files and recovered weights, whole or absent.
+        machine: Of the target: what was timed counts only there.
+    """
+
+    def __init__(self, uncut: UncutModel, backend: Backend, run: Run, threads: int, progress: Progress) -> None:
+        self.backend, self.run, self.threads = backend, run, threads
+        self.folder = run.directory / "files"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.machine = fingerprint(describe(backend))
+        self.writer = Writer(uncut, backend, self.folder)
+        self._uncut, self._progress = uncut, progress
+        self._scratch = tempfile.TemporaryDirectory()
+
+    @cached_property
+    def reference(self) -> Path:
+        """The uncut model in float, FP16 where TensorRT runs it: what every ratio is relative to."""
+        return self._uncut_file(FLOAT)
+
+    @cached_property
+    def blanket(self) -> Path:
+        """The uncut model with everything integer that the runtime's own quantizer would make integer."""
+        return self._uncut_file(BLANKET)
+
+    @cached_property
+    def placed(self) -> Path:
+        """The uncut model in the precision placement that was fastest on the target."""
+        chosen = self.placement
+        return self._uncut_file(chosen.pattern, frozenset(chosen.float_layers))
+
+    @cached_property
+    def placement(self) -> Placement:
+        """What becomes integer in the fastest file of the uncut model, timed as whole files on the target."""
+
+        def measure() -> dict[str, Any]:
+            runner = self.backend.build(self.blanket, self.threads)
+            wholly_integer = not accuracy.operators(runner, self._uncut.example[:1].numpy()).float_ops
+            tried = placement.changes(onnx.load(str(self._exported.static)), wholly_integer=wholly_integer)
+            with self._progress.stage("precision placement"):
+                patterns = self.writer.form.patterns
+                found = placement.place(self.reference, tried, self.trial, self.time, patterns, self.divergence)
+                return found.to_dict()
+
+        return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
+
+    @cached_property
+    def reference_ms(self) -> float:
+        """Milliseconds of the uncut float file, measured once: turns ratios into the milliseconds of one run."""
+        key = f"reference ms on {self.machine}"
+        return float(self.run.remember(key, lambda: self.time([self.reference])[0].median_ms))
+
+    def pattern_of(self, plan: CompressionPlan) -> str:
+        """Return the pattern of operators around the integer layers that a plan asks for."""
+        if plan.pattern and plan.default_precision != "float":
+            return plan.pattern
+        if plan.default_precision == "int8":
+            return BLANKET
+        if plan.default_precision == "auto" or {"int8", "int4"} & {*plan.precision.values()}:
+            return self.placement.pattern
+        return FLOAT
+
+    def precision_of(self, plan: CompressionPlan) -> Callable[[str], str]:
+        """Return layer name to `int8` or `float`; where the plan leaves it to measurement, the placement says."""
+        if plan.default_precision != "auto":
+            return plan.precision_of
+        floats = frozenset(self.placement.float_layers)
+        return lambda layer: plan.precision.get(layer, "float" if layer in floats else "int8")
+
+    def file_of(self, plan: CompressionPlan, fidelity: Fidelity) -> Path:
+        """Return where the exported file of a plan is, or would be."""
+        return self.folder / f"{plan.digest}-{fidelity}.onnx"
+
+    def weights_of(self, plan: CompressionPlan) -> Path:
+        """Return where the recovered weights of a plan are, or would be."""
+        return self.folder / f"{plan.digest}-F3.safetensors"
+
+    def build(self, model: nn.Module, plan: CompressionPlan, fidelity: Fidelity) -> Path:
+        """Write the file that a plan means for this model and return its path."""
+        path = self.file_of(plan, fidelity)
+        with atomic_path(path) as partial:
+            self.write_plan(model, plan, partial)
+        return path
+
+    def write_plan(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
+        """Write the file that is shipped and timed: static batch of one, integer where the plan says so."""
+        with tempfile.TemporaryDirectory() as folder:
+            exported = self.writer.exported(model, Path(folder), equalise=not plan.trained_rounding)
+            self.writer.write(exported, path, self.pattern_of(plan), self.precision_of(plan))
+
+    def write_batched(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
+        """Write the file of a plan for any number of images at once; the one for a single image is what is timed."""
+        pattern, precision_of = self.pattern_of(plan), self.precision_of(plan)
+        with tempfile.TemporaryDirectory() as folder:
+            exported = self.writer.exported(model, Path(folder), equalise=not plan.trained_rounding)
+            self.writer.write_form(exported.batched, exported.batched, exported.ranges, path, pattern, precision_of)
+        quantize.strip_for_shipping(path)
+
+    def trial(self, pattern: str, floats: frozenset[str]) -> Path:
+        """Write a file that is only timed."""
+        path = Path(self._scratch.name) / f"{pattern}-{_digest(floats)}.onnx"
+        if not path.exists():
+            static, ranges = self._exported.static, self._exported.ranges
+            self.writer.form.write_integer(static, ranges, _integer_but(floats), self.writer.integer, pattern, path)
+        return path
+
+    def roundings_of(self, model: nn.Module, plans: Sequence[CompressionPlan]) -> list[qat.Rounding]:
+        """Return what the integer files of plans round of this model; nothing where a file is float."""
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            exported = self.writer.exported(model, Path(folder), equalise=False)
+            batched, path = onnx.load(str(exported.batched)), Path(folder) / "integer.onnx"
+            for plan in plans:
+                # Its faster Gelu rounds numbers that the model does not have.
+                pattern, precision_of = self.pattern_of(plan).removesuffix(SIGMOID_GELU), self.precision_of(plan)
+                if pattern == FLOAT:
+                    found.append(qat.Rounding({}, {}))
+                    continue
+                static, ranges = exported.static, exported.ranges
+                self.writer.form.write_integer(static, ranges, precision_of, self.writer.integer, pattern, path)
+                integer = onnx.load(str(path))
+                found.append(
+                    qat.rounding_of(model, batched, integer, self._uncut.example, self.writer.integer.weight_bits)
+                )
+        return found
+
+    def divergence(self, path: Path) -> float:
+        """Return how far the answers of a file are from the float ones, in nats, on a part of the selection images."""
+        images = self._uncut.selection[0][: self._uncut.effort.search_images].numpy()
+        logits = self.backend.build(path, self.threads).infer(images)
+        return accuracy.kl_divergence(self._uncut.answers[: len(logits)].numpy(), logits)
+
+    def file_drop(self, path: Path) -> accuracy.PairedDrop:
+        """Return how much accuracy a file lost against the uncut model on the selection split, paired, in points."""
+        images, labels = self._uncut.selection
+        if labels is None:
+            return accuracy.PairedDrop(math.nan, math.nan, math.nan)
+        logits = self.backend.build(path, self.threads).infer(images.numpy())
+        return accuracy.paired_drop(
+            accuracy.correct(self._uncut.answers.numpy(), labels), accuracy.correct(logits, labels)
+        )
+
+    def judge(self, path: Path) -> tuple[float, float | None]:
+        """Return the divergence of a file from the uncut model, and its accuracy, on the selection split."""
+        images, labels = self._uncut.selection
+        return judged(self.backend.build(path, self.threads).infer(images.numpy()), self._uncut.answers, labels)
+
+    def time(self, files: Sequence[Path]) -> list[Timing]:
+        """Time files against the first of them, briefly, on the target."""
+        return compare(files, self.backend, threads=self.threads, limits=self._uncut.effort.timing)
+
+    def milliseconds(self, files: Sequence[Path]) -> list[float]:
+        """Return the times of files that were timed side by side."""
+        timings = self.time(files)
+        return [timings[0].median_ms * timing.ratio for timing in timings]
+
+    @cached_property
+    def _exported(self) -> Exported:
+        with self._progress.stage("export and calibrate the uncut model"):
+            return self.writer.exported(self._uncut.model, Path(self._scratch.name))
+
+    def _uncut_file(self, pattern: str, floats: frozenset[str] = frozenset()) -> Path:
+        path = self.folder / (f"uncut-{pattern}.onnx" if not floats else f"uncut-{pattern}-{_digest(floats)}.onnx")
+        if not path.exists():
+            with atomic_path(path) as partial:
+                self.writer.write(self._exported, partial, pattern, _integer_but(floats))
+        return path
+
+
+def _integer_but(floats: frozenset[str]) -> Callable[[str], str]:
+    return lambda layer: "float" if layer in floats else "int8"
+
+
+def _digest(layers: frozenset[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(layers)).encode()).hexdigest()[:12]

@@ -1,0 +1,67 @@
+"""In: a plan. Out: what the cut model loses before any training (F1); can be sent to other processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress.integer import qat
+from hirelc_deploy.errors import SliceError
+from hirelc_deploy.evaluate.clock import clocked
+from hirelc_deploy.evaluate.cutting import cut, forward, judged, round_as_asked
+from hirelc_deploy.graph.costs import cost_of
+from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.graph.sensitivity import Gram
+from hirelc_deploy.outcome import Failed, Measured, Outcome, outcome_to_dict
+from hirelc_deploy.plan import CompressionPlan
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges cut models before any training (F1). It has all it needs, so it can be sent to another process or host.
+
+    Attributes:
+        images: (n, channels, height, width) selection images, preprocessed.
+        labels: (n,) their classes, where there are any.
+        answers: (n, classes) logits of the uncut model on them.
+        roundings: What the integer file rounds for the sake of each block; none where all is judged in float.
+    """
+
+    model: nn.Module
+    graph: ModelGraph
+    scores: Mapping[str, NDArray[np.float64]]
+    grams: Mapping[str, Gram]
+    restated: nn.Module
+    norm_batches: Sequence[Tensor]
+    images: Tensor
+    labels: NDArray[np.int64] | None
+    answers: Tensor
+    roundings: Sequence[qat.Rounding] = ()
+
+    def answer(self, text: str) -> str:
+        """Return the outcome of a plan, both as JSON, computed by one thread."""
+        torch.set_num_threads(1)
+        return json.dumps(outcome_to_dict(self.outcome(CompressionPlan.from_dict(json.loads(text), "plan"))))
+
+    def outcome(self, plan: CompressionPlan) -> Outcome:
+        """Return what a plan loses, or Failed where the model cannot take it."""
+        seconds: dict[str, float] = {}
+        try:
+            with clocked(seconds, "slice"):
+                model = cut(self, plan)
+                cost = cost_of(self.model, self.graph, plan.keep)
+        except SliceError as error:
+            return Failed(plan.digest, "F1", "slice", str(error), seconds)
+        with clocked(seconds, "judge"):
+            round_as_asked(model, self.roundings, plan)
+            with recovery.half_precision(torch.device("cpu")):
+                logits = forward(model, self.images)
+            loss, correct = judged(logits.numpy(), self.answers, self.labels)
+        return Measured(plan.digest, "F1", loss, correct, cost.params, cost.macs, seconds=seconds)

@@ -1,0 +1,137 @@
+"""In: a cut model and its plan. Out: the model after its recovery; a training that was killed goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save
+from torch import nn
+
+from hirelc_deploy.compress import recovery, slicing
+from hirelc_deploy.compress.integer import qat
+from hirelc_deploy.errors import ExportError
+from hirelc_deploy.evaluate.cutting import cut, forward, judged, round_as_asked
+from hirelc_deploy.evaluate.effort import Effort
+from hirelc_deploy.evaluate.files import Files
+from hirelc_deploy.evaluate.uncut import UncutModel
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.progress import Progress
+from hirelc_deploy.runs import write_atomic
+
+
+class Training:
+    """Recovers cut models by distillation from the uncut one.
+
+    Attributes:
+        start: Weights of the cut model, recovered before, from which its recovery goes on.
+        after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
+    """
+
+    def __init__(
+        self,
+        uncut: UncutModel,
+        files: Files,
+        effort: Effort,
+        seed: int,
+        progress: Progress,
+        start: Path | None,
+        roundings: Callable[[], Sequence[qat.Rounding]],
+    ) -> None:
+        """Args: `roundings` says what integer files round for the sake of each block; nothing where F1 is in float."""
+        self.effort, self.seed, self.progress, self.start = effort, seed, progress, start
+        self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._uncut, self._files, self._roundings = uncut, files, roundings
+
+    @cached_property
+    def teacher(self) -> recovery.Teacher:
+        """The uncut model as a teacher on the training split."""
+        views = self.effort.recovery.views if self.effort.recovery else 1
+        return recovery.Teacher(self._uncut.model, self._uncut.sensitivity_split, views, self.device)
+
+    def recovered(self, model: nn.Module, plan: CompressionPlan) -> nn.Module:
+        """Return the model cut to a plan after its recovery."""
+        if self.start is not None and not self._files.weights_of(plan).exists():
+            try:
+                model.load_state_dict(load_file(str(self.start)))
+            except RuntimeError as error:
+                raise ExportError(f"{self.start}: these are not weights of this model cut to this plan.") from error
+            model.eval()
+        kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores) if self.effort.recovery else {}
+        return self.trained(model, plan, recovery.kept_inputs(self._uncut.graph, kept))
+
+    def trained(self, model: nn.Module, plan: CompressionPlan, reads: Mapping[str, NDArray[np.int64]]) -> nn.Module:
+        """Return a cut model after the fine-tuning that `effort` asks for.
+
+        Weights that a killed run left whole are taken as they are, a training that it left goes on after its last
+        whole epoch.
+
+        Args:
+            plan: Names the weights on the disk.
+            reads: See `recovery.fine_tune`.
+        """
+        path = self._files.weights_of(plan)
+        if path.exists():
+            model.load_state_dict(load_file(str(path)))
+            return model.eval()
+        training = path.with_suffix(".training")
+
+        def after_epoch(epoch: int, student: nn.Module, standing: bytes) -> None:
+            write_atomic(training, standing)
+            self.after_epoch(plan, epoch, student)
+
+        if self.effort.recovery is not None:
+            name = f"recovery of {plan.digest}"
+            self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
+            if plan.trained_rounding:
+                qat.install(model, *self._files.roundings_of(model, [plan]))
+            model = recovery.fine_tune(
+                model,
+                self.teacher,
+                self.effort.recovery,
+                seed=self.seed,
+                progress=self.progress,
+                name=name,
+                # Features beyond the ends of their grids would not learn: they have no gradient, and drift further out.
+                reads={} if plan.trained_rounding else reads,
+                as_exported=plan.trained_rounding,
+                begun=training.read_bytes() if training.exists() else b"",
+                after_epoch=after_epoch,
+            )
+            qat.settle(model)
+        write_atomic(path, weights_of_model(model))
+        training.unlink(missing_ok=True)
+        return model
+
+    def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
+        """Return what a cut model loses on the selection split after a recovery of so many epochs; journaled.
+
+        On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
+        """
+        brief = replace(self.effort.recovery or recovery.Recovery(), epochs=epochs)
+
+        def measure() -> float:
+            model = cut(self._uncut, plan)
+            kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores)
+            reads, name = recovery.kept_inputs(self._uncut.graph, kept), f"trial recovery of {plan.digest}"
+            recovery.fine_tune(
+                model, self.teacher, brief, seed=self.seed, progress=self.progress, name=name, reads=reads
+            )
+            images, labels = self._uncut.selection
+            round_as_asked(model, self._roundings(), plan)
+            with recovery.half_precision(torch.device("cpu")):
+                return judged(forward(model, images).numpy(), self._uncut.answers, labels)[0]
+
+        return float(self._files.run.remember(f"loss of {plan.digest} after {epochs:g} epochs of recovery", measure))
+
+
+def weights_of_model(model: nn.Module) -> bytes:
+    """Return a model's weights as a safetensors file; `save_file` would write one that only its owner can read."""
+    # Clones, because safetensors refuses tensors that share memory, as tied layers do.
+    return bytes(save({key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}))

@@ -1,0 +1,124 @@
+"""In: a model and its data. Out: everything that is known of the model before it is cut, each found at first use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress.branches import proven
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.evaluate import effort as sizes
+from hirelc_deploy.evaluate.cutting import forward
+from hirelc_deploy.evaluate.effort import BATCH, SMALL_BATCH, Effort
+from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.graph.sensitivity import Gram, importance, input_grams
+from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.inputs.data.batches import batches, two_images
+from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.inputs.data.splits import Data
+from hirelc_deploy.progress import Progress
+
+
+def proven_graph(
+    model: nn.Module, data: Data, exclude: tuple[str, ...] = (), include: tuple[str, ...] = ()
+) -> ModelGraph:
+    """Return blocks, units and layers of a model; every unit was shown to cut exactly."""
+    example = two_images(data)
+    graph = build_graph(model, example, exclude=exclude, include=include)
+    if not graph.layers:
+        raise InputError(
+            f"{type(model).__name__}: no convolution and no linear layer was seen in its forward pass; "
+            "there is nothing to cut or to make integer."
+        )
+    return proven(model, graph, example)
+
+
+class UncutModel:
+    """The model as it was given, with its data."""
+
+    def __init__(
+        self, model: nn.Module, data: Data, effort: Effort, progress: Progress, graph: ModelGraph | None = None
+    ) -> None:
+        """Args: `graph` where it is known from before the run was opened, so that a bad option leaves no run behind."""
+        self.model = model.eval()
+        self.data = data
+        self.effort = effort
+        self.progress = progress
+        if graph is not None:
+            self.graph = graph
+
+    @cached_property
+    def example(self) -> Tensor:
+        """(2, channels, height, width): two calibration images."""
+        return two_images(self.data)
+
+    @cached_property
+    def graph(self) -> ModelGraph:
+        """Blocks, units and layers of the uncut model; see `proven_graph`."""
+        return proven_graph(self.model, self.data)
+
+    @cached_property
+    def scores(self) -> dict[str, NDArray[np.float64]]:
+        """Unit name to the importance of each of its elements."""
+        split, most = self.sensitivity_split, self.effort.sensitivity_images
+        with self.progress.stage("importance"):
+            if split.labels is None:  # then the uncut model's own answers
+                labels = torch.cat([forward(self.model, part).argmax(1) for part in batches(split, BATCH, most)])
+            else:
+                labels = torch.from_numpy(split.labels[:most])
+            pairs = zip(batches(split, BATCH, most), labels.split(BATCH), strict=True)
+            return importance(self.model, self.graph, pairs)
+
+    @cached_property
+    def grams(self) -> dict[str, Gram]:
+        """Reader layer name to the moments of its input features."""
+        with self.progress.stage("input moments"):
+            images = batches(self.sensitivity_split, BATCH, self.effort.sensitivity_images)
+            return input_grams(self.model, self.graph, images)
+
+    @cached_property
+    def sensitivity_split(self) -> Images:
+        """Training images where there are any, else the calibration images."""
+        return self.data.train if self.data.train is not None and len(self.data.train) else self.data.calibration
+
+    @cached_property
+    def norm_batches(self) -> list[Tensor]:
+        """Training images for batch-norm statistics, preprocessed once."""
+        return list(batches(self.sensitivity_split, BATCH, self.effort.norm_images))
+
+    @cached_property
+    def restated(self) -> nn.Module:
+        """The uncut model with batch-norm statistics from `norm_batches`: what a cut model's are compared with."""
+        model = copy.deepcopy(self.model)
+        with recovery.half_precision(torch.device("cpu")):
+            recovery.reestimate_norms(model, self.norm_batches)
+        return model
+
+    def calibration_batches(self) -> Iterable[Tensor]:
+        """Return all calibration images: preprocessed once where they are few, else batch by batch each time."""
+        if len(self.data.calibration) * self.example[0].nbytes <= sizes.KEPT_BYTES:
+            return self._kept_calibration
+        return batches(self.data.calibration, SMALL_BATCH)
+
+    @cached_property
+    def _kept_calibration(self) -> list[Tensor]:
+        return list(batches(self.data.calibration, SMALL_BATCH))
+
+    @cached_property
+    def selection(self) -> tuple[Tensor, NDArray[np.int64] | None]:
+        """All selection images, preprocessed once, and their labels."""
+        images = self.data.selection
+        return torch.cat(list(batches(images, BATCH))), images.labels
+
+    @cached_property
+    def answers(self) -> Tensor:
+        """(n, classes) logits of the uncut model on the selection images."""
+        with self.progress.stage("uncut model on the selection split"):
+            return forward(self.model, self.selection[0])

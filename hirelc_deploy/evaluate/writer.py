@@ -1,0 +1,104 @@
+"""In: a model. Out: its float file with what calibration saw, and files of it in the form of the target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hirelc_deploy.compress.integer import calibration, quantize
+from hirelc_deploy.compress.integer.equalisation import write_equalised
+from hirelc_deploy.compress.integer.forms import Form, form_of
+from hirelc_deploy.compress.onnx_file.refill import Exporter
+from hirelc_deploy.errors import TargetUnavailable
+from hirelc_deploy.evaluate.cutting import FLOAT
+from hirelc_deploy.evaluate.effort import EQUALISING_BATCHES
+from hirelc_deploy.evaluate.uncut import UncutModel
+from hirelc_deploy.measure.backend import Backend, Precision
+from hirelc_deploy.runs import write_atomic
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model's float file, the two that integer files are made of, and what calibration saw in those.
+
+    Attributes:
+        plain: For one image, as exported.
+        batched, static: For any number of images and for one, equalised where that changes something.
+    """
+
+    plain: Path
+    batched: Path
+    static: Path
+    ranges: calibration.Ranges
+
+
+class Writer:
+    """Writes models as the files of one target."""
+
+    def __init__(self, uncut: UncutModel, backend: Backend, folder: Path) -> None:
+        """Args: `folder` receives which node of a file belongs to which layer."""
+        self._uncut, self._backend, self._folder = uncut, backend, folder
+
+    @cached_property
+    def integer(self) -> Precision:
+        """The integer precision of the target."""
+        for precision in self._backend.precisions():
+            if precision.name == "int8":
+                return precision
+        raise TargetUnavailable(
+            f"{self._backend.name}: this device executes no integer precision; use precision=float."
+        )
+
+    @cached_property
+    def form(self) -> Form:
+        """How the files of the target are written."""
+        return form_of(self._backend.precisions())
+
+    @cached_property
+    def exporter(self) -> Exporter:
+        """Writes float files; it learns from each export how to do without the next."""
+        return Exporter(self._uncut.example)
+
+    def exported(self, model: nn.Module, folder: Path, *, equalise: bool = True) -> Exported:
+        """Export a model, checked against torch, and take its ranges on the calibration images.
+
+        Args:
+            equalise: Not for weights that are rounded already: with other factors they would be rounded again.
+        """
+        batched, static = folder / "batched.onnx", folder / "static.onnx"
+        self.exporter.write(model, batched, static)
+        equal, equal_static = batched, static
+        if equalise:
+            few = [batch.numpy() for batch in islice(self._uncut.calibration_batches(), EQUALISING_BATCHES)]
+            equal, equal_static = write_equalised(batched, static, few)
+        images = (batch.numpy() for batch in self._uncut.calibration_batches())
+        ranges = calibration.calibrate(equal, images, threads=torch.get_num_threads())
+        return Exported(static, equal, equal_static, ranges)
+
+    def write(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
+        """Write the file that is shipped and timed, and beside it which of its nodes belong to which layer."""
+        self.write_form(exported.plain, exported.static, exported.ranges, path, pattern, precision_of)
+        layers = quantize.strip_for_shipping(path)
+        write_atomic(self._folder / f"{path.name.lstrip('.').partition('.')[0]}.layers.json", json.dumps(layers))
+
+    def write_form(
+        self,
+        plain: Path,
+        equalised: Path,
+        ranges: calibration.Ranges,
+        path: Path,
+        pattern: str,
+        precision_of: Callable[[str], str],
+    ) -> None:
+        """Write a file in the form of the target."""
+        if pattern == FLOAT:
+            self.form.write_float(plain, equalised, ranges, path)
+        else:
+            self.form.write_integer(equalised, ranges, precision_of, self.integer, pattern, path)

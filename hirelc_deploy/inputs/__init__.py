@@ -1,0 +1,1 @@
+"""What a user brings: models, data, and how a picture becomes a model's input."""

@@ -1,0 +1,68 @@
+"""In: an .npz archive. Out: its images and labels in four splits."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.images import Labels
+from hirelc_deploy.inputs.data.splits import NATIVE_SPLITS, Data, SplitSizes, array_data
+
+# npz
+
+
+def read_npz(file: Path, sizes: SplitSizes, seed: int) -> Data:
+    """Read an archive with x_train, y_train, x_test, y_test; raises InputError for anything else."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{file}: a single array, not an .npz archive with x_train, y_train, x_test, y_test.")
+            arrays = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file.") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = "it holds Python objects" if "allow_pickle" in str(error) else str(error)
+        raise InputError(f"{file}: not readable as an .npz archive of plain arrays ({reason}).") from None
+    names = arrays.pop("classes", None)
+    allowed = {f"{part}_{split}" for part in "xy" for split in NATIVE_SPLITS}
+    if unknown := sorted(set(arrays) - allowed):
+        raise InputError(f"{file}: unknown array {unknown[0]!r}; use {', '.join(sorted(allowed))} and classes.")
+    splits = {}
+    for split in NATIVE_SPLITS:
+        if f"x_{split}" in arrays or f"y_{split}" in arrays:
+            if missing := {f"x_{split}", f"y_{split}"} - set(arrays):
+                raise InputError(f"{file}: array {missing.pop()} is missing.")
+            splits[split] = _checked_arrays(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{file}: x_{split}")
+        elif split in ("train", "test"):
+            raise InputError(f"{file}: arrays x_{split} and y_{split} are missing; it has {', '.join(sorted(arrays))}.")
+    class_names = None if names is None else [str(name) for name in names.ravel().tolist()]
+    return array_data(file.name, splits, class_names, sizes, seed)
+
+
+def _checked_arrays(
+    pixels: NDArray[np.generic], labels: NDArray[np.generic], where: str
+) -> tuple[NDArray[np.generic], Labels]:
+    """Return (n, channels, height, width) uint8 or float32 pixels and (n,) int64 labels."""
+    if pixels.ndim != 4:
+        raise InputError(f"{where} has shape {pixels.shape}; images are (n, height, width, channels).")
+    if pixels.dtype.kind == "f":
+        if not np.isfinite(pixels).all():
+            bad = int(np.flatnonzero(~np.isfinite(pixels).all((1, 2, 3)))[0])
+            raise InputError(f"{where}: image {bad} holds NaN or infinity.")
+        pixels = pixels.astype(np.float32, copy=False)
+    elif pixels.dtype != np.uint8:
+        raise InputError(f"{where} has type {pixels.dtype}; give uint8 images, or float model inputs.")
+    if pixels.shape[3] in (1, 3):
+        pixels = pixels.transpose(0, 3, 1, 2)
+    elif pixels.shape[1] not in (1, 3):
+        raise InputError(f"{where} has shape {pixels.shape}; images have 1 or 3 channels, on the last axis.")
+    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise InputError(f"{where}: its labels are {labels.dtype} of shape {labels.shape}; give whole numbers (n,).")
+    if len(labels) != len(pixels):
+        raise InputError(f"{where} has {len(pixels)} images, but there are {len(labels)} labels.")
+    return np.ascontiguousarray(pixels), labels.astype(np.int64)

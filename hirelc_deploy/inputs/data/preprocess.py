@@ -1,0 +1,81 @@
+"""In: settings of a model's input. Out: how a picture becomes that input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from hirelc_deploy.errors import InputError
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the model's input: resize, centre crop, scale to [0, 1], normalise.
+
+    Attributes:
+        input_size: (channels, height, width) of the model's input.
+        mean, std: Per channel, of pixels in [0, 1].
+        crop_pct: Share of the resized image that the centre crop keeps, in (0, 1] (timm's name and meaning).
+        interpolation: `nearest`, `bilinear` or `bicubic`.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if len(self.input_size) != 3 or min(self.input_size) < 1:
+            raise InputError(f"input size {self.input_size}: give channels, height and width, each at least 1.")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.input_size[0] or not all(math.isfinite(value) for value in values):
+                raise InputError(f"{name} {values}: give one finite number for each of {self.input_size[0]} channels.")
+        if min(self.std) <= 0:
+            raise InputError(f"std {self.std}: every value must be above 0.")
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"crop_pct {self.crop_pct}: give a share in (0, 1].")
+        if self.interpolation not in INTERPOLATIONS:
+            raise InputError(f"interpolation {self.interpolation!r} is unknown; use {', '.join(INTERPOLATIONS)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return {
+            "input_size": list(self.input_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Preprocess:
+        """Rebuild what `to_dict` wrote; raises InputError for a missing or wrong entry."""
+        try:
+            channels, height, width = (int(size) for size in value["input_size"])
+            mean, std = tuple(map(float, value["mean"])), tuple(map(float, value["std"]))
+            crop_pct = float(value["crop_pct"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"preprocess: {error!r} in {dict(value)!r}; it must be as this tool wrote it.") from None
+        return cls((channels, height, width), mean, std, crop_pct, str(value.get("interpolation", "bicubic")))
+
+    def canvas_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) to which an image is resized before the crop: its shape kept, the crop covered.
+
+        An image of exactly the input's size is taken whole.
+        """
+        if (height, width) == self.input_size[1:]:
+            return height, width
+        want_height, want_width = (math.floor(size / self.crop_pct) for size in self.input_size[1:])
+        ratio = max(want_height / height, want_width / width)
+        return max(want_height, round(height * ratio)), max(want_width, round(width * ratio))

@@ -1,0 +1,64 @@
+"""In: a number. Out: so many random inputs in each split, without labels."""
+
+from __future__ import annotations
+
+import torch
+
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.data.splits import NATIVE_SPLITS, Data, identity
+from hirelc_deploy.inputs.data.views import Indices
+
+MOST_SYNTHETIC = 4096  # a split is kept in memory: 2.5 GB of 3 x 224 x 224
+
+
+# Random inputs, and the data that ships with the package
+
+
+def synthetic(count_text: str, seed: int) -> Data:
+    """Make random inputs; the model's input size is not known yet, so that they are made again by `preprocessed`."""
+    if not count_text.isdecimal() or not 1 <= int(count_text) <= MOST_SYNTHETIC:
+        raise InputError(
+            f"--data synthetic:{count_text}: give the number of random inputs in each split, 1 to {MOST_SYNTHETIC}."
+        )
+    count, native = int(count_text), identity((3, 224, 224))
+    parts = {split: RandomImages(count, native, seed * 4 + index) for index, split in enumerate(NATIVE_SPLITS)}
+    return Data(
+        f"synthetic:{count}",
+        (),
+        parts["train"],
+        parts["calibration"],
+        parts["selection"],
+        native,
+        labelled=False,
+        test_count=count,
+        _test=parts["test"],
+    )
+
+
+class RandomImages:
+    """Standard normal inputs without labels, made when asked for and equal each time."""
+
+    labels = None
+
+    def __init__(self, count: int, preprocess: Preprocess, seed: int) -> None:
+        self._count, self._preprocess, self._seed = count, preprocess, seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, indices: Indices) -> torch.Tensor:
+        """Return (b, channels, height, width) inputs."""
+        return self.views(indices, 0)
+
+    def views(self, indices: Indices, view: int) -> torch.Tensor:
+        """Return other inputs for another view: noise has no crops."""
+        generator, inputs = torch.Generator(), []
+        for row in torch.as_tensor(indices, dtype=torch.int64).tolist():
+            generator.manual_seed(((self._seed * 1_000_003 + view) * 1_000_003 + row) % 2**63)
+            inputs.append(torch.randn(self._preprocess.input_size, generator=generator))
+        return torch.stack(inputs)
+
+    def preprocessed(self, preprocess: Preprocess) -> RandomImages:
+        """Return inputs of another size."""
+        return RandomImages(self._count, preprocess, self._seed)

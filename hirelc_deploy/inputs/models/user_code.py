@@ -1,0 +1,124 @@
+"""In: the name of a file or module of the user's. Out: what it defines, or one sentence with the line that failed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import sys
+import tomllib
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hirelc_deploy.errors import InputError
+
+# The user's own code
+
+
+def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `--model-arg key=value`: JSON or TOML values where they parse, else the text itself."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--model-arg {pair!r}: write name=value.")
+        if name in arguments:
+            raise InputError(f"--model-arg {name} is given twice.")
+        arguments[name] = _parse_value(text)
+    return arguments
+
+
+def _parse_value(text: str) -> Any:
+    for parse in (json.loads, lambda item: tomllib.loads(f"value = {item}")["value"]):
+        with contextlib.suppress(ValueError, KeyError):
+            return parse(text)
+    return text
+
+
+@contextlib.contextmanager
+def importing_from(file: Path | None) -> Iterator[None]:
+    """Let a model file import its neighbours, and a module be found from the current folder; then forget the path."""
+    before = list(sys.path)
+    sys.path.append(str(file.resolve().parent if file is not None else Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def import_file(file: Path) -> ModuleType:
+    """Return the module that a file of the user's defines; raises InputError with the line that failed."""
+    if not file.is_file():
+        raise InputError(f"--model {file}: no such file.")
+    name = _module_name(file)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and typing look a class's module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise InputError(f"{place_of(error, file, str(file))}: {first_line(error)}.") from None
+    return module
+
+
+def _module_name(file: Path) -> str:
+    """Return a name of its own, so that a file called like an installed package hides nothing."""
+    return f"hirelc_model_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+
+
+def factory_modules(spec: str) -> list[ModuleType]:
+    """Return the loaded modules behind a model that no installation brought: another host may not have them.
+
+    Args:
+        spec: A timm name, `file.py:factory` or `package.module:factory`.
+    """
+    target = spec.rpartition(":")[0]
+    if target.endswith(".py"):
+        name = _module_name(Path(target))
+    else:
+        name = target.partition(".")[0]
+        if name == __name__.partition(".")[0] or name in importlib.metadata.packages_distributions():
+            return []
+    return [sys.modules[name]] if name in sys.modules else []
+
+
+def import_module(name: str, spec: str) -> ModuleType:
+    """Return an installed module, or one in the current folder; raises InputError where it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise InputError(
+                f"--model {spec}: there is no module {error.name!r}; install it, or give FILE.py:FACTORY."
+            ) from None
+        raise InputError(f"--model {spec}: {name} cannot be imported ({error}).") from None
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{place_of(error, None, spec)}: {first_line(error)}.") from None
+
+
+def place_of(error: BaseException, file: Path | None, spec: str) -> str:
+    """Return `file, line n` of the user's innermost line that led to an error."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if file is not None and Path(frame.filename) == file] or [
+        frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__
+    ]
+    theirs = [frame for frame in theirs if not frame.filename.startswith("<")]
+    return f"{theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else f"--model {spec}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {text[:200].rstrip('.')}"

@@ -1,0 +1,1 @@
+"""One module per command: a configuration and a folder in, a finished piece of work out."""

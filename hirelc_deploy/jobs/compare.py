@@ -1,0 +1,76 @@
+"""In: a finished search. Out: strategies on its problem at equal evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hirelc_deploy.config import JobConfig
+from hirelc_deploy.deliver.finalists import Search
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.jobs.workplace import Workplace, table_path
+from hirelc_deploy.measure.table import LatencyTable
+from hirelc_deploy.results import comparison
+from hirelc_deploy.strategies.baselines import ABLATIONS, STRATEGIES
+
+COMPARISON, COMPARISON_PAGE = "compare.json", "compare.html"
+
+
+def check_comparison(config: JobConfig, strategies: Sequence[str], speedups: Sequence[float]) -> None:
+    """Raise InputError for what a comparison cannot use, before anything is loaded."""
+    if config.plan is not None:
+        raise InputError("compare: this run was made by `apply`; give the folder of a search.")
+    for name in strategies:
+        if name not in STRATEGIES | ABLATIONS:
+            raise InputError(f"--strategies {name!r} is unknown; use {', '.join(STRATEGIES | ABLATIONS)}.")
+    if len(set(strategies)) < len(strategies):
+        raise InputError("--strategies: a name is there twice; give each once.")
+    for speedup in speedups:
+        if not (math.isfinite(speedup) and speedup > 0):
+            raise InputError(f"--speedups {speedup:g}: give finite numbers above 0.")
+
+
+def run_compare(
+    workplace: Workplace,
+    strategies: Sequence[str],
+    seeds: Sequence[int],
+    speedups: Sequence[float],
+    f1_evaluations: int,
+    f2_evaluations: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Compare strategies on the problem of a run, write page and JSON to `out` and return the summary.
+
+    Every evaluation goes through the run's journal, so an interrupted comparison resumes where it was.
+    """
+    pipeline, config = workplace.pipeline, workplace.config
+    search = Search(
+        pipeline,
+        workplace.run,
+        LatencyTable(pipeline.backend, table_path(), pipeline.threads),
+        config.limits,
+        config.search,
+    )
+    problem = search.problem
+    budgets = [problem.uncut_ms / speedup for speedup in speedups]
+    searches = comparison.run_all(
+        problem,
+        budgets,
+        strategies,
+        seeds,
+        pipeline.outcome,
+        f1_evaluations=f1_evaluations,
+        f2_evaluations=f2_evaluations,
+        progress=pipeline.progress.say,
+    )
+    summary = comparison.summarise(searches, problem.uncut_ms, strategies[0])
+    summary |= {"command": workplace.command, "machine": workplace.run.machine, "model": workplace.source.spec}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        comparison.write_json(summary, out / COMPARISON)
+        comparison.write_page(summary, f"Strategies on {workplace.source.spec}", out / COMPARISON_PAGE)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); give another --out.") from None
+    return summary

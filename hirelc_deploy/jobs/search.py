@@ -1,0 +1,92 @@
+"""In: a workplace. Out: the fastest file that keeps the limits, delivered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hirelc_deploy.config import Limits
+from hirelc_deploy.deliver.finalists import Finalist, Search, drop_error, keeps_limits
+from hirelc_deploy.deliver.race import Contender
+from hirelc_deploy.errors import ConstraintError, InputError
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.shipping import deliver
+from hirelc_deploy.jobs.workplace import RESULT, Workplace, finished, table_path
+from hirelc_deploy.measure.protocol import Timing
+from hirelc_deploy.measure.table import LatencyTable
+from hirelc_deploy.outcome import Measured
+from hirelc_deploy.results.agreement import agreement
+
+
+def run_search(workplace: Workplace) -> dict[str, Any]:
+    """Search, deliver and return the result record; a finished run only returns what it found."""
+    pipeline, run, config = workplace.pipeline, workplace.run, workplace.config
+    if (run.directory / RESULT).exists():
+        return finished(run.directory)
+    started = time.monotonic()
+    path = table_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: this folder for layer times cannot be made ({error.strerror}); "
+            "set HIRELC_DEPLOY_CACHE to a folder that can be written."
+        ) from None
+    table = LatencyTable(pipeline.backend, path, pipeline.threads)
+    search = Search(pipeline, run, table, config.limits, config.search)
+    finalists = search.finalists()
+    fit = [f for f in finalists if f.keeps_limits]
+    chosen = min(fit, key=lambda f: f.outcome.ratio or 1.0) if fit else None
+    facts = {
+        "search": {
+            "strategy": config.search.strategy,
+            **{name: sum(t.fidelity == name.upper() for t in run.trials) for name in ("f1", "f2", "f3")},
+            "overhead_seconds": sum(s.seconds - s.seconds_evaluating for s in search.searches),
+            "seconds": sum(s.seconds for s in search.searches),
+        },
+        "latency_model": search.fit,
+        "agents": search.records,
+        "agreement": agreement(search.problem, run.trials, pipeline.files.reference_ms),
+        "finalists": [finalist_record(f) for f in finalists],
+    }
+    keeps = unpruned_limits(pipeline, config.limits)
+    try:
+        plan = chosen.plan if chosen else None
+        return deliver(workplace, plan, facts, started, keeps=keeps, max_drop=config.limits.max_drop)
+    except ConstraintError as error:
+        closest = min(finalists, key=lambda f: f.drop_points, default=None)
+        found = closest and (
+            f" The closest plan is {1 / (closest.outcome.ratio or 1.0):.2f} times faster than the float file at a drop "
+            f"of {closest.drop_points:.2f} points on the selection split; its file, of {closest.outcome.size_bytes:,} "
+            f"bytes, is {pipeline.files.file_of(closest.plan, 'F3')}."
+        )
+        raise ConstraintError(
+            f"search: {error}{found or ''} Allow a larger drop, more time, more bytes or more recovery epochs."
+        ) from None
+
+
+def unpruned_limits(pipeline: Pipeline, limits: Limits) -> Callable[[Contender, Timing], bool]:
+    """Return what tells whether an unpruned file keeps the limits of a search."""
+
+    def keeps(file: Contender, timing: Timing) -> bool:
+        size = file.path.stat().st_size
+        outcome = Measured(file.plan.digest, "F2", 0.0, None, 0, 0, ratio=timing.ratio, size_bytes=size)
+        points = error = 0.0
+        if file.path != pipeline.files.reference:  # which is what a drop is counted from
+            drop = pipeline.files.file_drop(file.path)
+            points, error = drop.points, drop_error(drop)
+        return keeps_limits(limits, outcome, points, error, pipeline.files.reference_ms)
+
+    return keeps
+
+
+def finalist_record(finalist: Finalist) -> dict[str, Any]:
+    """Return a finalist as JSON values."""
+    return {
+        "plan": finalist.plan.digest,
+        "ratio": finalist.outcome.ratio,
+        "drop_points": finalist.drop_points,
+        "drop_error": finalist.drop_error,
+        "keeps_limits": finalist.keeps_limits,
+    }

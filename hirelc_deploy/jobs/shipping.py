@@ -1,0 +1,150 @@
+"""In: a workplace and the chosen plan. Out: the last race, the bundle, the result record and the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import nn
+
+from hirelc_deploy.deliver.bundle import BundleContents, write_bundle
+from hirelc_deploy.deliver.race import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.workplace import PRINTED, RESULT, Workplace
+from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.backend import Runner
+from hirelc_deploy.measure.protocol import Timing
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.results.report import read_run, write_report
+from hirelc_deploy.runs import Run, write_atomic
+
+SAMPLES = 8
+
+
+def deliver(
+    workplace: Workplace,
+    plan: CompressionPlan | None,
+    facts: Mapping[str, Any],
+    started: float,
+    *,
+    always: bool = False,
+    max_drop: float | None = None,
+    keeps: Callable[[Contender, Timing], bool] = lambda contender, timing: True,
+) -> dict[str, Any]:
+    """Race the chosen plan against the unpruned files, write bundle, result and report, and return the result."""
+    pipeline, run = workplace.pipeline, workplace.run
+    candidate = Contender("ours", pipeline.files.file_of(plan, "F3"), plan) if plan is not None else None
+    delivery = race(pipeline, candidate, always=always, max_drop=max_drop, keeps=keeps)
+    shipped = delivery.shipped
+    warnings = [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
+    if candidate is not None and shipped is not candidate:
+        warnings.append(
+            f"compression did not help: {shipped.name} is at least as fast as the best plan, so it is shipped."
+        )
+    if candidate is None:
+        warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
+    found_accuracy, test_labels = final_accuracy(pipeline, delivery)
+    record = result_record(pipeline, delivery, found_accuracy)
+    runner = pipeline.backend.build(shipped.path, pipeline.threads)
+    images, labels = pipeline.uncut.selection
+    samples = images[:SAMPLES].numpy()
+    operators = operator_records(runner, shipped.path, samples[:1])
+    bundle = write_bundle(
+        run.directory / "bundle",
+        BundleContents(
+            model_onnx=shipped.path,
+            model=shipped_model(pipeline, shipped),
+            source=workplace.source.describe(),
+            plan=shipped.plan,
+            preprocess=pipeline.data.preprocess,
+            classes=pipeline.data.classes,
+            sample_inputs=samples,
+            sample_logits=runner.infer(samples),
+            sample_labels=None if labels is None else labels[:SAMPLES],
+            test_labels=test_labels,
+            measurements=record,
+            operators=accuracy.operators(runner, samples[:1]),
+            machine=run.machine,
+            versions=pipeline.backend.versions(),
+            command=workplace.command,
+        ),
+        overwrite=True,
+    )
+    result = {
+        "bundle": str(bundle),
+        **record,
+        "layers": layer_records(pipeline.graph, shipped.plan, pipeline.files.precision_of(shipped.plan)),
+        "candidates": candidates(pipeline, delivery, run),
+        "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
+        "exports": {
+            "filled in": pipeline.files.writer.exporter.filled,
+            "exported": dict(pipeline.files.writer.exporter.exported),
+        },
+        "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
+        "operators": operators,
+        "placement": pipeline.files.placement.candidates,
+        "guard": delivery.guard.to_dict() if delivery.guard else None,
+        "warnings": warnings,
+        **facts,
+    }
+    write_atomic(run.directory / RESULT, json.dumps(result, indent=1, default=float) + "\n")
+    write_report(read_run(run.directory), run.directory / "report.html")
+    return {key: result[key] for key in PRINTED}
+
+
+def shipped_model(pipeline: Pipeline, shipped: Contender) -> nn.Module:
+    """Return the float model of which the shipped file is the export."""
+    model = pipeline.cut(shipped.plan)
+    weights = pipeline.files.weights_of(shipped.plan)
+    if weights.exists():
+        model.load_state_dict(load_file(str(weights)))
+    return model.eval()
+
+
+def operator_records(runner: Runner, path: Path, image: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """Return every operator that ran with its time; those that compute a layer carry the layer's name.
+
+    The shipped file names its nodes by numbers, and the runtime appends to them what it fused.
+    """
+    layers = json.loads(path.with_suffix(".layers.json").read_text("utf-8"))
+    records = []
+    for operator in runner.profile(image, runs=50):
+        layer = layers.get(operator.name.partition("_token_")[0])
+        records.append({**vars(operator), "name": f"{layer}/{operator.operator}" if layer else operator.name})
+    return records
+
+
+def candidates(pipeline: Pipeline, delivery: Delivery, run: Run) -> list[dict[str, Any]]:
+    """Return every file of the last race, with its accuracy on the selection split."""
+    images, labels = pipeline.uncut.selection
+    found = []
+    for contender in {c.path: c for c in (*unpruned(pipeline), delivery.shipped)}.values():
+        timing = delivery.timings[contender.name]
+        logits = pipeline.backend.build(contender.path, pipeline.threads).infer(images.numpy())
+        found.append(
+            {
+                "name": contender.name,
+                "ratio": timing.ratio,
+                "ratio_low": timing.ratio_low,
+                "ratio_high": timing.ratio_high,
+                "median_ms": timing.median_ms,
+                "size_bytes": contender.path.stat().st_size,
+                "accuracy_selection": None if labels is None else accuracy.top1(logits, labels),
+            }
+        )
+    return found
+
+
+def stage_seconds(run: Run) -> dict[str, float]:
+    """Return the seconds that each kind of step took, over all trials of the run and all times it was resumed."""
+    total: dict[str, float] = {}
+    for trial in run.trials:
+        for stage, seconds in trial.outcome.seconds.items():
+            total[f"{trial.fidelity} {stage}"] = total.get(f"{trial.fidelity} {stage}", 0.0) + seconds
+    return total

@@ -1,0 +1,187 @@
+"""In: a configuration and a folder. Out: everything a job needs, opened; every problem with it is one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.integer.quantize import PATTERNS
+from hirelc_deploy.compress.recovery import Recovery
+from hirelc_deploy.config import JobConfig
+from hirelc_deploy.deliver.read import read_manifest
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.evaluate.effort import Effort
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.evaluate.uncut import proven_graph
+from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.inputs.data.load import configured_data
+from hirelc_deploy.inputs.data.splits import Data
+from hirelc_deploy.inputs.models.source import ModelSource, load_for
+from hirelc_deploy.inputs.models.user_code import factory_modules
+from hirelc_deploy.measure.machine import describe
+from hirelc_deploy.measure.targets import find_target, open_target
+from hirelc_deploy.plan import CompressionPlan, parse_uniform
+from hirelc_deploy.progress import Progress
+from hirelc_deploy.runs import Run
+from hirelc_deploy.together.processes import Ahead, Evaluators
+from hirelc_deploy.together.ray_cluster import connect
+from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What every job needs, opened from its configuration."""
+
+    config: JobConfig
+    pipeline: Pipeline
+    run: Run
+    source: ModelSource
+    command: str
+
+
+def open_workplace(
+    config: JobConfig,
+    directory: Path,
+    command: str,
+    progress: Progress,
+    *,
+    jobs: int | None = None,
+    ray: str | None = None,
+) -> Workplace:
+    """Load model and data, open the target and the run directory; every problem with them is one sentence.
+
+    Args:
+        jobs: Processes that judge cut models side by side. It changes no result, so it is no part of the configuration.
+        ray: Address of the Ray cluster on whose hosts they are; None for this machine.
+    """
+    evaluators, jobs = evaluators_of(ray, jobs, config.model.spec, progress.say)
+    target = find_target(config.target)
+    backend = open_target(target)
+    data = configured_data(config)
+    weights = Path(config.model.weights) if config.model.weights else None
+    source = ModelSource(config.model.spec, weights, dict(config.model.arguments), config.model.pretrained)
+    model, data, source = load_for(source, data, config.preprocess.overrides())
+    if source.is_untrained and data.labelled:
+        raise InputError(
+            f"--model {source.spec}: its weights are random; give trained ones with --weights FILE, or --pretrained "
+            "for timm's own (for structural work without accuracy: --data synthetic:64)."
+        )
+    # Whatever can be wrong with the options is found before the run directory is made.
+    graph = proven_graph(model, data, config.exclude, config.include)
+    if not config.search.depth:
+        graph = graph.without_branches()
+    options = config
+    if config.plan is not None:
+        plan = read_plan(config.plan, graph)
+        if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
+            options = replace(config, plan=f"{config.plan} ({plan.digest})")
+    run = Run.open(directory, options.to_toml(), describe(backend))
+    check_contents(run, source, data)
+    effort = Effort(recovery=recovery_of(config))
+    pipeline = Pipeline(
+        model,
+        data,
+        backend,
+        run,
+        effort=effort,
+        seed=config.seed,
+        threads=config.threads or target.threads,
+        progress=progress,
+        graph=graph,
+        start=earlier if config.plan and (earlier := Path(config.plan) / "weights.safetensors").is_file() else None,
+        jobs=jobs,
+        evaluators=evaluators,
+        rounds=config.search.precisions,
+    )
+    return Workplace(config, pipeline, run, source, command)
+
+
+def evaluators_of(
+    address: str | None, jobs: int | None, spec: str, say: Callable[[str], None]
+) -> tuple[Callable[[Callable[[str], str], int], Evaluators], int]:
+    """Return what makes the processes that judge cut models side by side, and how many they are.
+
+    Args:
+        address: Of the Ray cluster; None for copies of this process.
+        spec: Of the model: what its factory defines is sent to the hosts, where nobody may have it.
+    """
+    if address is None:
+        return Ahead, jobs or 1
+    if jobs == 1:
+        raise InputError("--jobs 1 with --ray: one process is this one; give at least 2, or leave --jobs out.")
+    ray = connect(address, "--ray")
+    count = jobs or default_evaluators(ray)
+    if count == 1:
+        say("--ray: the cluster has one free CPU, so this process judges alone")
+    return lambda answer, jobs: RayAhead(answer, jobs, ray, say, factory_modules(spec)), count
+
+
+def check_contents(run: Run, source: ModelSource, data: Data) -> None:
+    """Raise InputError where a run that is resumed was made with other weights, factory or images of the same name."""
+    described = source.describe()
+    contents = {
+        "weights": described.get("weights", {}).get("sha256"),
+        "factory": described.get("spec_sha256"),
+        "images": data.fingerprint(),
+    }
+    if not run.trials and not (run.directory / RESULT).exists():
+        run.remember("contents", lambda: contents)
+    before = run.fact("contents") or contents  # an older run did not say
+    if changed := [name for name, value in contents.items() if before.get(name) != value]:
+        raise InputError(
+            f"{run.directory}: this run was made with other {changed[0]} under the same name; "
+            "give another --out, or put back what was there."
+        )
+
+
+def recovery_of(config: JobConfig) -> Recovery | None:
+    """Return the fine-tuning that a configuration asks for, or None."""
+    if not config.recovery_epochs:
+        return None
+    return Recovery(config.recovery_epochs, learning_rate=config.learning_rate)
+
+
+def table_path() -> Path:
+    """Return where layer times are kept: they belong to a machine and a runtime, not to a run."""
+    base = os.environ.get("HIRELC_DEPLOY_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "hirelc-deploy" / "layer-times.jsonl"
+
+
+def read_plan(text: str, graph: ModelGraph) -> CompressionPlan:
+    """Return the plan of `uniform:...`, a file or a bundle; raises InputError where this model cannot take it."""
+    if text.startswith("uniform:"):
+        plan = slicing.uniform_plan(graph, *parse_uniform(text))
+    elif Path(text).is_dir():
+        plan = CompressionPlan.from_dict(read_manifest(Path(text))["plan"], f"{text}: plan")
+    else:
+        plan = CompressionPlan.read(Path(text))
+    try:
+        slicing.check_plan(graph, plan)
+        if plan.pattern and plan.pattern not in PATTERNS:
+            raise InputError(f"plan: pattern {plan.pattern!r} is unknown; use {', '.join(PATTERNS)}.")
+    except InputError as error:
+        raise InputError(str(error).replace("plan:", f"plan {text}:", 1)) from None
+    return plan
+
+
+def finished(directory: Path) -> dict[str, Any]:
+    """Return the printed part of a finished run's result."""
+    path = directory / RESULT
+    try:
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return {key: result[key] for key in PRINTED}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: damaged ({error!r}); delete it, and the same command delivers again from what is journaled."
+        ) from None
+
+
+PRINTED = ("bundle", "params", "macs", "size_bytes", "size_ratio", "accuracy", "latency", "best_unpruned")
+"""Keys of the result that `apply`, `search` and `demo` print with --json; other programs rely on them."""
