@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hirelc_backends import onnxruntime_program
 from hirelc_deploy.errors import ExportError, InputError
-from hirelc_deploy.measure.backend import OperatorTime, Precision, Runner, TimingProcess
+from hirelc_deploy.measure.backend import OperatorTime, Outputs, Precision, Runner, TimingProcess
 from hirelc_deploy.measure.device import LocalDevice
 from hirelc_deploy.measure.machine import cpu_features
 from hirelc_deploy.measure.program import ProgramBackend, check_file
@@ -83,8 +83,8 @@ class OnnxRunner:
         except Exception as error:  # the runtime's own exception types share no narrower base
             raise ExportError(f"{model}: ONNX Runtime refuses it ({error}).") from None
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, ...) first outputs of (n, ...) images; a file of a fixed batch runs as often as it takes."""
+    def infer(self, images: NDArray[np.float32]) -> Outputs:
+        """Return all outputs for (n, ...) images; a file of a fixed batch runs as often as it takes."""
         try:
             return self._session.infer(images)
         except ValueError as error:

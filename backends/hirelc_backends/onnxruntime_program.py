@@ -83,17 +83,18 @@ class Session:
         if len(inputs) != 1:
             raise ValueError(f"has {len(inputs)} inputs; a vision model with one input is needed")
         self._input = inputs[0]
-        self._output = self._session.get_outputs()[0].name
+        self._outputs = [output.name for output in self._session.get_outputs()]
         # With one thread the calling thread does all the work; its own clock leaves out other processes and threads.
         self._cpu_clock = time.thread_time_ns if threads == 1 else time.process_time_ns
         self._feed: dict[str, Any] = {}
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, ...) first outputs of (n, ...) images; a file of a fixed batch runs as often as it takes."""
+    def infer(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Return all outputs for (n, ...) images; a file of a fixed batch runs as often as it takes."""
         import numpy as np
 
         if len(images) == 0:
-            return self.infer(np.zeros((1, *images.shape[1:]), np.float32))[:0]
+            one = self.infer(np.zeros((1, *images.shape[1:]), np.float32))
+            return {name: output[:0] for name, output in one.items()}
         batch = self._input.shape[0]
         if not isinstance(batch, int):
             return self._run(self._session, images)
@@ -102,7 +103,7 @@ class Session:
         pieces = [padded[start : start + batch] for start in range(0, len(padded), batch)]
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // self._threads)) as every_core:
             outputs = list(every_core.map(lambda piece: self._run(self._session, piece), pieces))
-        return np.concatenate(outputs)[: len(images)]
+        return {name: np.concatenate([part[name] for part in outputs])[: len(images)] for name in self._outputs}
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[tuple[str, str, bool, float]]:
         """Return (name, operator, is integer, microseconds) of each operator in execution order.
@@ -134,16 +135,16 @@ class Session:
                 self._run(session, image)
             return read_profile(session.end_profiling())
 
-    def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.float32]) -> dict[str, Any]:
         import numpy as np
         from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
         try:
             feed = {self._input.name: np.ascontiguousarray(images, np.float32)}
-            output: NDArray[np.float32] = session.run([self._output], feed)[0]
+            outputs = session.run(self._outputs, feed)
         except InvalidArgument:
             raise ValueError(f"takes input of shape {self._input.shape}, found {list(images.shape)}") from None
-        return output
+        return {name: np.asarray(output, np.float32) for name, output in zip(self._outputs, outputs)}  # noqa: B905
 
 
 def random_input(session: onnxruntime.InferenceSession, seed: int = 0) -> dict[str, Any]:

@@ -359,6 +359,8 @@ class Engine:
         self._stream = self.cuda.stream()
         self._events = self.cuda.event(), self.cuda.event()
         self.inputs, self.outputs = self._buffers(trt.TensorIOMode.INPUT), self._buffers(trt.TensorIOMode.OUTPUT)
+        named = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
+        self.names = [name for name in named if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         if len(self.inputs) != 1:
             raise Unusable(f"has {len(self.inputs)} inputs; a vision model with one input is needed")
         self.graph: ctypes.c_void_p | None = None
@@ -429,17 +431,18 @@ class Engine:
         else:
             self.cuda.call("cuGraphLaunch", self.graph, self._stream)
 
-    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the first output for exactly as many images as the engine was built for."""
+    def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Return the outputs for exactly as many images as the engine was built for."""
         import numpy as np
 
-        (address, source), (output, result) = self.inputs[0], self.outputs[0]
+        address, source = self.inputs[0]
         source[...] = images
         self._copy_in(address, source)
         self.launch()
-        self._copy_out(output, result)
+        for output, result in self.outputs:
+            self._copy_out(output, result)
         self.synchronise()
-        return np.array(result, np.float32)
+        return {name: np.array(result, np.float32) for name, (_, result) in zip(self.names, self.outputs)}  # noqa: B905
 
     def timed(self, *, copies: bool = True) -> tuple[int, int, int]:
         """Return nanoseconds of one inference: wall time, GPU time without copies, and the host's part of starting it.
@@ -456,7 +459,8 @@ class Engine:
         started = time.perf_counter_ns()
         self.cuda.call("cuEventRecord", end, self._stream)
         if copies:
-            self._copy_out(*self.outputs[0])
+            for output in self.outputs:
+                self._copy_out(*output)
         self.synchronise()
         done = time.perf_counter_ns()
         return done - begun, round(self.cuda.milliseconds(start, end) * 1e6), started - asked
@@ -561,8 +565,8 @@ class Session:
         self._engine = Engine(trt, plan, self._cuda)
         self._engine.capture()
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, ...) outputs of (n, ...) images; the engine runs as often as its batch takes."""
+    def infer(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Return all outputs for (n, ...) images; the engine runs as often as its batch takes."""
         import numpy as np
 
         wanted = self._engine.inputs[0][1].shape
@@ -570,11 +574,11 @@ class Session:
             raise ValueError(f"takes input of shape {list(wanted)}, found {list(images.shape)}")
         batch = wanted[0]
         if len(images) == 0:
-            return self.infer(np.zeros(wanted, np.float32))[:0]
+            return {name: output[:0] for name, output in self.infer(np.zeros(wanted, np.float32)).items()}
         missing = -len(images) % batch
         padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
-        outputs = [self._engine.run(padded[start : start + batch]) for start in range(0, len(padded), batch)]
-        return np.concatenate(outputs)[: len(images)]
+        parts = [self._engine.run(padded[start : start + batch]) for start in range(0, len(padded), batch)]
+        return {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in self._engine.names}
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[tuple[str, str, bool, float]]:
         """Return (name, operator, is integer, microseconds) of each layer, the mean of its fastest half of the runs."""
@@ -607,14 +611,15 @@ class ProviderSession:
         self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         if name not in self._session.get_providers():
             raise Unusable(f"ONNX Runtime could not start its {name}")
-        self._input, self._output = self._session.get_inputs()[0], self._session.get_outputs()[0].name
+        self._input = self._session.get_inputs()[0]
+        self._outputs = [output.name for output in self._session.get_outputs()]
         shape = [size if isinstance(size, int) else 1 for size in self._input.shape]
         known = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         self._type = known[self._input.type]  # layers that are timed alone take what their neighbours leave
         self._name, self._image = name, np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, ...) outputs of (n, ...) images."""
+    def infer(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Return all outputs for (n, ...) images."""
         import numpy as np
 
         wanted = self._input.shape
@@ -622,19 +627,18 @@ class ProviderSession:
             raise ValueError(f"takes input of shape {wanted}, found {list(images.shape)}")
         batch = wanted[0] if isinstance(wanted[0], int) else 1
         if len(images) == 0:
-            return self.infer(np.zeros((batch, *images.shape[1:]), np.float32))[:0]
+            one = self.infer(np.zeros((batch, *images.shape[1:]), np.float32))
+            return {name: output[:0] for name, output in one.items()}
         missing = -len(images) % batch
         padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
         parts = [self._run(padded[start : start + batch]) for start in range(0, len(padded), batch)]
-        return np.concatenate(parts)[: len(images)]
+        return {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in self._outputs}
 
-    def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _run(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         import numpy as np
 
-        output: NDArray[np.float32] = self._session.run([self._output], {self._input.name: images.astype(self._type)})[
-            0
-        ]
-        return output.astype(np.float32)
+        found = self._session.run(self._outputs, {self._input.name: images.astype(self._type)})
+        return {name: np.asarray(output, np.float32) for name, output in zip(self._outputs, found)}  # noqa: B905
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[tuple[str, str, bool, float]]:
         """Return the whole file as one operator, not counted as integer: the provider does not say what ran inside."""
@@ -769,18 +773,23 @@ def check(folder: str, cuda: Any = None) -> dict[str, Any]:
 
     engine, name = load(folder, cuda), _record(folder)["model"]
     with np.load(os.path.join(folder, INPUTS), allow_pickle=False) as samples:
-        inputs, expected = samples["inputs"], samples[name]
-    found = np.concatenate([engine.run(one[None]) for one in inputs])
-    span = np.ptp(expected, axis=1)
-    furthest = float((np.abs(found - expected).max(axis=1) / span).max())
-    agree = float((found.argmax(1) == expected.argmax(1)).mean())
-    reproduced = bool(np.isfinite(found).all()) and furthest <= SAMPLE_TOLERANCE
+        inputs = samples["inputs"]
+        expected = {key.partition("/")[2]: samples[key] for key in samples.files if key.partition("/")[0] == name}
+    answers = [engine.run(one[None]) for one in inputs]
+    found = {key: np.concatenate([answer[key] for answer in answers]) for key in expected}
+    furthest, agree, finite = 0.0, 1.0, True
+    for key, wanted in expected.items():
+        ours, theirs = found[key].reshape(len(inputs), -1), wanted.reshape(len(inputs), -1)
+        furthest = max(furthest, float((np.abs(ours - theirs).max(axis=1) / np.ptp(theirs, axis=1)).max()))
+        agree = min(agree, float((ours.argmax(1) == theirs.argmax(1)).mean()))
+        finite = finite and bool(np.isfinite(ours).all())
+    reproduced = finite and furthest <= SAMPLE_TOLERANCE
     return {
         "model": name,
         "reproduced": reproduced,
         "furthest_share_of_range": furthest,
         "same_class": agree,
-        "samples": len(found),
+        "samples": len(inputs),
     }
 
 

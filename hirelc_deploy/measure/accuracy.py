@@ -1,20 +1,14 @@
-"""In: outputs of files on labelled images. Out: accuracy, its paired difference, and how far two files disagree."""
+"""In: files on a device. Out: whether their answers are finite, how far two of them disagree, and what ran in integers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hirelc_deploy.errors import ExportError, InputError
-from hirelc_deploy.measure.backend import Runner
-
-Z_95 = 1.959964
-"""The normal quantile that 95 % of the mass lies within, on both sides."""
+from hirelc_deploy.errors import ExportError
+from hirelc_deploy.measure.backend import Outputs, Runner
 
 WITHOUT_ARITHMETIC = frozenset(
     {
@@ -25,15 +19,6 @@ WITHOUT_ARITHMETIC = frozenset(
 """Operators that move or convert numbers. They take time, but are neither integer nor float arithmetic."""
 
 
-@dataclass(frozen=True)
-class PairedDrop:
-    """Accuracy lost on the same images, in percentage points, with its 95 % interval; negative is a gain."""
-
-    points: float
-    low: float
-    high: float
-
-
 class OperatorCount(NamedTuple):
     """How many operators of a file really ran on integers, and how many in floating point."""
 
@@ -41,50 +26,15 @@ class OperatorCount(NamedTuple):
     float_ops: int
 
 
-def predict(runner: Runner, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Return the (n, classes) outputs of a file on batches of (b, channels, height, width) images.
-
-    Raises:
-        InputError: no image.
-        ExportError: the file answers NaN or infinity.
-    """
-    outputs = [runner.infer(batch) for batch in batches if len(batch) > 0]
-    if not outputs:
-        raise InputError("no images to run the file on.")
-    logits = np.concatenate(outputs)
-    finite = np.isfinite(logits).all(axis=1)
-    if not finite.all():
-        raise ExportError(f"output: NaN or infinity on image {int(np.argmin(finite))}; check weights and input scale.")
-    return logits
-
-
-def correct(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return (n,) whether the largest of each row of (n, classes) logits is at its label."""
-    if len(logits) != len(labels):
-        raise InputError(f"{len(logits)} answers for {len(labels)} labels; both must come from the same images.")
-    return np.asarray(logits.argmax(axis=1) == labels)
-
-
-def top1(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """Return the share of images answered right, in [0, 1]."""
-    return float(correct(logits, labels).mean())
-
-
-def paired_drop(correct_before: NDArray[np.bool_], correct_after: NDArray[np.bool_]) -> PairedDrop:
-    """Return the accuracy lost from before to after on the same n images.
-
-    Only the images on which the two differ carry information. The interval is Agresti and Min's for paired proportions
-    (Statistics in Medicine 2005): half an image is added to each of the four cells of the before-after table, then
-    Wald's interval; it keeps its 95 % for small numbers of differing images too, where Wald's own does not.
-    """
-    n = len(correct_before)
-    if n == 0 or n != len(correct_after):
-        raise InputError(f"{n} answers before and {len(correct_after)} after; both must come from the same images.")
-    lost = int(np.sum(correct_before & ~correct_after))
-    gained = int(np.sum(~correct_before & correct_after))
-    middle = (lost - gained) / (n + 2)
-    half_width = Z_95 * math.sqrt(lost + gained + 1 - (lost - gained) ** 2 / (n + 2)) / (n + 2)
-    return PairedDrop(100 * (lost - gained) / n, 100 * (middle - half_width), 100 * (middle + half_width))
+def finite(outputs: Outputs, first: int = 0) -> Outputs:
+    """Return the outputs of a file; raises ExportError naming the image (counted from `first`) of a NaN or infinity."""
+    for name, values in outputs.items():
+        good = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if not good.all():
+            raise ExportError(
+                f"{name}: NaN or infinity on image {first + int(np.argmin(good))}; check weights and input scale."
+            )
+    return outputs
 
 
 def kl_divergence(logits_p: NDArray[np.float32], logits_q: NDArray[np.float32]) -> float:

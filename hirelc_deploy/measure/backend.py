@@ -15,6 +15,16 @@ ONNX_FORM, TENSORRT_FORM = "onnx", "tensorrt"
 """float32 where nothing is integer, Q/DQ pairs with any zero point; or strongly typed: FP16, and symmetric pairs."""
 
 
+Outputs = dict[str, NDArray[np.float32]]
+"""Name of an output, as the file has it, to its (n, ...) array."""
+
+
+def only(outputs: Outputs) -> NDArray[np.float32]:
+    """Return the array of a file that has one output."""
+    (output,) = outputs.values()
+    return output
+
+
 @dataclass(frozen=True)
 class Precision:
     """A precision this device really executes.
@@ -75,8 +85,8 @@ class DeviceState:
 class Runner(Protocol):
     """One built file, ready to run."""
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, classes) outputs of (n, channels, height, width) images, whatever batch the file was built for."""
+    def infer(self, images: NDArray[np.float32]) -> Outputs:
+        """Return all outputs for (n, channels, height, width) images, whatever batch the file was built for."""
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
         """Return the time of each operator in execution order: the mean of the fastest half of `runs` inferences.
@@ -141,8 +151,8 @@ class Portable(Protocol):
         program: One file for Python 3.8, numpy and the runtime, without imports of this project. Its functions are
             `availability()` and `versions()` as of a backend, `facts()` (JSON values that precisions depend on), and
             `open_session(path, threads, cache)`, which raises anything to refuse a file and else returns an object with
-            `infer(images)`, `profile(image, runs)` (tuples of the fields of OperatorTime) and `timed_run()`, one
-            synchronised inference of batch 1 that returns nanoseconds: wall time, and the processor's own time.
+            `infer(images)` (output name to array), `profile(image, runs)` (tuples of the fields of OperatorTime) and
+            `timed_run()`, one synchronised inference of batch 1 that returns nanoseconds: wall time, and the processor's own time.
             `cache` is a folder that lasts as long as the connection.
     """
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import TargetUnavailable
-from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Precision, Runner, TimingProcess
+from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Outputs, Precision, Runner, TimingProcess
 from hirelc_deploy.measure.machine import fingerprint
-from hirelc_deploy.measure.program import ProgramBackend, check_file
+from hirelc_deploy.measure.program import ProgramBackend, check_file, joined
 
 T = TypeVar("T")
 
@@ -150,15 +150,15 @@ class PoolRunner:
     def __init__(self, pool: PoolBackend, model: Path, threads: int) -> None:
         self._pool, self._model, self._threads = pool, model, threads
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, ...) outputs of (n, ...) images, each from whichever board took it."""
+    def infer(self, images: NDArray[np.float32]) -> Outputs:
+        """Return all outputs for (n, ...) images, each from whichever board took it."""
         parts = [images[start : start + SHARE] for start in range(0, len(images), SHARE)] or [images]
 
-        def work(part: NDArray[np.float32]) -> NDArray[np.float32]:
+        def work(part: NDArray[np.float32]) -> Outputs:
             return self._pool.on_a_board(lambda board: board.build(self._model, self._threads).infer(part))
 
         with ThreadPoolExecutor(self._pool.side_by_side) as executor:
-            return np.concatenate(list(executor.map(work, parts)))
+            return joined(list(executor.map(work, parts)))
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
         """Return the operator times that a free board finds."""

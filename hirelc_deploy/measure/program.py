@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import ExportError, HirelcError, InputError, TargetUnavailable
-from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Precision, Runner, TimingProcess
+from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Outputs, Precision, Runner, TimingProcess
 from hirelc_deploy.measure.device import Device, Process, ProcessEnded, ProcessHung, Refused, SessionLost
 
 PIECE_BYTES = 32 << 20
@@ -175,20 +176,30 @@ class ProgramRunner:
     def __init__(self, bench: _Bench, model: Path, threads: int) -> None:
         self._bench, self._model, self._threads = bench, model, threads
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, ...) outputs of (n, ...) images."""
+    def infer(self, images: NDArray[np.float32]) -> Outputs:
+        """Return all outputs for (n, ...) images."""
         size = max(1, PIECE_BYTES // max(1, images[:1].nbytes))
         pieces = [images[start : start + size] for start in range(0, len(images), size)] or [images]
-        return np.concatenate([self._infer(piece) for piece in pieces])
+        return joined([self._infer(piece) for piece in pieces])
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
         """Return the time of each operator in execution order."""
         answer, _ = self._bench.ask(self._model, self._threads, "profile", image, runs=runs)
         return [OperatorTime(*operator) for operator in answer["operators"]]
 
-    def _infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _infer(self, images: NDArray[np.float32]) -> Outputs:
         answer, data = self._bench.ask(self._model, self._threads, "infer", images)
-        return np.frombuffer(data, "<f4").reshape(answer["shape"]).astype(np.float32)
+        values, outputs, start = np.frombuffer(data, "<f4"), Outputs(), 0
+        for name, shape in answer["outputs"]:
+            end = start + math.prod(shape)
+            outputs[name] = values[start:end].reshape(shape).astype(np.float32)
+            start = end
+        return outputs
+
+
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    """Return the outputs for all images from those for parts of them, in order."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class ProgramTiming:

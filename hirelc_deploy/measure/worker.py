@@ -346,10 +346,11 @@ class Bench:
         import numpy as np
 
         try:
-            outputs = np.ascontiguousarray(self.built.infer(self._images(header, data)), "<f4")
+            outputs = self.built.infer(self._images(header, data))
         except ValueError as error:
             raise Refusal("input", str(error)) from None
-        return {"shape": outputs.shape}, outputs.tobytes()
+        shapes = [[name, np.shape(output)] for name, output in outputs.items()]
+        return {"outputs": shapes}, b"".join(np.ascontiguousarray(one, "<f4").tobytes() for one in outputs.values())
 
     def _profile(self, header: dict[str, Any], data: bytes) -> Frame:
         return {"operators": self.built.profile(self._images(header, data), header["runs"])}, b""

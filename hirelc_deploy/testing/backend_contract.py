@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hirelc_deploy.errors import HirelcError
-from hirelc_deploy.measure.backend import ONNX_FORM, TENSORRT_FORM, Backend
+from hirelc_deploy.measure.backend import ONNX_FORM, TENSORRT_FORM, Backend, only
 
 IMAGE = (3, 8, 8)
 CLASSES = 5
@@ -77,16 +77,27 @@ class BackendContract:
         images = random_images(5)
         expected = reference_outputs(path, images)
         for count in (0, 1, 3, 5):
-            found = runner.infer(images[:count])
+            found = only(runner.infer(images[:count]))
             assert found.shape == (count, CLASSES)
             np.testing.assert_allclose(found, expected[:count], rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("batch", ["n", 2])
+    def test_all_outputs_come_by_the_names_of_the_file(
+        self, backend: Backend, batch: int | str, tmp_path: Path
+    ) -> None:
+        """A detector has two: in the file's order, each with the image as its first dimension."""
+        path = write_model(tmp_path / "two.onnx", batch=batch, also="pooled")
+        found = backend.build(path).infer(random_images(3))
+        assert {name: output.shape for name, output in found.items()} == {"head": (3, CLASSES), "pooled": (3, 16, 1, 1)}
+        assert list(found) == ["head", "pooled"]
+        np.testing.assert_allclose(found["head"], reference_outputs(path, random_images(3)), rtol=1e-3, atol=1e-4)
 
     def test_images_of_another_memory_layout_give_the_same_outputs(self, backend: Backend, tmp_path: Path) -> None:
         """A channels-last array that was transposed is what an image file gives."""
         runner = backend.build(write_model(tmp_path / "float.onnx"))
         images = random_images(2)
         turned = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-        np.testing.assert_array_equal(runner.infer(turned), runner.infer(images))
+        np.testing.assert_array_equal(only(runner.infer(turned)), only(runner.infer(images)))
 
     def test_an_integer_file_gives_the_outputs_its_grid_defines(self, backend: Backend, tmp_path: Path) -> None:
         """Up to two steps of 0.01 in outputs of up to 0.3: runtimes may round a value between two steps apart."""
@@ -94,7 +105,7 @@ class BackendContract:
             pytest.skip(f"{backend.name} executes no int8")
         path = write_model(tmp_path / "int8.onnx", integer=True, form=backend.precisions()[0].form)
         images = random_images(4)
-        found, expected = backend.build(path).infer(images), reference_outputs(path, images)
+        found, expected = only(backend.build(path).infer(images)), reference_outputs(path, images)
         assert np.abs(found - expected).max() <= 0.02 + 1e-6
 
     def test_a_profile_lists_each_operator_with_its_arithmetic(self, backend: Backend, tmp_path: Path) -> None:
@@ -150,8 +161,14 @@ def reference_outputs(path: Path, images: NDArray[np.float32]) -> NDArray[np.flo
     return np.concatenate(rows)
 
 
-def write_model(path: Path, *, batch: int | str = "n", integer: bool = False, form: str = ONNX_FORM) -> Path:
-    """Write a convolution, ReLU, pooling and linear layer, in float or with Q/DQ of a form; return `path`."""
+def write_model(
+    path: Path, *, batch: int | str = "n", integer: bool = False, form: str = ONNX_FORM, also: str = ""
+) -> Path:
+    """Write a convolution, ReLU, pooling and linear layer, in float or with Q/DQ of a form; return `path`.
+
+    Args:
+        also: `pooled` for what the linear layer reads as a second output.
+    """
     typed = form == TENSORRT_FORM
     rng = np.random.default_rng(1)
     nodes: list[onnx.NodeProto] = []
@@ -207,7 +224,10 @@ def write_model(path: Path, *, batch: int | str = "n", integer: bool = False, fo
         nodes,
         "contract",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, *IMAGE])],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, CLASSES])],
+        [
+            helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, CLASSES]),
+            *([helper.make_tensor_value_info(also, TensorProto.FLOAT, [batch, 16, 1, 1])] if also else []),
+        ],
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)

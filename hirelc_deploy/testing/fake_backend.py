@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import ExportError, InputError, TargetUnavailable
-from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Precision, Runner, TimingProcess
+from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Outputs, Precision, Runner, TimingProcess
 from hirelc_deploy.measure.registry import get_backend
 
 STEPS = {"float": (16, 8, 1.0), "int8": (32, 8, 0.25)}
@@ -144,7 +144,7 @@ class FakeRunner:
         self._real = get_backend("onnxruntime_cpu").build(model, threads)
         self._times = operator_times(model, threads)
 
-    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def infer(self, images: NDArray[np.float32]) -> Outputs:
         """Return the real outputs."""
         return self._real.infer(images)
 
