@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hirelc_deploy.deliver.race import inputs
+from hirelc_deploy.deliver.race import parts_of
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.inputs.data.images import Images
-from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
 from hirelc_deploy.measure.protocol import TimingLimits, compare
+from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.tasks.paired import paired_drop
 
 Right = NDArray[np.bool_]
 """(images,) whether a file names the label of each."""
@@ -27,12 +28,12 @@ Right = NDArray[np.bool_]
 def right(file: Path, images: Images, backend: Backend, threads: int = 1) -> Right:
     """Return which of the labelled images a file answers right."""
     assert images.labels is not None
-    return accuracy.correct(accuracy.predict(backend.build(file, threads), inputs(images)), images.labels)
+    return np.array(parts_of(backend.build(file, threads), CLASSIFICATION, images)) > 0
 
 
 def drop(before: Right, after: Right) -> dict[str, float]:
     """Return the accuracy of a file, and what it lost against another on the same images, in points."""
-    lost = accuracy.paired_drop(before, after)
+    lost = paired_drop(CLASSIFICATION, before.astype(float).tolist(), after.astype(float).tolist())
     return {
         "accuracy": float(after.mean()),
         "drop_points": lost.points,

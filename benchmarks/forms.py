@@ -12,14 +12,17 @@ from typing import Any
 import torch
 
 from hirelc_deploy.config import JobConfig
+from hirelc_deploy.evaluate.cutting import arrays, divergence, tensors
 from hirelc_deploy.evaluate.effort import BATCH
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.jobs.workplace import open_workplace
-from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.backend import only
 from hirelc_deploy.measure.protocol import TimingLimits, compare
 from hirelc_deploy.progress import Progress
+from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.tasks.paired import paired_drop
 
 LIMITS = TimingLimits(processes=3, min_rounds=60, max_rounds=200, seconds=30.0)
 
@@ -41,18 +44,17 @@ def judged(
     """
     assert test.labels is not None
     threads = torch.get_num_threads()
-    answers = {
-        form: accuracy.predict(pipeline.backend.build(path, threads), (part.numpy() for part in batches(test, BATCH)))
-        for form, path in files.items()
-    }
-    right = {form: accuracy.correct(logits, test.labels) for form, logits in answers.items()}
+    pictures, targets = torch.cat(list(batches(test, BATCH))).numpy(), torch.from_numpy(test.labels)
+    answers = {form: tensors(pipeline.backend.build(path, threads).infer(pictures)) for form, path in files.items()}
+    right = {form: CLASSIFICATION.parts(arrays(found), targets) for form, found in answers.items()}
+    named = {form: only(arrays(found)).argmax(1) for form, found in answers.items()}
     first = next(iter(files))
     rows: dict[str, dict[str, Any]] = {
         form: {
-            "accuracy": float(right[form].mean()),
-            "drop": dataclasses.asdict(accuracy.paired_drop(right[first], right[form])),
-            "agreement": accuracy.agreement(answers[first], answers[form]),
-            "divergence_nats": accuracy.kl_divergence(answers[first], answers[form]),
+            "accuracy": CLASSIFICATION.value(right[form]),
+            "drop": dataclasses.asdict(paired_drop(CLASSIFICATION, right[first], right[form])),
+            "agreement": float((named[first] == named[form]).mean()),
+            "divergence_nats": divergence(CLASSIFICATION, answers[first], answers[form]),
             "bytes": path.stat().st_size,
         }
         for form, path in files.items()

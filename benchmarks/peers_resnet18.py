@@ -41,7 +41,8 @@ from hirelc_deploy.compress.recovery import Recovery, Teacher, fine_tune
 from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.data.splits import Data
-from hirelc_deploy.inputs.models.source import ModelSource, load_for
+from hirelc_deploy.inputs.fitting import fit
+from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.progress import Progress
 
 IMPORTANCE_IMAGES = 512
@@ -155,7 +156,8 @@ def main() -> int:
     torch.manual_seed(0)
     data = load_data(options.data)
     factory = f"{Path(__file__).with_name('pretrained.py')}:cifar_resnet18"
-    model, data, _ = load_for(ModelSource(factory, options.weights), data)
+    fitted = fit(ModelSource(factory, options.weights), data)
+    model, data = fitted.model, fitted.data
     started = time.monotonic()
     cut, _ = cut_globally(model, data, options.ratio, gradients(model, data))
     params = sum(p.numel() for p in cut.parameters())

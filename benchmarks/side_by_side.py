@@ -28,7 +28,8 @@ from hirelc_deploy.demo import demo_config
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.inputs.data.load import configured_data
-from hirelc_deploy.inputs.models.source import ModelSource, load_for
+from hirelc_deploy.inputs.fitting import fit
+from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.runs import Run
@@ -39,7 +40,8 @@ def judged(folder: Path, count: int, jobs: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     config = demo_config()
     weights = Path(str(config.model.weights))
-    model, data, _ = load_for(ModelSource(config.model.spec, weights), configured_data(config), {})
+    fitted = fit(ModelSource(config.model.spec, weights), configured_data(config))
+    model, data = fitted.model, fitted.data
     run = Run.open(folder, "seed = 0\n", {})
     pipeline = Pipeline(model, data, OnnxRuntimeCpu(), run, effort=Effort(), jobs=jobs)
     rng = np.random.default_rng(0)

@@ -26,7 +26,8 @@ from hirelc_deploy.compress.recovery import half_precision, laid_out
 from hirelc_deploy.inputs.data import Images
 from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.inputs.data.load import load_data
-from hirelc_deploy.inputs.models.source import ModelSource, load_for
+from hirelc_deploy.inputs.fitting import fit
+from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.inputs.models.user_code import parse_arguments
 
 BATCH = 128
@@ -59,7 +60,8 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = tuple(map(int, options.input_size.split(","))) if options.input_size else None
     source = ModelSource(options.model, options.weights, parse_arguments(options.model_arg))
-    model, data, _ = load_for(source, load_data(options.data), {"input_size": size} if size else None)
+    fitted = fit(source, load_data(options.data), {"input_size": size} if size else None)
+    model, data = fitted.model, fitted.data
     assert data.train.labels is not None
     labels = torch.from_numpy(data.train.labels)
     model = laid_out(model, device).train()

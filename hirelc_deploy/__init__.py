@@ -1,13 +1,23 @@
-"""hirelc-deploy: a trained vision model in, the fastest file its device can run within an allowed accuracy drop out."""
+"""hirelc-deploy: a trained vision model in, the fastest file its device can run within an allowed accuracy drop out.
+
+import hirelc_deploy
+
+result = hirelc_deploy.search(model, {"train": train, "test": test}, target="cpu", out="runs/a")
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from hirelc_deploy.version import __version__
+
+if TYPE_CHECKING:
+    from hirelc_deploy.api import Inspection, Result, apply, benchmark, inspect, load, search, verify
+
+__all__ = ["Inspection", "Result", "__version__", "apply", "benchmark", "inspect", "load", "search", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return `deliver.read.load`, imported when asked for: torch takes seconds, --help must not."""
-    if name == "load":
-        return import_module("hirelc_deploy.deliver.read").load
+    """Return a call of `hirelc_deploy.api`, imported when asked for: torch takes seconds, --help must not."""
+    if name in __all__:
+        return getattr(import_module("hirelc_deploy.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -62,6 +62,7 @@ class PreprocessConfig:
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
+    geometry: str | None = None
 
     def __post_init__(self) -> None:
         size = self.input_size
@@ -78,11 +79,33 @@ class PreprocessConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What the model is for, where data and model leave a doubt or the user wants it otherwise.
+
+    Attributes:
+        name: Of an installed task; None where data and model tell it.
+        metric, loss: `file.py:function` or `package.module:function` in the place of the task's own.
+        lower_is_better: Of a metric of the user's, where the function does not say it itself.
+        options: Of the task.
+    """
+
+    name: str | None = None
+    metric: str | None = None
+    loss: str | None = None
+    lower_is_better: bool | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.lower_is_better is not None and self.metric is None:
+            raise InputError("lower_is_better: it is said of a metric of your own; name one with --metric.")
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the shipped file must keep; None where there is no limit.
 
     Attributes:
-        max_drop: Percentage points of accuracy that may be lost.
+        max_drop: What may be lost of the metric: percentage points, or its own unit where it is no share.
         max_latency_ms: Milliseconds of one inference on the target.
         speedup: Times faster than the uncut float file.
         max_bytes: Size of the file.
@@ -98,8 +121,11 @@ class Limits:
         _above_zero("max_latency_ms", self.max_latency_ms)
         _above_zero("speedup", self.speedup)
         _at_least("max_bytes", self.max_bytes, 1)
-        if self.max_drop is not None and self.max_drop > 100:
-            raise InputError(f"max_drop = {self.max_drop:g}: percentage points of accuracy, at most 100.")
+
+    def check_against(self, scale: float) -> None:
+        """Raise InputError for a drop that no metric of this scale (100: points) can have."""
+        if self.max_drop is not None and scale == 100 and self.max_drop > 100:
+            raise InputError(f"max_drop = {self.max_drop:g}: percentage points, at most 100.")
 
 
 @dataclass(frozen=True)
@@ -159,6 +185,7 @@ class JobConfig:
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     limits: Limits = field(default_factory=Limits)
     search: SearchConfig = field(default_factory=SearchConfig)
 

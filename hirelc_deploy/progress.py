@@ -10,6 +10,8 @@ from typing import TextIO, TypeVar
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]
+Listener = Callable[[str], None]
+"""Called with one line of text."""
 
 
 class Progress:
@@ -26,18 +28,25 @@ class Progress:
         quiet: bool = False,
         line_seconds: float = 15.0,
         clock: Clock = time.monotonic,
+        listener: Listener | None = None,
     ) -> None:
+        """Args: `listener` gets every line in place of the stream."""
         self.stream = stream or sys.stderr
         self.quiet = quiet
         self.line_seconds = line_seconds
         self.clock = clock
+        self.listener = listener
         self.seconds: dict[str, float] = {}
         self._note = ""
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
         """Print one line of its own."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        if self.listener is not None:
+            self.listener(text)
+        else:
             clear = "\r\x1b[K" if self.stream.isatty() else ""
             print(f"{clear}{text}", file=self.stream, flush=True)
 
@@ -49,7 +58,7 @@ class Progress:
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage: its seconds are added to `seconds[name]`, also when it fails."""
         start = self.clock()
-        if not self.stream.isatty():
+        if not self._terminal:
             self.say(f"{name} ...")
         try:
             yield
@@ -70,7 +79,7 @@ class Progress:
     def _show(self, name: str, done: int, total: int, elapsed: float) -> None:
         if self.quiet:
             return
-        now, terminal = self.clock(), self.stream.isatty()
+        now, terminal = self.clock(), self._terminal
         if now - self._last_line < (0.1 if terminal else self.line_seconds):
             return
         self._last_line = now
@@ -79,4 +88,8 @@ class Progress:
         if terminal:
             print(f"\r\x1b[K{line}", end="", file=self.stream, flush=True)
         else:
-            print(line, file=self.stream, flush=True)
+            self.say(line)
+
+    @property
+    def _terminal(self) -> bool:
+        return self.listener is None and self.stream.isatty()

@@ -425,7 +425,7 @@ def bundle(folder: Path) -> None:
             preprocess=Preprocess((3, 8, 8), (0.0,) * 3, (1.0,) * 3),
             classes=("cat", "dog"),
             sample_inputs=images,
-            sample_logits=np.zeros((8, 2), np.float32),
+            sample_outputs={"output": np.zeros((8, 2), np.float32)},
             measurements={"accuracy": {"test": 0.9}},
             operators=OperatorCount(0, 1),
             machine={"cpu_model": "?"},

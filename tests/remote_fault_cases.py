@@ -29,7 +29,7 @@ from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 
 from hirelc_deploy.errors import COMMAND, ExportError, HirelcError, TargetUnavailable
 from hirelc_deploy.measure import program, remote
-from hirelc_deploy.measure.backend import Precision
+from hirelc_deploy.measure.backend import Precision, only
 from hirelc_deploy.measure.device import Refused
 from hirelc_deploy.measure.pool import PoolBackend
 from hirelc_deploy.measure.program import ProgramBackend
@@ -53,7 +53,7 @@ class Session:
     def infer(self, images):
         if self.text == "hang in infer": time.sleep(600)
         if self.text == "die in infer": os.kill(os.getpid(), signal.SIGKILL)
-        return images.reshape(len(images), -1)[:, :3] * 2
+        return {"twice": images.reshape(len(images), -1)[:, :3] * 2}
     def profile(self, image, runs): return [("one", "Conv", False, 1.0)]
     def timed_run(self):
         self.runs += 1
@@ -242,7 +242,7 @@ def slow_line(bench: Bench) -> str:
     pipe.write_text(SLOW_PIPE)
     bench.board.write_config(ProxyCommand=f"{sys.executable} {pipe} %h %p")
     started = time.monotonic()
-    assert bench.toys().build(bench.model()).infer(np.ones((2, 3), np.float32)).tolist() == [[2.0] * 3] * 2
+    assert only(bench.toys().build(bench.model()).infer(np.ones((2, 3), np.float32))).tolist() == [[2.0] * 3] * 2
     return f"nothing; connected and ran in {time.monotonic() - started:.1f} s"
 
 
@@ -827,7 +827,7 @@ def board_of_a_pool_dies(bench: Bench) -> str:
     bench.recovered()
     assert timing.rounds >= 80
     images = np.arange(900, dtype=np.float32).reshape(300, 3)
-    np.testing.assert_array_equal(pool.build(bench.model()).infer(images), 2 * images)
+    np.testing.assert_array_equal(only(pool.build(bench.model()).infer(images)), 2 * images)
     assert pool.side_by_side == 1
     shutil.rmtree(other.home)
     other.home.mkdir()
@@ -869,11 +869,11 @@ def onnxruntime_over_a_bad_line(bench: Bench) -> str:
     backend = bench.ort()
     path = write_model(bench.folder / "model.onnx", integer=True)
     images = random_images(6)
-    expected = OnnxRuntimeCpu().build(path).infer(images)
+    expected = only(OnnxRuntimeCpu().build(path).infer(images))
     runner = backend.build(path)
     for _ in range(2):
         bench.board.drop_connections()
-        np.testing.assert_array_equal(runner.infer(images), expected)
+        np.testing.assert_array_equal(only(runner.infer(images)), expected)
     return " / ".join(bench.said)
 
 

@@ -15,7 +15,7 @@ import pytest
 from hirelc_backends.onnxruntime_arm import NO_DOT_PRODUCTS, OnnxRuntimeArm
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 
-from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.backend import Backend, only
 from hirelc_deploy.measure.machine import cpu_features
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.testing import loopback
@@ -65,7 +65,7 @@ def test_integers_are_equal_to_the_last_bit_and_floats_to_the_sixth_digit(
 ) -> None:
     images, here = random_images(6), OnnxRuntimeCpu()
     integer, in_float = write_model(tmp_path / "i.onnx", integer=True), write_model(tmp_path / "f.onnx")
-    np.testing.assert_array_equal(board.build(integer).infer(images), here.build(integer).infer(images))
+    np.testing.assert_array_equal(only(board.build(integer).infer(images)), only(here.build(integer).infer(images)))
     np.testing.assert_allclose(
-        board.build(in_float).infer(images), here.build(in_float).infer(images), rtol=1e-5, atol=1e-6
+        only(board.build(in_float).infer(images)), only(here.build(in_float).infer(images)), rtol=1e-5, atol=1e-6
     )

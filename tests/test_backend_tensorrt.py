@@ -18,7 +18,7 @@ from hirelc_backends import tensorrt_program as program
 from hirelc_backends.tensorrt_gpu import TensorrtGpu
 
 from hirelc_deploy.graph.model_graph import LayerShape
-from hirelc_deploy.measure.backend import Backend, Portable
+from hirelc_deploy.measure.backend import Backend, Portable, only
 from hirelc_deploy.measure.table import LayerKey, layer_model
 from hirelc_deploy.testing.backend_contract import BackendContract
 
@@ -51,8 +51,8 @@ def test_every_release_builds_and_runs_with_the_names_it_has(trt: FakeTensorrt, 
     session = program.Session(trt, b"model", str(tmp_path), cuda_of(trt))
     images = np.arange(2 * np.prod(SHAPE), dtype=np.float32).reshape(2, *SHAPE[1:])
     expected = np.stack([2 * image.ravel()[:OUTPUTS] for image in images])
-    np.testing.assert_array_equal(session.infer(images), expected)
-    assert session.infer(images[:0]).shape == (0, OUTPUTS)
+    np.testing.assert_array_equal(only(session.infer(images)), expected)
+    assert only(session.infer(images[:0])).shape == (0, OUTPUTS)
     wall, gpu = session.timed_run()
     assert gpu == GPU_MILLISECONDS * 1e6
     assert wall > 0
@@ -339,7 +339,7 @@ def test_onnx_runtime_s_providers_run_files_where_no_tensorrt_can_be_imported(
     path.write_bytes(model.SerializeToString())
     session = program.open_session(str(path), 1, str(tmp_path))
     images = np.ones((3, *image_shape[1:]), np.float32)
-    assert session.infer(images).shape == (3, 8, 8, 8)
+    assert only(session.infer(images)).shape == (3, 8, 8, 8)
     assert session.timed_run()[0] > 0
     ((what, operator, is_integer, microseconds),) = session.profile(images[:1], 4)
     assert (what, operator, is_integer) == ("whole file", name, False)

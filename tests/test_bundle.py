@@ -23,8 +23,8 @@ from hirelc_deploy.compress.integer.calibration import calibrate
 from hirelc_deploy.compress.integer.quantize import quantize
 from hirelc_deploy.compress.onnx_file.export import export_onnx
 from hirelc_deploy.compress.slicing import keep_indices, slice_model, uniform_plan
-from hirelc_deploy.deliver.bundle import BundleContents, stored_images, write_bundle
-from hirelc_deploy.deliver.read import FILES, MANIFEST, load
+from hirelc_deploy.deliver.bundle import BundleContents, stored_images, targets_record, write_bundle
+from hirelc_deploy.deliver.read import MANIFEST, files_of, load
 from hirelc_deploy.deliver.verify import verify
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
@@ -35,6 +35,7 @@ from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.accuracy import operators
+from hirelc_deploy.measure.backend import only
 from hirelc_deploy.testing.fake_backend import FakeBackend
 
 BACKEND = OnnxRuntimeCpu()
@@ -84,7 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     quantize(float_file, integer_file, ranges, lambda _: "int8", target=BACKEND.precisions()[1], pattern="all")
 
     runner = BACKEND.build(integer_file)
-    logits = runner.infer(inputs.numpy())
+    logits = only(runner.infer(inputs.numpy()))
     labels = logits.argmax(1).astype(np.int64)
     wrong = rng.choice(np.arange(100, 200), 10, replace=False)
     labels[wrong] = (labels[wrong] + 1) % 4
@@ -105,9 +106,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         preprocess=preprocess,
         classes=CLASSES,
         sample_inputs=inputs[100:108].numpy(),
-        sample_logits=logits[100:108],
+        sample_outputs={"output": logits[100:108]},
         sample_labels=labels[100:108],
-        test_labels=labels[100:],
+        test=targets_record(ArrayImages(torch.zeros(200, 3, 16, 16), labels, np.arange(100, 200), preprocess)),
         measurements={
             "accuracy": {"test": 0.9, "baseline_test": 0.91, "drop_points": 1.0, "drop_low": 0.0, "drop_high": 2.0},
             "latency": {"median_ms": 0.1, "ratio": 0.5, "ratio_low": 0.49, "ratio_high": 0.51, "verdict": "faster"},
@@ -154,7 +155,7 @@ def rehash(bundle: Path, name: str) -> None:
 
 def test_a_bundle_holds_its_files_and_their_hashes(made: Made) -> None:
     manifest = json.loads((made.directory / MANIFEST).read_text())
-    assert {path.name for path in made.directory.iterdir()} == {*FILES, MANIFEST}
+    assert {path.name for path in made.directory.iterdir()} == {*files_of(2), MANIFEST}
     for name, entry in manifest["files"].items():
         content = (made.directory / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -222,7 +223,7 @@ def test_the_script_gives_the_accuracy_and_predictions_of_the_runner(made: Made,
     *predictions, accuracy = done.stdout.splitlines()
     assert accuracy == "accuracy 0.9000 of 100 images"
     images = made.data().preprocessed(made.contents.preprocess).take_test()
-    answers = BACKEND.build(made.contents.model_onnx).infer(images.batch(range(100)).numpy()).argmax(1)
+    answers = only(BACKEND.build(made.contents.model_onnx).infer(images.batch(range(100)).numpy())).argmax(1)
     assert predictions == [CLASSES[answer] for answer in answers]
 
 
@@ -252,9 +253,8 @@ def test_the_script_resizes_and_crops_as_the_data_does(
     np.save(tmp_path / "image.npy", pixels)
     corners.save(tmp_path / "image.png")
     for name in ("image.npy", "image.png"):
-        monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / name)])
-        names = runpy.run_path(str(bundle / "run.py"))
-        made = names["model_input"](names["data"]["images"][0])
+        program = runpy.run_path(str(bundle / "inputs.py"))
+        made = program["model_input"](program["read"](str(tmp_path / name))["images"][0])
         # Torch and Pillow round single pixels differently, by one level of 255.
         levels = np.abs(made - images.batch(rows).numpy()) * 255 * np.array([0.2, 0.25, 0.3]).reshape(3, 1, 1)
         assert levels.max() < 1.01

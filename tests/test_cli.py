@@ -129,7 +129,8 @@ def test_a_bare_command_helps_and_version_is_printed(capsys: pytest.CaptureFixtu
 
 def test_help_and_version_do_not_wait_for_torch() -> None:
     program = (
-        "import sys; from hirelc_deploy import cli; application.run(['--version']); sys.exit('torch' in sys.modules)"
+        "import sys; from hirelc_deploy.cli import application; application.run(['--version']);"
+        "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 

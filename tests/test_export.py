@@ -11,6 +11,7 @@ from torch import nn
 from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.graph.answers import named
 from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 
 
@@ -114,10 +115,11 @@ def test_export_leaves_the_model_in_training_mode_if_it_was(tmp_path):
     assert model.bn1.training
 
 
-def test_the_slow_exporter_takes_over_and_names_layers_alike(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise ExportError("not this one")
+def refuse(*_):
+    raise ExportError("not this one")
 
+
+def test_the_slow_exporter_takes_over_and_names_layers_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_torchscript", refuse)
     model = small_cnn()
     export.export_onnx(model, images(2), tmp_path / "m.onnx")
@@ -165,16 +167,37 @@ def test_a_broken_norm_is_told_before_it_reaches_a_file(tmp_path):
         export.export_onnx(model, images(2), tmp_path / "m.onnx")
 
 
-def test_half_precision_and_several_outputs_are_refused_in_a_sentence(tmp_path):
+def test_half_precision_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(ExportError, match=r"call model\.float\(\)"):
         export.export_onnx(small_cnn().half(), images(2).half(), tmp_path / "m.onnx")
 
-    class Two(nn.Module):
-        def forward(self, x):
-            return x, x
 
-    with pytest.raises(ExportError, match="returns tuple"):
-        export.export_onnx(Two(), images(2), tmp_path / "m.onnx")
+@pytest.mark.parametrize("exporter", ["first", "second"])
+@pytest.mark.parametrize("kind", ["tuple", "dict", "hooked"])
+def test_several_outputs_are_written_by_name_and_the_model_is_left_as_it_was(tmp_path, kind, exporter, monkeypatch):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            features = self.body(x)
+            found = {"maps": features, "means": features.mean((2, 3))}
+            return tuple(found.values()) if kind == "tuple" else found
+
+    model = Two().eval()
+    if kind == "hooked":
+        model.register_forward_hook(lambda _module, _images, answer: {"only_means": answer["means"]})
+    if exporter == "second":
+        monkeypatch.setattr(export, "_torchscript", refuse)
+    before = named(model(images(2)))
+    export.export_onnx(model, images(2), tmp_path / "m.onnx")
+    names = {"tuple": ["output_0", "output_1"], "dict": ["maps", "means"], "hooked": ["only_means"]}[kind]
+    session = export.open_session(tmp_path / "m.onnx")
+    assert [output.name for output in session.get_outputs()] == names == list(before)
+    assert "body/Conv" in {node.name for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert "forward" not in vars(model)
+    assert len(model._forward_hooks) == (kind == "hooked")
 
 
 def test_a_file_that_is_no_model_is_refused_in_the_runtimes_words(tmp_path):

@@ -13,7 +13,7 @@ from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.model_graph import LayerShape
-from hirelc_deploy.measure.backend import OperatorTime
+from hirelc_deploy.measure.backend import OperatorTime, only
 from hirelc_deploy.measure.table import LatencyTable, LayerKey, _counts, calibrate, layer_model
 from hirelc_deploy.testing.fake_backend import FakeBackend
 
@@ -84,7 +84,7 @@ def test_a_layer_model_computes_the_layer(tmp_path: Path) -> None:
     mixed = (scores / scores.sum(-1, keepdims=True)) @ value
     expected = mixed.transpose(1, 0, 2).reshape(17, 16)
     # A file of fixed size 17 takes these 17 rows at once.
-    np.testing.assert_allclose(OnnxRuntimeCpu().build(path).infer(-qkv), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(only(OnnxRuntimeCpu().build(path).infer(-qkv)), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

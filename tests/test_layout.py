@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A room imports from itself and from those above it.
 ORDER = (
-    ("__init__", "errors", "progress", "_torchvision_guard"),
+    ("errors", "progress", "version", "_torchvision_guard"),
     ("plan", "outcome", "config"),
     ("together",),
     ("graph",),
@@ -26,7 +26,8 @@ ORDER = (
     ("deliver",),
     ("results",),
     ("jobs",),
-    ("cli", "__main__"),
+    ("api",),
+    ("__init__", "cli", "__main__"),
 )
 STRATEGIES_SEE = {"errors", "plan", "outcome", "strategies"}
 BACKENDS_SEE = {"errors", "measure", "hirelc_backends"}

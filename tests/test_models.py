@@ -16,10 +16,12 @@ from hirelc_deploy import _torchvision_guard
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs import models
 from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.checks import check_output
-from hirelc_deploy.inputs.models.source import ModelSource, load_for, preprocess_of
+from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
 from hirelc_deploy.inputs.models.user_code import parse_arguments
 from hirelc_deploy.inputs.models.weights import load_weights
+from hirelc_deploy.tasks.classification import CLASSIFICATION, Classification
 
 MODEL_FILE = """
 from dataclasses import dataclass
@@ -100,7 +102,8 @@ def test_importing_the_module_does_not_pay_for_timm() -> None:
 
 
 def test_a_timm_model_takes_its_classes_from_the_data_and_its_preprocessing_from_timm(npz: str) -> None:
-    model, data, source = load_for(ModelSource("resnet10t"), load_data(npz), {"input_size": (3, 32, 32)})
+    fitted = fit(ModelSource("resnet10t"), load_data(npz), {"input_size": (3, 32, 32)})
+    model, data, source = fitted.model, fitted.data, fitted.source
     assert source.arguments == {"num_classes": 4}
     assert not model.training
     assert data.preprocess.mean == pytest.approx((0.485, 0.456, 0.406))
@@ -112,12 +115,13 @@ def test_arguments_that_change_a_timm_models_input_change_its_preprocessing() ->
     model = ModelSource("vit_tiny_patch16_224", arguments={"img_size": 32, "in_chans": 1, "num_classes": 3}).load()
     assert preprocess_of(model).input_size == (1, 32, 32)
     assert preprocess_of(model).mean == (0.5,)
-    assert check_output(model, torch.zeros(2, 1, 32, 32)) == 3
+    assert check_output(model, torch.zeros(2, 1, 32, 32), CLASSIFICATION).shape == (2, 3)
 
 
 def test_a_model_file_sees_its_neighbours_and_leaves_the_import_path_as_it_was(model_file: Path, npz: str) -> None:
     before = list(sys.path)
-    model, data, source = load_for(ModelSource(f"{model_file}:net", arguments={"width": 5}), load_data(npz))
+    fitted = fit(ModelSource(f"{model_file}:net", arguments={"width": 5}), load_data(npz))
+    model, data, source = fitted.model, fitted.data, fitted.source
     assert sys.path == before
     assert model[0].out_channels == 5
     assert data.preprocess.input_size == (3, 8, 8)
@@ -296,22 +300,22 @@ class Answer(nn.Module):
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        ({"logits": torch.zeros(2, 4)}, "returns a dict"),
+        ({"logits": torch.zeros(2, 4), "features": torch.zeros(2, 9)}, "returns a dict of 2 tensors"),
         ((torch.zeros(2, 4), torch.zeros(2, 4)), "returns a tuple"),
         (torch.zeros(2, 4, 3, 3), r"a classifier returns \(batch, classes\)"),
-        (torch.zeros(1, 4), r"answers 2 images with shape \(1, 4\)"),
+        (torch.zeros(1, 4), r"answers 2 images with output of shape \(1, 4\)"),
         (torch.full((2, 4), float("nan")), "answers with NaN"),
         (torch.zeros(2, 7), "has 7 outputs, but the data has 4 classes"),
     ],
 )
 def test_what_is_no_classifier_for_this_data_is_refused(answer: object, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        check_output(Answer(answer), torch.zeros(2, 3, 8, 8), classes=4)
+        check_output(Answer(answer), torch.zeros(2, 3, 8, 8), Classification(("a", "b", "c", "d"), {}))
 
 
 def test_a_model_that_fails_on_the_input_size_says_which() -> None:
     with pytest.raises(InputError, match=r"fails on images of shape \(2, 1, 8, 8\): RuntimeError"):
-        check_output(small(), torch.zeros(2, 1, 8, 8))
+        check_output(small(), torch.zeros(2, 1, 8, 8), CLASSIFICATION)
 
 
 def test_model_arguments_are_json_toml_or_text() -> None:

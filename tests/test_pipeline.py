@@ -30,7 +30,7 @@ from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.data.images import ArrayImages
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.jobs.shipping import shipped_model
-from hirelc_deploy.measure.accuracy import PairedDrop
+from hirelc_deploy.measure.backend import only
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.plan import CompressionPlan
@@ -39,6 +39,7 @@ from hirelc_deploy.runs import Run
 from hirelc_deploy.strategies import depth
 from hirelc_deploy.strategies.knapsack import smallest, solve
 from hirelc_deploy.strategies.problem import Problem
+from hirelc_deploy.tasks.paired import PairedDrop
 from hirelc_deploy.testing.fake_backend import FakeBackend, Faults
 
 EFFORT = Effort(64, 32, 32, Recovery(epochs=3, batch_size=16, soft_weight=1.0), Effort().timing)
@@ -128,12 +129,12 @@ def test_a_killed_recovery_goes_on_after_its_last_epoch_to_the_same_weights(data
     killed.training.after_epoch = stop
     with pytest.raises(KeyboardInterrupt):
         killed.evaluate(plan, "F3")
-    assert not killed.weights_of(plan).exists()
+    assert not killed.files.weights_of(plan).exists()
     killed.evaluate(plan, "F3")
     whole.evaluate(plan, "F3")
     assert seen == [1, 2, 3]
-    assert killed.weights_of(plan).read_bytes() == whole.weights_of(plan).read_bytes()
-    assert not list(killed.files.glob("*.training"))
+    assert killed.files.weights_of(plan).read_bytes() == whole.files.weights_of(plan).read_bytes()
+    assert not list(killed.files.folder.glob("*.training"))
 
 
 def test_layers_that_share_their_weights_are_recovered_and_kept(data_file: Path, tmp_path: Path):
@@ -549,7 +550,7 @@ def test_a_killed_training_of_rounded_weights_goes_on_to_the_same_ones(data_file
     killed.training.after_epoch = whole.training.after_epoch
     killed.evaluate(TRAINED, "F3")
     whole.evaluate(TRAINED, "F3")
-    assert killed.weights_of(TRAINED).read_bytes() == whole.weights_of(TRAINED).read_bytes()
+    assert killed.files.weights_of(TRAINED).read_bytes() == whole.files.weights_of(TRAINED).read_bytes()
 
 
 def test_the_file_of_trained_weights_for_many_images_answers_as_that_for_one(pipeline: Pipeline, tmp_path: Path):
@@ -559,7 +560,7 @@ def test_the_file_of_trained_weights_for_many_images_answers_as_that_for_one(pip
     pipeline.files.write_batched(model, TRAINED, tmp_path / "batched.onnx")
     images = pipeline.uncut.selection[0].numpy()
     one, many = (
-        pipeline.backend.build(path, 1).infer(images)
+        only(pipeline.backend.build(path, 1).infer(images))
         for path in (pipeline.files.file_of(TRAINED, "F3"), tmp_path / "batched.onnx")
     )
     assert np.abs(one - many).max() < 0.05 * np.abs(one).max()

@@ -24,6 +24,7 @@ from hirelc_deploy.errors import InputError, TargetUnavailable
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.inputs.models.user_code import factory_modules
 from hirelc_deploy.measure import ray_pipe
+from hirelc_deploy.measure.backend import only
 from hirelc_deploy.measure.remote import Board
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.measure.targets import find_target, open_target
@@ -245,7 +246,9 @@ def test_a_board_behind_another_node_answers_as_this_machine_does(nodes: Nodes, 
     )
     backend = open_target(find_target("lab", {"HIRELC_DEPLOY_TARGETS": str(path)}), say=lambda text: None)
     model, images = write_model(tmp_path / "model.onnx"), random_images(3)
-    np.testing.assert_array_equal(backend.build(model).infer(images), OnnxRuntimeCpu().build(model).infer(images))
+    np.testing.assert_array_equal(
+        only(backend.build(model).infer(images)), only(OnnxRuntimeCpu().build(model).infer(images))
+    )
     with backend.open_timing([model], 1, 0) as timing:
         assert timing.rounds(2).shape == (2, 1, 2)
     backend._device.close()  # type: ignore[attr-defined]

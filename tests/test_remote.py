@@ -13,7 +13,7 @@ from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure import worker
-from hirelc_deploy.measure.backend import Backend, DeviceState
+from hirelc_deploy.measure.backend import Backend, DeviceState, only
 from hirelc_deploy.measure.device import LocalDevice
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.pool import PoolBackend
@@ -98,7 +98,9 @@ def test_a_target_on_a_board_is_checked_written_and_opened(
     backend = open_target(find_target("desk", {"HIRELC_DEPLOY_TARGETS": str(path)}), say=lambda text: None)
     model = write_model(tmp_path / "model.onnx")
     images = random_images(3)
-    np.testing.assert_array_equal(backend.build(model).infer(images), OnnxRuntimeCpu().build(model).infer(images))
+    np.testing.assert_array_equal(
+        only(backend.build(model).infer(images)), only(OnnxRuntimeCpu().build(model).infer(images))
+    )
 
 
 @needs_sshd
@@ -124,7 +126,7 @@ def test_a_pool_answers_like_one_board_and_uses_all_of_them(board: loopback.Loop
     assert pool.availability() is None
     assert pool.side_by_side == 2
     model, images = write_model(tmp_path / "model.onnx"), random_images(200)
-    np.testing.assert_array_equal(pool.build(model).infer(images), real.build(model).infer(images))
+    np.testing.assert_array_equal(only(pool.build(model).infer(images)), only(real.build(model).infer(images)))
     with pytest.raises(InputError, match="takes input of shape"):
         pool.build(model).infer(np.zeros((1, 3, 9, 9), np.float32))
     (tmp_path / "bad.onnx").write_text("no")
@@ -137,8 +139,8 @@ def test_a_pool_answers_like_one_board_and_uses_all_of_them(board: loopback.Loop
 def test_images_travel_in_pieces_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("hirelc_deploy.measure.program.PIECE_BYTES", 2 * 3 * 8 * 8 * 4)
     model, images = write_model(tmp_path / "model.onnx"), random_images(5)
-    found = TestOnnxRuntimeInAProcess.backend_here.build(model).infer(images)
-    np.testing.assert_array_equal(found, OnnxRuntimeCpu().build(model).infer(images))
+    found = only(TestOnnxRuntimeInAProcess.backend_here.build(model).infer(images))
+    np.testing.assert_array_equal(found, only(OnnxRuntimeCpu().build(model).infer(images)))
 
 
 def test_a_pool_of_nobody_is_unavailable() -> None:

@@ -144,7 +144,7 @@ def test_files_round_what_their_blocks_round_alone(pipeline: Pipeline):
     for floats in ([], [HURT], blocks[::2], blocks[1:]):
         layers = [layer for block in floats for layer in pipeline.roundings[block].weights]
         plan = CompressionPlan({}, dict.fromkeys(layers, "float"), "auto")
-        (whole,) = pipeline._roundings(pipeline.model, [plan])
+        (whole,) = pipeline.files.roundings_of(pipeline.model, [plan])
         joined = qat.joined(pipeline.roundings[block] for block in blocks if block not in floats)
         assert joined.weights == whole.weights
         assert joined.tensors.keys() == whole.tensors.keys()

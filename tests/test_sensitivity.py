@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hirelc_deploy.compress.slicing import mask_model
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.graph.sensitivity import importance, input_grams
+from hirelc_deploy.graph.sensitivity import Losses, importance, input_grams
 from hirelc_deploy.graph.units import build_graph
+
+
+def against(labels: Tensor) -> Losses:
+    return lambda answers: F.cross_entropy(answers["output"], labels, reduction="none")
 
 
 def two_pixel_net() -> nn.Module:
@@ -35,7 +39,7 @@ def test_importance_is_the_mean_square_of_per_image_sums():
     images = torch.tensor([[1.0, 3.0], [-2.0, 0.0]], dtype=torch.float64).reshape(2, 1, 1, 2)
     labels = torch.tensor([0, 1])
     graph = build_graph(model, images)
-    found = importance(model, graph, [(images, labels)])["0"]
+    found = importance(model, graph, [(images, against(labels))])["0"]
     # The pixels' means are 2 and -1, so channel c holds 2c and -c. Only channels 0 to 3 tell the classes apart: the
     # first logit leads by 0.2 (0 + 1 + 2 + 3) = 1.2 times the mean, and class 0 has p = sigmoid(2.4), sigmoid(-1.2).
     # dL/dx is 0.1 (-(1 - p) * 1 + (1 - p) * -1) = -0.2 (1 - p) for label 0 and 0.2 p for label 1, in these channels.
@@ -50,8 +54,8 @@ def test_images_are_squared_one_by_one_whatever_the_batches():
     model = DemoNet((8, 16), 1)
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([1, 2, 3, 4])
     graph = build_graph(model, images)
-    together = importance(model, graph, [(images, labels)])
-    apart = importance(model, graph, [(images[i : i + 1], labels[i : i + 1]) for i in range(4)])
+    together = importance(model, graph, [(images, against(labels))])
+    apart = importance(model, graph, [(images[i : i + 1], against(labels[i : i + 1])) for i in range(4)])
     for name, values in together.items():
         np.testing.assert_allclose(values, apart[name], rtol=1e-4)
 
@@ -62,7 +66,7 @@ def test_importance_predicts_the_loss_of_shrinking_an_element_a_little():
     model = DemoNet((8, 16), 1).double().eval()
     images, labels = torch.randn(1, 3, 16, 16, dtype=torch.float64), torch.tensor([3])
     graph = build_graph(model, images)
-    found = importance(model, graph, [(images, labels)])
+    found = importance(model, graph, [(images, against(labels))])
     unit = graph.unit("stages.0.residual")
     readers = [model.get_submodule(reader.layer) for reader in unit.readers]
     step = 1e-6
@@ -88,7 +92,7 @@ def test_an_element_that_is_already_zero_has_no_importance():
     images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
     graph = build_graph(model, images)
     masked = mask_model(model, graph, {"stages.1.0.conv1": np.array([0, 1, 2, 3, 4, 5, 6, 15])})
-    found = importance(masked, graph, [(images, labels)])["stages.1.0.conv1"]
+    found = importance(masked, graph, [(images, against(labels))])["stages.1.0.conv1"]
     assert (found[7:15] == 0).all()
     assert found[:7].any()
 
@@ -99,7 +103,7 @@ def test_weights_flags_and_gradients_are_as_before():
     images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
     graph = build_graph(model, images)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    importance(model, graph, [(images, labels)])
+    importance(model, graph, [(images, against(labels))])
     input_grams(model, graph, [images])
     assert model.training
     assert model.fc.weight.requires_grad

@@ -774,7 +774,8 @@ def check(folder: str, cuda: Any = None) -> dict[str, Any]:
     engine, name = load(folder, cuda), _record(folder)["model"]
     with np.load(os.path.join(folder, INPUTS), allow_pickle=False) as samples:
         inputs = samples["inputs"]
-        expected = {key.partition("/")[2]: samples[key] for key in samples.files if key.partition("/")[0] == name}
+        keys = [key for key in samples.files if key.partition("/")[0] == name]  # without a slash: one output, no name
+        expected = {key.partition("/")[2] or engine.names[0]: samples[key] for key in keys}
     answers = [engine.run(one[None]) for one in inputs]
     found = {key: np.concatenate([answer[key] for answer in answers]) for key in expected}
     furthest, agree, finite = 0.0, 1.0, True

@@ -2,6 +2,5 @@
 
 from hirelc_deploy.cli import after, look, make
 from hirelc_deploy.cli.application import app, fail, main, run, show
-from hirelc_deploy.cli.make import summary
 
-__all__ = ["after", "app", "fail", "look", "main", "make", "run", "show", "summary"]
+__all__ = ["after", "app", "fail", "look", "main", "make", "run", "show"]

@@ -81,12 +81,9 @@ def verify(
     \b
     Example: hirelc-deploy verify runs/a/bundle --data npz:data.npz
     """
-    from hirelc_deploy.deliver.verify import verify as verify_bundle
-    from hirelc_deploy.inputs.data.load import load_data
-    from hirelc_deploy.measure.targets import find_target, open_target
+    from hirelc_deploy import api
 
-    given = load_data(data, data_dir=data_dir) if data else None
-    result = verify_bundle(bundle, data=given, backend=open_target(find_target(target)), reference=reference)
+    result = api.verify(bundle, data or None, target=target, reference=reference, data_dir=data_dir)
     lines = [*result.problems, *result.remarks]
     lines.append(f"operators: {result.integer_ops} integer, {result.float_ops} float")
     if result.accuracy is not None:

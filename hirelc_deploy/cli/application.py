@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hirelc_deploy import __version__
 from hirelc_deploy.errors import COMMAND, HirelcError
+from hirelc_deploy.version import __version__
 
 if TYPE_CHECKING:
     pass

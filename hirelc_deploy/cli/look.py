@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-from hirelc_deploy.errors import InputError
-from hirelc_deploy.progress import Progress
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from hirelc_deploy.graph.model_graph import ModelGraph, Unit
 
 from hirelc_deploy.cli.application import app, show, targets_app
 from hirelc_deploy.cli.options import (
@@ -31,29 +22,10 @@ from hirelc_deploy.cli.options import (
     Target,
     Threads,
     Weights,
-    model_source,
-    path_weights,
-    preprocess_config,
+    arguments_of,
+    numbers,
 )
-
-
-def _unit_record(network: nn.Module, graph: ModelGraph, unit: Unit) -> dict[str, Any]:
-    """Return what `inspect` says of a unit; parameters and multiply-accumulates are those that it takes part in."""
-    from hirelc_deploy.graph.costs import cost_of
-
-    without = cost_of(network, graph, {unit.name: 0})
-    params = graph.params - without.params
-    return {
-        "name": unit.name,
-        "kind": unit.kind,
-        "size": unit.size,
-        "block": unit.block,
-        "widths": list(unit.widths),
-        "branch": unit.branch.module if unit.branch else None,
-        "params": params,
-        "macs": graph.macs - without.macs,
-        "bytes": 4 * params,
-    }
+from hirelc_deploy.progress import Progress
 
 
 @app.command()
@@ -74,43 +46,18 @@ def inspect(
     \b
     Example: hirelc-deploy inspect --model resnet18 --exclude 'layer1.*'
     """
-    import torch
+    from hirelc_deploy import api
 
-    from hirelc_deploy.compress.branches import proven
-    from hirelc_deploy.graph.units import build_graph, matches
-    from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
-
-    source = ModelSource(**path_weights(model_source(model, weights, model_arg, pretrained)))
-    network = source.load().eval()
-    size = preprocess_of(network, None, preprocess_config(input_size, None, None).overrides()).input_size
-    images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
-    everything = graph = build_graph(network, images)
-    if patterns := [*(exclude or ()), *(include or ())]:
-        graph = build_graph(network, images, exclude=tuple(exclude or ()), include=tuple(include or ()))
-    graph = proven(network, graph, images)
-    matched = {pattern: [u.name for u in everything.units if matches(u, pattern)] for pattern in patterns}
-    record: dict[str, Any] = {
-        "model": model,
-        "params": graph.params,
-        "macs": graph.macs,
-        "blocks": list(graph.blocks),
-        "units": [_unit_record(network, graph, unit) for unit in graph.units],
-        "kept_whole": [{"layer": k.layer, "reason": k.reason} for k in graph.kept_whole],
-        "matched": matched,
-    }
-    lines = [
-        f"{model}: {graph.params:,} parameters, {graph.macs:,} multiply-accumulates at {'x'.join(map(str, size))}",
-        f"{len(graph.blocks)} blocks, {len(graph.units)} units that can be cut (size, parameters, operations):",
-        *(
-            f"  {u['name']:<40} {u['kind']:<18} {u['size']:>5} {u['params']:>11,} {u['macs']:>14,}  in {u['block']}"
-            + (f", may go with all of {u['branch']}" if u["branch"] else "")
-            for u in record["units"]
-        ),
-        f"{len(graph.kept_whole)} layers kept whole:" if graph.kept_whole else "nothing is kept whole",
-        *(f"  {k.layer:<40} {k.reason}" for k in graph.kept_whole),
-        *(f"pattern {p!r} matches {', '.join(names) or 'layers in no unit'}" for p, names in matched.items()),
-    ]
-    show(record, as_json, "\n".join(lines))
+    found = api.inspect(
+        model,
+        weights=weights,
+        model_args=arguments_of("--model-arg", model_arg),
+        pretrained=pretrained,
+        input_size=numbers("--input-size", input_size, int),
+        exclude=exclude or (),
+        include=include or (),
+    )
+    show(dict(found.record), as_json, str(found))
 
 
 @app.command()
@@ -126,20 +73,9 @@ def benchmark(
     \b
     Example: hirelc-deploy benchmark reference.onnx candidate.onnx
     """
-    from hirelc_deploy.measure.machine import describe
-    from hirelc_deploy.measure.protocol import FULL, compare
-    from hirelc_deploy.measure.targets import find_target, open_target
+    from hirelc_deploy import api
 
-    if not 0 < seconds < math.inf:
-        raise InputError(f"--seconds {seconds:g}: give a finite number above 0.")
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; give ONNX files, the reference first.")
-    profile = find_target(target)
-    backend = open_target(profile)
-    timings = compare(
-        files, backend, threads=threads or profile.threads, limits=dataclasses.replace(FULL, seconds=seconds)
-    )
+    machine, timings = api.timed(files, target, threads, seconds)
     keys = ("file", "median_ms", "p90_ms", "ratio", "ratio_low", "ratio_high", "verdict", "rounds", "contended", "note")
     results = [{key: timing.to_dict()[key] for key in keys} for timing in timings]
     lines = [f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'ratio':>7}  {'95 % interval':<16} verdict"]
@@ -150,7 +86,7 @@ def benchmark(
         )
         if r["note"]:
             lines.append(f"  {r['note']}")
-    show({"machine": describe(backend), "results": results}, as_json, "\n".join(lines))
+    show({"machine": machine, "results": results}, as_json, "\n".join(lines))
 
 
 @app.command()
@@ -186,9 +122,8 @@ def profile(
 
     device = find_target(target)
     backend = open_target(device)
-    source = ModelSource(**path_weights(model_source(model, weights, model_arg, pretrained)))
-    network = source.load().eval()
-    size = preprocess_of(network, None, preprocess_config(input_size, None, None).overrides()).input_size
+    network = ModelSource(model, weights, arguments_of("--model-arg", model_arg), pretrained).load().eval()
+    size = preprocess_of(network, None, {"input_size": numbers("--input-size", input_size, int)}).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
     graph = proven(network, build_graph(network, images, exclude=tuple(exclude or ())), images)
     found = profile_model(

@@ -12,7 +12,7 @@ import typer
 from hirelc_deploy.progress import Progress
 
 if TYPE_CHECKING:
-    from hirelc_deploy.config import JobConfig
+    from hirelc_deploy.api import JobOptions, Result
 
 from hirelc_deploy.cli.application import app, show
 from hirelc_deploy.cli.options import (
@@ -20,12 +20,17 @@ from hirelc_deploy.cli.options import (
     DataDir,
     DataSpec,
     Exclude,
+    Geometry,
     Include,
     InputSize,
+    Interpolation,
     Jobs,
     Json,
     LearningRate,
+    LossSpec,
+    LowerIsBetter,
     Mean,
+    MetricSpec,
     Model,
     ModelArg,
     Out,
@@ -37,47 +42,42 @@ from hirelc_deploy.cli.options import (
     SelectionImages,
     Std,
     Target,
+    TaskArg,
+    TaskName,
     Threads,
     Weights,
-    model_source,
-    preprocess_config,
+    arguments_of,
+    numbers,
 )
 
 
-def run_job(config: JobConfig, out: Path, plan: str | None, as_json: bool, quiet: bool, **side_by_side: Any) -> None:
-    """Open the workplace, do the job and print what it gave; `side_by_side` as of `job.open_workplace`."""
-    from hirelc_deploy.jobs.apply import run_apply
-    from hirelc_deploy.jobs.search import run_search
-    from hirelc_deploy.jobs.workplace import open_workplace
+def shown(result: Result, as_json: bool) -> None:
+    """Print what a job gave."""
+    from hirelc_deploy.jobs.workplace import PRINTED
 
-    progress = Progress(quiet=quiet)
-    command = shlex.join(["hirelc-deploy", *sys.argv[1:]])
-    workplace = open_workplace(config, out, command, progress, **side_by_side)
-    with workplace.run:
-        result = run_apply(workplace, plan) if plan is not None else run_search(workplace)
-    show(result, as_json, summary(result, out))
+    show({key: result.record[key] for key in PRINTED}, as_json, result.summary)
 
 
-def summary(result: dict[str, Any], out: Path) -> str:
-    """Return what a person wants to know first about a finished job."""
-    latency, unpruned, accuracy = result["latency"], result["best_unpruned"], result["accuracy"]
-    faster = 1 / latency["ratio"]
-    lines = [
-        f"{faster:.2f} times faster than the uncut float file "
-        f"({1 / latency['ratio_high']:.2f} to {1 / latency['ratio_low']:.2f}), verdict: {latency['verdict']}",
-        f"{unpruned['ratio'] / latency['ratio']:.2f} times faster than the best unpruned file ({unpruned['name']})",
-        f"{result['size_ratio']:.1f} times smaller: {result['size_bytes']:,} bytes, {result['params']:,} parameters, "
-        f"{result['macs']:,} multiply-accumulates",
-    ]
-    if accuracy["test"] is None:
-        lines.append("no accuracy is claimed: the data has no labels")
-    else:
-        lines.append(
-            f"accuracy on the test split {100 * accuracy['test']:.2f} % (uncut {100 * accuracy['baseline_test']:.2f}), "
-            f"drop {accuracy['drop_points']:+.2f} points ({accuracy['drop_low']:+.2f} to {accuracy['drop_high']:+.2f})"
-        )
-    lines += [f"bundle: {result['bundle']}", f"report: {out / 'report.html'}"]
-    return "\n".join(lines)
+def command_line() -> str:
+    """Return the command of this process, as a bundle keeps it."""
+    return shlex.join(["hirelc-deploy", *sys.argv[1:]])
+
+
+def job_options(**given: Any) -> JobOptions:
+    """Return the options that jobs have in common, as the Python calls take them."""
+    return {
+        **given,  # type: ignore[typeddict-item]
+        "command": command_line(),
+        "model_args": arguments_of("--model-arg", given["model_args"]),
+        "task_options": arguments_of("--task-arg", given["task_options"]),
+        "input_size": numbers("--input-size", given["input_size"], int),
+        "mean": numbers("--mean", given["mean"], float),
+        "std": numbers("--std", given["std"], float),
+        "lower_is_better": given["lower_is_better"] or None,
+        "exclude": given["exclude"] or (),
+        "include": given["include"] or (),
+        "progress": Progress(quiet=given["progress"]),
+    }
 
 
 @app.command()
@@ -90,6 +90,11 @@ def search(
     weights: Weights = None,
     pretrained: Pretrained = False,
     data_dir: DataDir = None,
+    task: TaskName = None,
+    task_arg: TaskArg = None,
+    metric: MetricSpec = None,
+    lower_is_better: LowerIsBetter = False,
+    loss: LossSpec = None,
     max_drop: Annotated[
         float | None, typer.Option(help="Accuracy points that may be lost; 1.0 if nothing is limited.")
     ] = None,
@@ -123,6 +128,8 @@ def search(
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
+    geometry: Geometry = None,
+    interpolation: Interpolation = None,
     exclude: Exclude = None,
     include: Include = None,
     threads: Threads = None,
@@ -137,34 +144,54 @@ def search(
     \b
     Example: hirelc-deploy search --model resnet18 --weights w.safetensors --data imagefolder:photos --out runs/a
     """
-    from hirelc_deploy.config import DataConfig, JobConfig, Limits, ModelConfig, SearchConfig, parse_duration
+    from hirelc_deploy import api
+    from hirelc_deploy.config import Limits
 
     if max_drop is None and speedup is None and max_latency_ms is None:
         max_drop = 1.0
-    config = JobConfig(
-        model=ModelConfig(**model_source(model, weights, model_arg, pretrained)),
-        data=DataConfig(data, str(data_dir.resolve()) if data_dir else None, calibration_images, selection_images),
+    result = api.search(
+        model,
+        data,
+        out=out,
+        task=task,
         target=target,
-        seed=seed,
-        threads=threads,
-        recovery_epochs=recovery_epochs,
-        learning_rate=learning_rate,
-        exclude=tuple(exclude or ()),
-        include=tuple(include or ()),
-        preprocess=preprocess_config(input_size, mean, std),
         limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
-        search=SearchConfig(
-            strategy,
-            parse_duration(budget) if budget else None,
-            trials,
-            finalists,
-            options,
-            str(warm_start.resolve()) if warm_start else None,
-            depth,
-            precisions,
+        metric=metric,
+        loss=loss,
+        strategy=strategy,
+        budget=budget,
+        trials=trials,
+        finalists=finalists,
+        options=options,
+        warm_start=warm_start,
+        depth=depth,
+        precisions=precisions,
+        jobs=jobs,
+        ray=ray,
+        **job_options(
+            weights=weights,
+            model_args=model_arg,
+            pretrained=pretrained,
+            data_dir=data_dir,
+            calibration_images=calibration_images,
+            selection_images=selection_images,
+            lower_is_better=lower_is_better,
+            task_options=task_arg,
+            input_size=input_size,
+            mean=mean,
+            std=std,
+            geometry=geometry,
+            interpolation=interpolation,
+            recovery_epochs=recovery_epochs,
+            learning_rate=learning_rate,
+            exclude=exclude,
+            include=include,
+            threads=threads,
+            seed=seed,
+            progress=quiet,
         ),
     )
-    run_job(config, out, None, as_json, quiet, jobs=jobs, ray=ray)
+    shown(result, as_json)
 
 
 @app.command()
@@ -184,6 +211,11 @@ def apply(
     weights: Weights = None,
     pretrained: Pretrained = False,
     data_dir: DataDir = None,
+    task: TaskName = None,
+    task_arg: TaskArg = None,
+    metric: MetricSpec = None,
+    lower_is_better: LowerIsBetter = False,
+    loss: LossSpec = None,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
     calibration_images: CalibrationImages = None,
@@ -191,6 +223,8 @@ def apply(
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
+    geometry: Geometry = None,
+    interpolation: Interpolation = None,
     exclude: Exclude = None,
     include: Include = None,
     threads: Threads = None,
@@ -203,22 +237,41 @@ def apply(
     \b
     Example: hirelc-deploy apply --model resnet18 --weights w.pth --data npz:d.npz --plan uniform:keep=0.5 --out half
     """
-    from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
+    from hirelc_deploy import api
 
-    config = JobConfig(
-        model=ModelConfig(**model_source(model, weights, model_arg, pretrained)),
-        data=DataConfig(data, str(data_dir.resolve()) if data_dir else None, calibration_images, selection_images),
+    result = api.apply(
+        model,
+        data,
+        plan,
+        out=out,
+        task=task,
         target=target,
-        plan=plan,
-        seed=seed,
-        threads=threads,
-        recovery_epochs=recovery_epochs,
-        learning_rate=learning_rate,
-        exclude=tuple(exclude or ()),
-        include=tuple(include or ()),
-        preprocess=preprocess_config(input_size, mean, std),
+        metric=metric,
+        loss=loss,
+        **job_options(
+            weights=weights,
+            model_args=model_arg,
+            pretrained=pretrained,
+            data_dir=data_dir,
+            calibration_images=calibration_images,
+            selection_images=selection_images,
+            lower_is_better=lower_is_better,
+            task_options=task_arg,
+            input_size=input_size,
+            mean=mean,
+            std=std,
+            geometry=geometry,
+            interpolation=interpolation,
+            recovery_epochs=recovery_epochs,
+            learning_rate=learning_rate,
+            exclude=exclude,
+            include=include,
+            threads=threads,
+            seed=seed,
+            progress=quiet,
+        ),
     )
-    run_job(config, out, plan, as_json, quiet)
+    shown(result, as_json)
 
 
 @app.command()
@@ -233,6 +286,7 @@ def demo(
     \b
     Example: hirelc-deploy demo --out runs/demo
     """
+    from hirelc_deploy import api
     from hirelc_deploy.demo import demo_config
 
-    run_job(demo_config(seed), out, None, as_json, quiet)
+    shown(api.run_config(demo_config(seed), out, Progress(quiet=quiet), command_line()), as_json)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hirelc_deploy.errors import InputError
-
-if TYPE_CHECKING:
-    from hirelc_deploy.config import PreprocessConfig
-
 
 Model = Annotated[
     str, typer.Option("--model", help="A timm name, file.py:factory or package.module:factory.", show_default=False)
@@ -25,6 +22,21 @@ DataSpec = Annotated[
     str,
     typer.Option("--data", help="npz:FILE, imagefolder:DIR, torch/cifar10, or synthetic:N.", show_default=False),
 ]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="What the model is for, where model and data leave a doubt.")
+]
+TaskArg = Annotated[
+    list[str] | None, typer.Option("--task-arg", help="Option of the task, as key=value; may be repeated.")
+]
+MetricSpec = Annotated[
+    str | None, typer.Option("--metric", help="file.py:function of (outputs, targets) in place of the task's metric.")
+]
+LowerIsBetter = Annotated[bool, typer.Option("--lower-is-better", help="Of that metric.")]
+LossSpec = Annotated[
+    str | None, typer.Option("--loss", help="file.py:function of (outputs, targets) in place of the task's loss.")
+]
+Geometry = Annotated[str | None, typer.Option(help="How pictures get the input's size: crop, stretch or letterbox.")]
+Interpolation = Annotated[str | None, typer.Option(help="Of resizing: nearest, bilinear, bicubic or box.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of a torchvision data set (torch/...).")]
 Target = Annotated[str, typer.Option("--target", help="A target profile; `hirelc-deploy targets` lists them.")]
 RecoveryEpochs = Annotated[
@@ -69,33 +81,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while working.")]
 
 
-def model_source(model: str, weights: Path | None, arguments: list[str] | None, pretrained: bool) -> dict[str, Any]:
-    """Return the fields of `config.ModelConfig`."""
+def arguments_of(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Return the values of an option that is given as name=value, each once; see `user_code.parse_arguments`."""
     from hirelc_deploy.inputs.models.user_code import parse_arguments
 
-    return {
-        "spec": model,
-        "weights": str(weights.resolve()) if weights else None,
-        "arguments": parse_arguments(arguments or []),
-        "pretrained": pretrained,
-    }
+    return parse_arguments(pairs or [], option)
 
 
-def path_weights(source: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of `models.source.ModelSource`."""
-    return {**source, "weights": Path(source["weights"]) if source["weights"] else None}
-
-
-def preprocess_config(input_size: str | None, mean: str | None, std: str | None) -> PreprocessConfig:
-    """Return what the options say of the model's input; raises InputError where they are no numbers."""
-    from hirelc_deploy.config import PreprocessConfig
-
-    def numbers(name: str, text: str | None, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
-        try:
-            return None if text is None else tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise InputError(f"{name} {text!r}: give numbers with commas between them.") from None
-
-    return PreprocessConfig(
-        numbers("--input-size", input_size, int), numbers("--mean", mean, float), numbers("--std", std, float)
-    )
+def numbers(option: str, text: str | None, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
+    """Return the numbers of an option; raises InputError where they are none."""
+    try:
+        return None if text is None else tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give numbers with commas between them.") from None

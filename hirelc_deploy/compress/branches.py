@@ -21,8 +21,8 @@ def proven(model: nn.Module, graph: ModelGraph, example: Tensor) -> ModelGraph:
     """Return the graph with units that cut exactly (`provable`), and with the branches that can be left out.
 
     A unit holds the largest module in which it is the only one, where that returns a tensor of the shape of the one it
-    is given. It is offered where the model without it, the other units cut to about half, computes what the masked
-    model without it does, and where its answer still depends on its images.
+    is given, alone or first in a tuple. It is offered where the model without it, the other units cut to about half,
+    computes what the masked model without it does, and where its answer still depends on its images.
 
     Args:
         example: (n, channels, height, width) images.
@@ -33,7 +33,7 @@ def proven(model: nn.Module, graph: ModelGraph, example: Tensor) -> ModelGraph:
     held = {unit: alike[-1] for unit, chain in paths.items() if (alike := [path for path in chain if path in given])}
     first = {path: unit for unit, path in reversed(held.items())}  # of two units of one module
     branches = {
-        unit: Branch(path, _has_its_shortcut(model, graph.unit(unit), path, given[path]))
+        unit: Branch(path, _has_its_shortcut(model, graph.unit(unit), path, given[path][0]), given[path][1])
         for path, unit in first.items()
         if not any(path.startswith(f"{other}.") for other in first)
     }
@@ -83,17 +83,21 @@ def _common_path(layers: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def _given(model: nn.Module, paths: set[str], example: Tensor) -> dict[str, Tensor]:
-    """Return what each module is given, for those that are called once and return one tensor of the same shape."""
-    calls: dict[str, list[Tensor | None]] = {path: [] for path in paths}
+def _given(model: nn.Module, paths: set[str], example: Tensor) -> dict[str, tuple[Tensor, int]]:
+    """Return what each module is given, and how many results it has behind its first.
+
+    Only of those that are called once and return a tensor of the same shape, alone or as the first of a tuple.
+    """
+    calls: dict[str, list[tuple[Tensor, int] | None]] = {path: [] for path in paths}
 
     def watch(path: str) -> torch.utils.hooks.RemovableHandle:
-        def note(_module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
-            first: Any = given[0] if given else None
-            alike = isinstance(first, Tensor) and isinstance(result, Tensor) and first.shape == result.shape
-            calls[path].append(first.clone() if alike else None)
+        def note(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
+            first: Any = next(iter((*given, *named.values())), None)
+            results = result if type(result) is tuple and result else (result,)
+            alike = isinstance(first, Tensor) and isinstance(results[0], Tensor) and first.shape == results[0].shape
+            calls[path].append((first.clone(), len(results) - 1) if alike else None)
 
-        return model.get_submodule(path).register_forward_hook(note)
+        return model.get_submodule(path).register_forward_hook(note, with_kwargs=True)
 
     handles = [watch(path) for path in paths]
     try:
@@ -113,7 +117,7 @@ def _alive(model: nn.Module, branches: Mapping[str, Branch], example: Tensor) ->
         owner, _, child = branch.module.rpartition(".")
         parent = model.get_submodule(owner)
         module = parent.get_submodule(child)
-        setattr(parent, child, LeftOut(branch.passes))
+        setattr(parent, child, LeftOut(branch.passes, branch.more))
         try:
             if any(not torch.equal(output[0], output[1]) for output in answers(model, two_images).values()):
                 found.append(unit)

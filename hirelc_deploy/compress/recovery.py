@@ -21,10 +21,13 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.progress import Progress
+from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.tasks.contract import Targets, Task
 
 RIDGE = 1e-3
 """Added to the covariance of the kept features, as a share of their mean variance: keeps the solve stable."""
@@ -140,8 +143,8 @@ class Recovery:
     Attributes:
         epochs: Passes over the training split; may be a fraction.
         learning_rate: Peak of the schedule (linear warm-up over the first 5 %, cosine to zero).
-        soft_weight: Share of the distillation term in the loss; the rest is cross-entropy with the labels.
-        temperature: Of the distillation.
+        soft_weight: Share of the distillation term in the loss; the rest is the task's loss against the labels.
+        temperature: Of the distillation, where answers are distributions.
         feature_weight: Weight of matching what the teacher's layers read (Romero et al. 2015, FitNets); 0 for answers
             alone. KL divergence on the selection split at weights of 30, 100, 300 and 1000: 0.037, 0.028, 0.027, 0.027
             for ResNet-18 cut to a sixteenth of its time, 0.4 epochs of CIFAR-10. The demo needs half as many epochs.
@@ -160,33 +163,64 @@ class Recovery:
     weights_ema: float = 0.0
 
 
+KEPT_ANSWERS = 2**30
+"""Bytes of a teacher's answers that are kept; beyond them it is asked again. CIFAR-10's in eight views are 16 MB, one
+view of 367 pictures of 180 x 240 pixels and 11 classes 700 MB."""
+
+
 class Teacher:
     """The uncut model's answers to augmented pictures, computed once per picture: it costs more than its student."""
 
-    def __init__(self, model: nn.Module, images: Images, views: int, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, images: Images, views: int, device: torch.device, task: Task = CLASSIFICATION
+    ) -> None:
         self.model = laid_out(copy.deepcopy(model).eval().requires_grad_(False), device)
         self.images = images
         self.views = views
         self.device = device
-        self.labels = None if images.labels is None else torch.from_numpy(images.labels)
-        self._answers: dict[int, Tensor] = {}
+        self.task = task
+        self._answers: dict[int, Answers] = {}
+        self._kept_bytes = 0
 
-    def answers(self, indices: Tensor, view: int, pictures: Tensor, *, afresh: bool = False) -> Tensor:
-        """Return (batch, classes) logits for `pictures`, which are view `view` of the images at `indices`.
+    def answers(self, indices: Tensor, view: int, pictures: Tensor, *, afresh: bool = False) -> Answers:
+        """Return the answers to `pictures`, which are view `view` of the images at `indices`.
 
         Args:
             afresh: Run the model even where its answer is known: something else in it is being watched.
         """
         table = self._answers.get(view)
-        known = None if table is None else table[indices]
-        if not afresh and known is not None and not bool(known.isnan().any()):
-            return known.to(self.device)
+        known = {} if table is None else {name: values[indices] for name, values in table.items()}
+        if not afresh and known and not any(bool(values.isnan().any()) for values in known.values()):
+            return {name: values.to(self.device) for name, values in known.items()}
         with torch.no_grad(), half_precision(self.device):
-            fresh: Tensor = self.model(pictures).float()
+            fresh = {name: values.float() for name, values in named(self.model(pictures)).items()}
         if table is None:
-            table = self._answers[view] = torch.full((len(self.images), fresh.shape[1]), float("nan"))
-        table[indices] = fresh.cpu()
+            wanted = sum(values[:1].nbytes for values in fresh.values()) * len(self.images)
+            if self._kept_bytes + wanted > KEPT_ANSWERS:
+                return fresh
+            self._kept_bytes += wanted
+            shapes = {name: (len(self.images), *values.shape[1:]) for name, values in fresh.items()}
+            table = self._answers[view] = {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
+        for name, values in fresh.items():
+            table[name][indices] = values.cpu()
         return fresh
+
+    def targets(self, indices: Tensor, view: int) -> Targets | None:
+        """Return what is true of these pictures, as the task collates it; None without labels."""
+        if not self.images.labelled:
+            return None
+        return on_device(self.task.collate(self.images.targets(indices.numpy(), view)), self.device)
+
+
+def on_device(targets: Targets, device: torch.device) -> Targets:
+    """Return targets with all their tensors on a device."""
+    if isinstance(targets, Tensor):
+        return targets.to(device)
+    if isinstance(targets, Mapping):
+        return {name: on_device(value, device) for name, value in targets.items()}
+    if isinstance(targets, list | tuple):
+        return [on_device(value, device) for value in targets]
+    return targets
 
 
 AfterEpoch = Callable[[int, nn.Module, bytes], None]
@@ -247,9 +281,8 @@ def fine_tune(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * scale
         with contextlib.nullcontext() if as_exported else half_precision(device):
-            logits = student(pictures)
-        target = teacher.labels[indices].to(device) if teacher.labels is not None else None
-        loss = distillation_loss(logits.float(), answers, target, recovery)
+            found = {name: values.float() for name, values in named(student(pictures)).items()}
+        loss = distillation_loss(teacher.task, found, answers, teacher.targets(indices, view), recovery)
         if match.watches:
             loss = loss + recovery.feature_weight * match.distance()
         optimizer.zero_grad(set_to_none=True)
@@ -415,17 +448,17 @@ def _keeper(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Te
     return keep
 
 
-def distillation_loss(logits: Tensor, answers: Tensor, labels: Tensor | None, recovery: Recovery) -> Tensor:
-    """Return soft_weight * T^2 * KL(teacher || student at temperature T) + (1 - soft_weight) * cross-entropy.
+def distillation_loss(
+    task: Task, found: Answers, wanted: Answers, targets: Targets | None, recovery: Recovery
+) -> Tensor:
+    """Return soft_weight * divergence at the temperature + (1 - soft_weight) * the task's loss, both means over images.
 
-    Without labels the soft term stands alone.
+    Without targets the divergence stands alone.
     """
-    t = recovery.temperature
-    soft = F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(answers / t, 1), reduction="batchmean", log_target=True)
-    if labels is None:
-        return t * t * soft
-    hard = F.cross_entropy(logits, labels)
-    return recovery.soft_weight * t * t * soft + (1 - recovery.soft_weight) * hard
+    soft = task.divergence(wanted, found, recovery.temperature).mean()
+    if targets is None:
+        return soft
+    return recovery.soft_weight * soft + (1 - recovery.soft_weight) * task.loss(found, targets).mean()
 
 
 def _optimizer(model: nn.Module, recovery: Recovery) -> torch.optim.Optimizer:

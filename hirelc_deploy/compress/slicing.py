@@ -104,16 +104,20 @@ def slice_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
 class LeftOut(nn.Module):
     """Stands where a residual branch was: an identity where the shortcut was in it, else a zero that is added.
 
-    `forward` returns its first argument, or one zero of as many dimensions.
+    `forward` returns its first argument, or one zero of as many dimensions; in a tuple, with None for each of the
+    `more` results that the branch had behind it.
     """
 
-    def __init__(self, passes: bool) -> None:
+    def __init__(self, passes: bool, more: int = 0) -> None:
         super().__init__()
         self.passes = passes
+        self.more = more
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, *given: Any, **named: Any) -> Any:
         """Ignore whatever else the branch was told."""
-        return x if self.passes else x.new_zeros((1,) * x.ndim)
+        x = given[0] if given else next(iter(named.values()))
+        result = x if self.passes else x.new_zeros((1,) * x.ndim)
+        return (result, *[None] * self.more) if self.more else result
 
 
 def leave_out(model: nn.Module, graph: ModelGraph, kept: Kept) -> None:
@@ -121,12 +125,12 @@ def leave_out(model: nn.Module, graph: ModelGraph, kept: Kept) -> None:
     for name, elements in kept.items():
         branch = graph.unit(name).branch
         if branch is not None and not len(elements):
-            _replace(model, branch.module, branch.passes)
+            _replace(model, branch.module, LeftOut(branch.passes, branch.more))
 
 
-def _replace(model: nn.Module, path: str, passes: bool) -> None:
+def _replace(model: nn.Module, path: str, stands: LeftOut) -> None:
     parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, LeftOut(passes).train(model.training))
+    setattr(model.get_submodule(parent), child, stands.train(model.training))
 
 
 def mask_model(model: nn.Module, graph: ModelGraph, kept: Kept) -> nn.Module:
@@ -258,7 +262,9 @@ def difference(model: nn.Module, graph: ModelGraph, kept: Kept, example: Tensor)
         sliced = answers(slice_model(model, graph, kept), example)
     except Exception:  # the model is the user's code and may raise anything once its sizes change
         return math.inf
-    if {name: tensor.shape for name, tensor in sliced.items()} != {name: tensor.shape for name, tensor in masked.items()}:
+    if {name: tensor.shape for name, tensor in sliced.items()} != {
+        name: tensor.shape for name, tensor in masked.items()
+    }:
         return math.inf
     errors = [_apart(sliced[name].double(), whole.double()) for name, whole in masked.items()]
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
@@ -351,7 +357,7 @@ def _leave_out_again(model: nn.Module, shapes: Shapes) -> None:
         if isinstance(stands, str):
             if not path or path not in modules:
                 raise InputError(f"shape manifest: leaves out an unknown module {path!r}; it belongs to another model.")
-            _replace(model, path, stands == IDENTITY)
+            _replace(model, path, LeftOut(stands == IDENTITY))  # its `more` is a number of the manifest
 
 
 # ---- attributes that repeat what the shapes of weights say --------------------------------------------------------

@@ -6,36 +6,47 @@ import datetime
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from hirelc_deploy import __version__
 from hirelc_deploy.compress.slicing import shapes
 from hirelc_deploy.deliver.read import (
-    FILES,
+    ARRAYS,
+    DECODER,
+    INPUTS,
     LABELS,
     MANIFEST,
     MODEL,
+    OUTPUT_KEY,
     PREPROCESS,
     SAMPLES,
     SCHEMA_VERSION,
     SCRIPT,
     SHAPES,
+    TASK,
     WEIGHTS,
+    files_of,
     sha256_of,
 )
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.measure.accuracy import OperatorCount
+from hirelc_deploy.measure.backend import Outputs
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.decoding import decoder_options
+from hirelc_deploy.version import __version__
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,15 @@ class BundleContents:
         model: The sliced FP32 model of which `model_onnx` is the export.
         source: `ModelSource.describe()` of the uncut model.
         classes: Class names in the order of the outputs; empty where the data has none.
-        sample_inputs: (n, channels, height, width) model inputs, 8 to 16 test images.
-        sample_logits: (n, classes) what `model_onnx` answers to them on the target.
+        task: What the answers are for.
+        task_record: JSON values that make it again; see `inputs.fitting.Fitted`.
+        sample_inputs: (n, channels, height, width) model inputs, 8 to 16 of them.
+        sample_outputs: What `model_onnx` answers to them on the target.
         measurements: Keys `accuracy, latency, best_unpruned, params, macs, size_bytes, size_ratio` of the result.
         operators: What the target ran, counted by `measure.accuracy.operators`.
         sample_labels: (n,) classes of the samples, or None.
-        test_labels: (images,) of the test split behind `measurements["accuracy"]`, or None: lets `verify` tell whether
-            it was given the same images.
+        test: Number and digest of the test images behind `measurements["accuracy"]`, or None: lets `verify` tell
+            whether it was given the same images.
     """
 
     model_onnx: Path
@@ -62,14 +75,16 @@ class BundleContents:
     preprocess: Preprocess
     classes: tuple[str, ...]
     sample_inputs: NDArray[np.float32]
-    sample_logits: NDArray[np.float32]
+    sample_outputs: Outputs
     measurements: Mapping[str, Any]
     operators: OperatorCount
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
     command: str
     sample_labels: NDArray[np.int64] | None = None
-    test_labels: NDArray[np.int64] | None = None
+    test: Mapping[str, Any] | None = None
+    task: Task = CLASSIFICATION
+    task_record: Mapping[str, Any] = field(default_factory=dict)
     created: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
 
 
@@ -118,14 +133,15 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
     _write_json(folder / LABELS, list(contents.classes))
     samples: dict[str, NDArray[Any]] = {
         "images": stored_images(contents.sample_inputs, contents.preprocess),
-        "logits": contents.sample_logits,
+        **{f"{OUTPUT_KEY}{name}": values for name, values in contents.sample_outputs.items()},
     }
     if contents.sample_labels is not None:
         samples["labels"] = contents.sample_labels
     np.savez_compressed(folder / SAMPLES, allow_pickle=False, **samples)
-    script = resources.files("hirelc_deploy.deliver") / "bundle_template" / SCRIPT
-    (folder / SCRIPT).write_bytes(script.read_bytes())
-    test = contents.test_labels
+    for name in (SCRIPT, INPUTS):
+        program = resources.files("hirelc_deploy.deliver") / "bundle_template" / name
+        (folder / name).write_bytes(program.read_bytes())
+    files = _write_task(folder, contents)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "created": contents.created.isoformat(timespec="seconds"),
@@ -136,15 +152,34 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
         "measurements": {
             **contents.measurements,
             "operators": contents.operators._asdict(),
-            "test": None if test is None else {"images": len(test), "labels_sha256": labels_digest(test)},
+            "test": None if contents.test is None else dict(contents.test),
         },
         "machine": dict(contents.machine),
         "versions": dict(contents.versions),
         "files": {
-            name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES
+            name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in files
         },
     }
     _write_json(folder / MANIFEST, manifest)
+
+
+def _write_task(folder: Path, contents: BundleContents) -> tuple[str, ...]:
+    """Write what the answers are for and how they are read; return all files of the bundle but the manifest."""
+    task, record = contents.task, dict(contents.task_record)
+    value = {
+        "task": task.name,
+        "metric": asdict(task.metric),
+        "own_metric": record.pop("metric", None),
+        "own_loss": record.pop("loss", None),
+        "decoder": {**decoder_options(task, contents.preprocess.input_size), "classes": list(contents.classes)},
+        "made_of": record or {"name": task.name, "classes": list(contents.classes), "options": {}},
+    }
+    _write_json(folder / TASK, value)
+    shutil.copyfile(task.decoder, folder / DECODER)
+    if not task.decoder_arrays:
+        return files_of(SCHEMA_VERSION)
+    np.savez_compressed(folder / ARRAYS, allow_pickle=False, **dict(task.decoder_arrays))
+    return (*files_of(SCHEMA_VERSION), ARRAYS)
 
 
 def stored_images(inputs: NDArray[np.float32], preprocess: Preprocess) -> NDArray[Any]:
@@ -163,6 +198,23 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
-def labels_digest(labels: NDArray[np.int64]) -> str:
-    """Return a hash of (n,) labels in their order."""
-    return hashlib.sha256(np.ascontiguousarray(labels, "<i8").tobytes()).hexdigest()
+def targets_record(images: Images) -> dict[str, Any]:
+    """Return the number of labelled images and a hash of what is true of them, in their order."""
+    digest = hashlib.sha256()
+    if images.labels is not None:
+        digest.update(np.ascontiguousarray(images.labels, "<i8").tobytes())
+    else:
+        for row in range(len(images)):
+            for tensor in _tensors(images.targets([row])):
+                digest.update(tensor.contiguous().numpy().tobytes())
+    return {"images": len(images), "labels_sha256": digest.hexdigest()}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Mapping):
+        value = [value[key] for key in sorted(value)]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif value is not None:
+        yield torch.as_tensor(value)

@@ -20,7 +20,6 @@ from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.network_time import fit_network_time, measure_table, smallest_ms
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.tables import build_problem, smallest_bytes, weight_bytes
-from hirelc_deploy.measure.accuracy import PairedDrop
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
@@ -33,6 +32,7 @@ from hirelc_deploy.strategies.loop import SearchResult, Trial, extended_front, r
 from hirelc_deploy.strategies.priced import within_bytes
 from hirelc_deploy.strategies.problem import Choices, Problem
 from hirelc_deploy.strategies.transfer import shared_weights
+from hirelc_deploy.tasks.paired import PairedDrop
 
 MOST_SPEEDUP, BISECTIONS = 6.0, 5
 """A search without a latency limit enters between the best unpruned file and this many times faster, within 6 %."""

@@ -5,16 +5,16 @@ Whatever the search chose is timed once more, with the full protocol, beside eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hirelc_deploy.compress.integer.guard import Guarded
 from hirelc_deploy.compress.integer.quantize import BLANKET
+from hirelc_deploy.deliver.bundle import targets_record
 from hirelc_deploy.errors import ConstraintError
 from hirelc_deploy.evaluate.effort import BATCH
 from hirelc_deploy.evaluate.guarded import guarded, guarded_file
@@ -24,8 +24,11 @@ from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.backend import Runner
 from hirelc_deploy.measure.protocol import FULL, Timing, TimingLimits, compare
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.paired import paired_drop
 
 
 @dataclass(frozen=True)
@@ -124,37 +127,57 @@ def race(
     return Delivery(shipped, contenders[0], timings, best.name, guard)
 
 
-def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> tuple[dict[str, float | None], NDArray[np.int64] | None]:
-    """Read the test split, once; return the accuracies of the shipped and the reference file, and the labels.
+@dataclass(frozen=True)
+class SplitScores:
+    """What the test split says, read once, of the file that is shipped and of the uncut float file.
 
-    Without labels every accuracy is None.
+    Attributes:
+        record: `test`, `baseline_test`, `drop_points`, `drop_low`, `drop_high`; all None without labels.
+        by_class: Class name to `test` and `baseline_test` of that class alone.
+        images: The number of test images and a digest of their labels; None without labels.
     """
+
+    record: Mapping[str, float | None]
+    by_class: Mapping[str, Mapping[str, float]]
+    images: Mapping[str, Any] | None
+
+
+def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> SplitScores:
+    """Read the test split, once, and judge the shipped and the reference file on it by the metric of the task."""
     if not pipeline.data.labelled:
-        return dict.fromkeys(("test", "baseline_test", "drop_points", "drop_low", "drop_high")), None
-    images = pipeline.data.take_test()
-    labels = images.labels
-    assert labels is not None
+        names = ("test", "baseline_test", "drop_points", "drop_low", "drop_high")
+        return SplitScores(dict.fromkeys(names), {}, None)
+    images, task = pipeline.data.take_test(), pipeline.task
     with pipeline.progress.stage("test split"):
-        right = {}
-        for contender in (delivery.reference, delivery.shipped):
-            runner = pipeline.backend.build(contender.path, pipeline.threads)
-            right[contender.name] = accuracy.correct(accuracy.predict(runner, inputs(images)), labels)
-    before, after = right[delivery.reference.name], right[delivery.shipped.name]
-    drop = accuracy.paired_drop(before, after)
-    found: dict[str, float | None] = {
-        "test": float(after.mean()),
-        "baseline_test": float(before.mean()),
+        before, after = (
+            parts_of(pipeline.backend.build(contender.path, pipeline.threads), task, images)
+            for contender in (delivery.reference, delivery.shipped)
+        )
+        drop = paired_drop(task, before, after)
+    record = {
+        "test": task.value(after),
+        "baseline_test": task.value(before),
         "drop_points": drop.points,
         "drop_low": drop.low,
         "drop_high": drop.high,
     }
-    return found, labels
+    ours, theirs = task.by_class(after), task.by_class(before)
+    by_class = {name: {"test": value, "baseline_test": theirs[name]} for name, value in ours.items() if name in theirs}
+    return SplitScores(record, by_class, targets_record(images))
 
 
-def inputs(images: Images) -> Iterator[NDArray[np.float32]]:
-    """Yield the preprocessed images in batches."""
-    for pictures in batches(images, BATCH):
-        yield pictures.numpy()
+def parts_of(runner: Runner, task: Task, images: Images) -> list[Any]:
+    """Return what each image brings to the metric of a file, batch by batch.
+
+    Raises:
+        ExportError: The file answers NaN or infinity.
+    """
+    parts: list[Any] = []
+    for start, pictures in zip(range(0, len(images), BATCH), batches(images, BATCH), strict=True):
+        outputs = accuracy.finite(runner.infer(pictures.numpy()), start)
+        targets = task.collate(images.targets(np.arange(start, start + len(pictures))))
+        parts += task.parts(outputs, targets)
+    return parts
 
 
 def layer_records(graph: ModelGraph, plan: CompressionPlan, precision_of: Callable[[str], str]) -> list[dict[str, Any]]:
@@ -180,7 +203,7 @@ def layer_records(graph: ModelGraph, plan: CompressionPlan, precision_of: Callab
     return records
 
 
-def result_record(pipeline: Pipeline, delivery: Delivery, found_accuracy: Mapping[str, float | None]) -> dict[str, Any]:
+def result_record(pipeline: Pipeline, delivery: Delivery, scores: SplitScores) -> dict[str, Any]:
     """Return the keys that `apply`, `search` and `demo` print with --json, but for `bundle`."""
     shipped, timing = delivery.shipped, delivery.timings[delivery.shipped.name]
     cost = pipeline.cost(shipped.plan)
@@ -190,7 +213,8 @@ def result_record(pipeline: Pipeline, delivery: Delivery, found_accuracy: Mappin
         "macs": cost.macs,
         "size_bytes": size,
         "size_ratio": full / size,
-        "accuracy": dict(found_accuracy),
+        "accuracy": dict(scores.record),
+        "metric": metric_record(pipeline.task),
         "latency": {
             "median_ms": timing.median_ms,
             "reference": delivery.reference.path.name,
@@ -201,3 +225,8 @@ def result_record(pipeline: Pipeline, delivery: Delivery, found_accuracy: Mappin
         },
         "best_unpruned": {"name": delivery.best_unpruned, "ratio": delivery.timings[delivery.best_unpruned].ratio},
     }
+
+
+def metric_record(task: Task) -> dict[str, Any]:
+    """Return what the numbers under `accuracy` are, as JSON values."""
+    return {"task": task.name, **asdict(task.metric)}

@@ -19,11 +19,18 @@ from torch import nn
 
 from hirelc_deploy.compress.slicing import IDENTITY, ZERO, Shapes, rebuild
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.answers import OUTPUT
 from hirelc_deploy.inputs.data.images import ArrayImages
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.models.source import ModelSource
+from hirelc_deploy.measure.backend import Outputs
+from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.registry import make_task
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 knew classifiers only: one output called `logits` in the samples, no task."""
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
 MODEL, WEIGHTS, SHAPES, PREPROCESS, LABELS, SAMPLES, SCRIPT = FILES = (
     "model.onnx",
@@ -34,6 +41,18 @@ MODEL, WEIGHTS, SHAPES, PREPROCESS, LABELS, SAMPLES, SCRIPT = FILES = (
     "samples.npz",
     "run.py",
 )
+TASK, INPUTS, DECODER, ARRAYS = "task.json", "inputs.py", "decode.py", "decode.npz"
+"""Since version 2: what the answers are for; how a picture becomes an input; what an answer means to people; the arrays
+that this needs, where it needs any."""
+OUTPUT_KEY = "output."
+"""Starts the names of outputs in the samples."""
+
+
+def files_of(version: int) -> tuple[str, ...]:
+    """Return the files that every bundle of a schema version has."""
+    return FILES if version == 1 else (*FILES, TASK, INPUTS, DECODER)
+
+
 MANIFEST_KEYS: Mapping[str, type] = {
     "created": str,
     "tool": dict,
@@ -89,7 +108,7 @@ def _uncut(folder: Path, source: Mapping[str, Any]) -> nn.Module:
         raise InputError(
             f"{folder / MANIFEST}: argument {banned[0]!r} reads other files and is not taken from a bundle."
         )
-    if not model.is_timm and spec != "hirelc_deploy.demo.model:demo_net":
+    if not model.is_installed and spec != "hirelc_deploy.demo.model:demo_net":
         raise InputError(
             f"{folder}: its model comes from {spec}, which is not run unasked; give that function to load as factory."
         )
@@ -122,7 +141,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     where = folder / MANIFEST
     value = json_object(where)
     version = value.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise InputError(
             f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}; update it."
         )
@@ -172,21 +191,38 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def read_samples(folder: Path, preprocess: Preprocess) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def read_samples(folder: Path, preprocess: Preprocess) -> tuple[NDArray[np.float32], Outputs]:
     """Return model inputs and the outputs stored for them."""
     try:
         with np.load(folder / SAMPLES, allow_pickle=False) as archive:
-            images, logits = archive["images"], archive["logits"]
+            images = archive["images"]
+            named = {key.removeprefix(OUTPUT_KEY): key for key in archive.files if key.startswith(OUTPUT_KEY)}
+            outputs = {name: archive[key] for name, key in (named or {OUTPUT: "logits"}).items()}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{folder / SAMPLES}: not readable as samples ({error}).") from None
     channels, height, width = preprocess.input_size
     if images.shape[1:] != (height, width, channels) or images.dtype not in (np.uint8, np.float32) or not len(images):
         raise InputError(f"{folder / SAMPLES}: {images.dtype} images {images.shape} do not fit {PREPROCESS}.")
-    if logits.ndim != 2 or len(logits) != len(images) or not np.isfinite(logits).all():
-        raise InputError(f"{folder / SAMPLES}: outputs {logits.shape} do not fit {len(images)} images.")
+    for name, values in outputs.items():
+        floats = values.dtype.kind == "f"
+        if values.ndim < 1 or len(values) != len(images) or not floats or not np.isfinite(values).all():
+            raise InputError(f"{folder / SAMPLES}: outputs {name} {values.shape} do not fit {len(images)} images.")
     rows = np.arange(len(images))
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return ArrayImages(pixels, None, rows, preprocess).batch(rows).numpy(), logits.astype(np.float32)
+    return ArrayImages(pixels, None, rows, preprocess).batch(rows).numpy(), {
+        name: values.astype(np.float32) for name, values in outputs.items()
+    }
+
+
+def read_task(folder: Path) -> Task:
+    """Return the task of a bundle, made again; the user's own metric and loss are not in it."""
+    if not (folder / TASK).is_file():  # version 1
+        return CLASSIFICATION
+    told = record(json_object(folder / TASK), "made_of")
+    name, classes, options = told.get("name"), told.get("classes"), told.get("options")
+    if not isinstance(name, str) or not isinstance(classes, list) or not isinstance(options, dict):
+        raise InputError(f"{folder / TASK}: made_of needs name (text), classes (a list) and options (an object).")
+    return make_task(name, tuple(map(str, classes)), options)
 
 
 def record(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:

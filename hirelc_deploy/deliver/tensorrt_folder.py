@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hirelc_deploy.compress.integer.calibration import calibrate
 from hirelc_deploy.compress.onnx_file import export_tensorrt
 from hirelc_deploy.compress.onnx_file.export import export_onnx, set_static_batch
 from hirelc_deploy.config import JobConfig
-from hirelc_deploy.deliver.read import LABELS, MANIFEST, PREPROCESS
+from hirelc_deploy.deliver.read import LABELS, MANIFEST, PREPROCESS, read_task
 from hirelc_deploy.deliver.read import load as load_bundle
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.evaluate.cutting import divergence, tensors
 from hirelc_deploy.evaluate.effort import BATCH
-from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.batches import batches, two_images
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.fitting import answering
 from hirelc_deploy.inputs.models.source import ModelSource
-from hirelc_deploy.measure.accuracy import correct, paired_drop, predict
+from hirelc_deploy.measure.accuracy import finite
 from hirelc_deploy.measure.registry import get_backend
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.paired import paired_drop
 
 FP16 = "fp16"
 SAMPLES = 8
@@ -58,6 +63,8 @@ def write_folder(run: Path, out: Path) -> list[Path]:
     source = ModelSource(config.model.spec, arguments=dict(config.model.arguments))
     model = load_bundle(bundle, None if source.is_timm else source.build)
     data = configured_data(config).preprocessed(preprocess)
+    task = read_task(bundle)
+    answering(model, task, model(two_images(data)))
     dynamic, static = out / ".dynamic.onnx", out / ".static.onnx"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +79,7 @@ def write_folder(run: Path, out: Path) -> list[Path]:
                 partial(precision_of, plan, precision),
                 pattern=pattern,
             )
-        records = _judge(out, static, data.selection, config.limits.max_drop)
+        records = _judge(out, static, data.selection, task, config.limits.max_drop)
         for name in (PREPROCESS, LABELS):
             shutil.copyfile(bundle / name, out / name)
         program = resources.files("hirelc_backends") / "tensorrt_program.py"
@@ -101,18 +108,14 @@ def precision_of(plan: CompressionPlan, precision: str, layer: str) -> str:
     return plan.precision.get(layer, "float" if plan.default_precision == "float" else precision)
 
 
-def _judge(out: Path, static: Path, images: Images, max_drop: float | None) -> dict[str, Any]:
+def _judge(out: Path, static: Path, images: Images, task: Task, max_drop: float | None) -> dict[str, Any]:
     """Run each form on a CPU, remove equal ones and those that lose too much, and keep answers to check engines by."""
     backend = get_backend(CPU)
-    count = len(images)
-
-    def answers(path: Path) -> Any:
-        starts = range(0, count, BATCH)
-        return predict(backend.build(path), (images.batch(range(at, min(at + BATCH, count))).numpy() for at in starts))
-
-    expected = answers(static)
-    labels = expected.argmax(1) if images.labels is None else images.labels
-    samples: dict[str, Any] = {"inputs": images.batch(np.arange(min(SAMPLES, count))).numpy()}
+    first = images.batch(np.arange(min(SAMPLES, len(images))))
+    pictures = torch.cat(list(batches(images, BATCH))).numpy()
+    targets = task.collate(images.targets(np.arange(len(images)))) if images.labelled else None
+    expected = backend.build(static).infer(pictures)
+    samples: dict[str, Any] = {"inputs": first.numpy()}
     records: dict[str, Any] = {}
     seen: dict[bytes, str] = {}
     for path in sorted(out.glob("model.*.onnx")):
@@ -122,22 +125,19 @@ def _judge(out: Path, static: Path, images: Images, max_drop: float | None) -> d
             path.unlink()
             continue
         seen[content] = path.name
-        logits = answers(path)
-        drop = paired_drop(correct(expected, labels), correct(logits, labels))
-        kept = max_drop is None or drop.points <= max_drop or path.name == f"model.{FP16}.onnx"
-        records[path.name] = {
-            "bytes": len(content),
-            "images": count,
-            "agreement_with_labels" if images.labels is not None else "agreement_with_float": float(
-                correct(logits, labels).mean()
-            ),
-            "drop_points": drop.points,
-            "drop_low": drop.low,
-            "drop_high": drop.high,
-            "kept": kept,
-        }
+        outputs = finite(backend.build(path).infer(pictures))
+        record: dict[str, Any] = {"bytes": len(content), "images": len(images)}
+        record["divergence"] = divergence(task, tensors(expected), tensors(outputs))
+        kept = True
+        if targets is not None:
+            parts = task.parts(outputs, targets)
+            drop = paired_drop(task, task.parts(expected, targets), parts)
+            kept = max_drop is None or drop.points <= max_drop or path.name == f"model.{FP16}.onnx"
+            record |= {"accuracy": task.value(parts), "drop_points": drop.points}
+            record |= {"drop_low": drop.low, "drop_high": drop.high}
+        records[path.name] = {**record, "kept": kept}
         if kept:
-            samples[path.name] = logits[:SAMPLES]
+            samples |= {f"{path.name}/{name}": values[:SAMPLES] for name, values in outputs.items()}
         else:
             path.unlink()
     np.savez_compressed(out / "inputs.npz", allow_pickle=False, **samples)

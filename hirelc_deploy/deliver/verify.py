@@ -10,29 +10,34 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from hirelc_deploy.deliver.bundle import labels_digest
+from hirelc_deploy.deliver.bundle import targets_record
+from hirelc_deploy.deliver.race import parts_of
 from hirelc_deploy.deliver.read import (
-    FILES,
     MANIFEST,
     MODEL,
     SAMPLES,
+    SCHEMA_VERSION,
     SHAPES,
+    TASK,
     WEIGHTS,
     check_file,
+    files_of,
+    json_object,
     number,
     read_manifest,
     read_preprocess,
     read_samples,
     read_shapes,
+    read_task,
     read_weights,
     record,
 )
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.evaluate.cutting import tensors
 from hirelc_deploy.inputs.data.splits import Data
-from hirelc_deploy.measure.accuracy import OperatorCount, correct, operators, predict
-from hirelc_deploy.measure.backend import Backend, Runner
+from hirelc_deploy.measure.accuracy import OperatorCount, operators
+from hirelc_deploy.measure.backend import Backend, Outputs, Runner
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, TimingLimits, compare
 from hirelc_deploy.plan import CompressionPlan
@@ -153,14 +158,15 @@ def verify(
         findings.problems.append(str(error))
         return findings.result()
     if data is not None:
-        _accuracy_again(findings, runner, data.preprocessed(preprocess), expected.shape[1], measurements)
+        _accuracy_again(findings, runner, data.preprocessed(preprocess), bundle, measurements)
     if reference is not None:
         _latency_again(findings, bundle / MODEL, backend, reference, manifest, limits=limits)
     return findings.result()
 
 
 def _check_all_files(folder: Path, files: Mapping[str, Any]) -> list[str]:
-    problems = [f"{name}: the manifest does not list it." for name in FILES if name not in files]
+    version = 1 if TASK not in files else SCHEMA_VERSION
+    problems = [f"{name}: the manifest does not list it." for name in files_of(version) if name not in files]
     for name, claim in files.items():
         problems += check_file(folder, name, claim)
     extra = sorted(path.name for path in folder.iterdir() if path.name not in files and path.name != MANIFEST)
@@ -188,17 +194,25 @@ def _check_self_contained(model: Path) -> None:
         raise InputError(f"{MODEL}: keeps weights in other files, which nothing vouches for.")
 
 
-def _check_samples(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> list[str]:
-    if logits.shape != expected.shape:
-        return [f"{SAMPLES}: the file answers {logits.shape}, the stored outputs have shape {expected.shape}."]
-    span = np.ptp(expected, axis=1, keepdims=True)
-    good = (np.abs(logits - expected) <= SAMPLE_TOLERANCE * span).all(axis=1)  # NaN is not good
-    if good.all():
-        return []
-    return [
-        f"{SAMPLES}: {int((~good).sum())} of {len(good)} stored outputs are not reproduced within "
-        f"{SAMPLE_TOLERANCE:.0%} of their range: this device computes other numbers."
-    ]
+def _check_samples(found: Outputs, expected: Outputs) -> list[str]:
+    """Return what is wrong with the outputs; those of version 1 have no name, and there is one."""
+    if len(found) == len(expected) == 1:
+        expected = dict(zip(found, expected.values(), strict=True))
+    problems = []
+    for name, wanted in expected.items():
+        if name not in found or found[name].shape != wanted.shape:
+            shape = found[name].shape if name in found else "nothing"
+            problems.append(f"{SAMPLES}: the file answers {shape}, the stored outputs have shape {wanted.shape}.")
+            continue
+        flat, stored = (values.reshape(len(wanted), -1) for values in (found[name], wanted))
+        span = np.ptp(stored, axis=1, keepdims=True)
+        good = (np.abs(flat - stored) <= SAMPLE_TOLERANCE * span).all(axis=1)  # NaN is not good
+        if not good.all():
+            problems.append(
+                f"{SAMPLES}: {int((~good).sum())} of {len(good)} stored outputs are not reproduced within "
+                f"{SAMPLE_TOLERANCE:.0%} of their range: this device computes other numbers."
+            )
+    return problems
 
 
 def _check_operators(count: OperatorCount, claim: Mapping[str, Any]) -> list[str]:
@@ -211,24 +225,31 @@ def _check_operators(count: OperatorCount, claim: Mapping[str, Any]) -> list[str
 
 
 def _accuracy_again(
-    findings: _Findings, runner: Runner, data: Data, outputs: int, measurements: Mapping[str, Any]
+    findings: _Findings, runner: Runner, data: Data, bundle: Path, measurements: Mapping[str, Any]
 ) -> None:
     """Read the test split and compare: exactly where it is the one of the manifest, else within its sampling error."""
     images = data.take_test()
-    if images.labels is None:
+    if not images.labelled:
         findings.remarks.append(f"{data.name} has no labels: the accuracy was not checked.")
         return
-    if len(data.classes) != outputs:
-        raise InputError(f"{data.name} has {len(data.classes)} classes, but the bundle's file answers {outputs}.")
-    count = len(images)
-    starts = range(0, count, BATCH)
-    logits = predict(runner, (images.batch(range(at, min(at + BATCH, count))).numpy() for at in starts))
-    findings.accuracy = accuracy = float(correct(logits, images.labels).mean())
-    claimed, test = findings.claimed_accuracy, record(measurements, "test")
+    own = json_object(bundle / TASK).get("own_metric") if (bundle / TASK).is_file() else None
+    if own is not None:
+        findings.remarks.append(f"The accuracy is by the user's own metric {own}, which is not in the bundle.")
+        return
+    task, claimed, test = read_task(bundle), findings.claimed_accuracy, record(measurements, "test")
+    targets = task.collate(images.targets([0]))
+    task.check(tensors(runner.infer(images.batch([0]).numpy())), targets)
+    if data.classes and task.classes and len(data.classes) != len(task.classes):
+        raise InputError(
+            f"{data.name} has {len(data.classes)} classes, but the bundle's file knows {len(task.classes)}."
+        )
+    parts = parts_of(runner, task, images)
+    findings.accuracy = accuracy = task.value(parts)
+    name, count = task.metric.name, len(images)
     if claimed is None:
         findings.remarks.append("The manifest claims no accuracy.")
         return
-    if test.get("labels_sha256") == labels_digest(images.labels):
+    if test.get("labels_sha256") == targets_record(images)["labels_sha256"]:
         allowed = max(REPEAT_TOLERANCE, 3 / count)
         basis = f"on the same {count} test images"
     else:
@@ -239,8 +260,8 @@ def _accuracy_again(
         findings.remarks.append(
             f"The accuracy was taken {basis}; it may differ by {100 * allowed:.1f} points by chance."
         )
-    if not abs(accuracy - claimed) <= allowed:
-        findings.problems.append(f"accuracy: {accuracy:.2%} {basis}, the manifest claims {claimed:.2%}.")
+    if not abs(accuracy - claimed) <= (allowed if task.metric.scale == 100 else allowed * abs(claimed)):
+        findings.problems.append(f"{name}: {accuracy:.2%} {basis}, the manifest claims {claimed:.2%}.")
 
 
 def _latency_again(

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from hirelc_deploy.compress import recovery, slicing
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.evaluate.effort import SMALL_BATCH
+from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
-from hirelc_deploy.measure import accuracy
+from hirelc_deploy.measure.backend import Outputs
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.tasks.contract import Targets, Task
 
 FLOAT = "float"
 
@@ -67,15 +69,38 @@ def round_as_asked(model: nn.Module, roundings: Sequence[qat.Rounding], plan: Co
     qat.install(model, qat.joined(each for each in roundings if integer & each.weights.keys()))
 
 
-def judged(
-    logits: NDArray[np.float32], answers: Tensor, labels: NDArray[np.int64] | None
-) -> tuple[float, float | None]:
-    """Return the divergence of (n, classes) logits from the uncut model's answers, and how many are right."""
-    loss = accuracy.kl_divergence(answers.numpy(), logits)
-    return loss, None if labels is None else float(np.mean(logits.argmax(1) == labels))
+def judged(task: Task, found: Answers, wanted: Answers, targets: Targets | None) -> tuple[float, float | None]:
+    """Return the mean divergence of answers from the uncut model's, and the metric; None without targets."""
+    loss = divergence(task, wanted, found)
+    return loss, None if targets is None else task.value(task.parts(arrays(found), targets))
 
 
-def forward(model: nn.Module, pictures: Tensor) -> Tensor:
-    """Return (n, classes) float32 logits of (n, channels, height, width) pictures, in batches."""
+def divergence(task: Task, wanted: Answers, found: Answers) -> float:
+    """Return the mean divergence over images, in double precision."""
+    total = torch.zeros((), dtype=torch.float64)
+    count = len(next(iter(wanted.values())))
+    for start in range(0, count, SMALL_BATCH):
+        pair = (
+            {name: values[start : start + SMALL_BATCH].double() for name, values in each.items()}
+            for each in (wanted, found)
+        )
+        uncut, ours = pair
+        total += task.divergence(uncut, ours).sum()
+    return float(total / count)
+
+
+def forward(model: nn.Module, pictures: Tensor) -> Answers:
+    """Return the float32 answers to (n, channels, height, width) pictures, in batches."""
     with torch.no_grad():
-        return torch.cat([model(batch).float() for batch in pictures.split(SMALL_BATCH)])
+        parts = [named(model(batch)) for batch in pictures.split(SMALL_BATCH)]
+    return {name: torch.cat([part[name].float() for part in parts]) for name in parts[0]}
+
+
+def tensors(outputs: Outputs) -> Answers:
+    """Return what a file answered as tensors."""
+    return {name: torch.from_numpy(values) for name, values in outputs.items()}
+
+
+def arrays(answers: Answers) -> Outputs:
+    """Return what a model answered as arrays."""
+    return {name: values.numpy() for name, values in answers.items()}

@@ -12,6 +12,10 @@ SMALL_BATCH = 32
 """Where only forward passes count: their tensors stay in the caches and their memory is not mapped anew each time. The
 demo network, one core: 512 images judged in 0.79 s, not 0.90, to the same bits; 256 calibrated in 0.72 s, not 1.59."""
 EQUALISING_BATCHES = 2
+GRADIENT_VALUES = 2**22
+"""Values of the images of one batch where gradients are needed: 128 of 3 x 64 x 64, 27 of 3 x 224 x 224."""
+ANSWER_BYTES = 2**28
+"""Answers of F1's images up to this size: 135 maps of 11 classes on 180 x 240 pixels."""
 KEPT_BYTES = 2**28
 """Calibration images up to this size are kept in memory; more of them are read again for every file."""
 

@@ -16,7 +16,7 @@ from torch import nn
 from hirelc_deploy.compress.integer import placement, qat, quantize
 from hirelc_deploy.compress.integer.placement import Placement
 from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
-from hirelc_deploy.evaluate.cutting import FLOAT, judged
+from hirelc_deploy.evaluate.cutting import FLOAT, divergence, judged, tensors
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.evaluate.writer import Exported, Writer
 from hirelc_deploy.measure import accuracy
@@ -27,6 +27,7 @@ from hirelc_deploy.outcome import Fidelity
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run, atomic_path
+from hirelc_deploy.tasks.paired import PairedDrop, paired_drop
 
 
 class Files:
@@ -158,25 +159,25 @@ class Files:
         return found
 
     def divergence(self, path: Path) -> float:
-        """Return how far the answers of a file are from the float ones, in nats, on a part of the selection images."""
-        images = self._uncut.selection[0][: self._uncut.effort.search_images].numpy()
-        logits = self.backend.build(path, self.threads).infer(images)
-        return accuracy.kl_divergence(self._uncut.answers[: len(logits)].numpy(), logits)
+        """Return how far the answers of a file are from the float ones, on a part of the selection images."""
+        count = self._uncut.judged_images
+        found = self.backend.build(path, self.threads).infer(self._uncut.selection[0][:count].numpy())
+        wanted = {name: values[:count] for name, values in self._uncut.answers.items()}
+        return divergence(self._uncut.task, wanted, tensors(found))
 
-    def file_drop(self, path: Path) -> accuracy.PairedDrop:
-        """Return how much accuracy a file lost against the uncut model on the selection split, paired, in points."""
-        images, labels = self._uncut.selection
-        if labels is None:
-            return accuracy.PairedDrop(math.nan, math.nan, math.nan)
-        logits = self.backend.build(path, self.threads).infer(images.numpy())
-        return accuracy.paired_drop(
-            accuracy.correct(self._uncut.answers.numpy(), labels), accuracy.correct(logits, labels)
-        )
+    def file_drop(self, path: Path) -> PairedDrop:
+        """Return how much a file lost of the metric against the uncut model on the selection split, paired."""
+        images, targets = self._uncut.selection
+        if targets is None or self._uncut.parts is None:
+            return PairedDrop(math.nan, math.nan, math.nan)
+        outputs = self.backend.build(path, self.threads).infer(images.numpy())
+        return paired_drop(self._uncut.task, self._uncut.parts, self._uncut.task.parts(outputs, targets))
 
     def judge(self, path: Path) -> tuple[float, float | None]:
-        """Return the divergence of a file from the uncut model, and its accuracy, on the selection split."""
-        images, labels = self._uncut.selection
-        return judged(self.backend.build(path, self.threads).infer(images.numpy()), self._uncut.answers, labels)
+        """Return the divergence of a file from the uncut model, and its metric, on the selection split."""
+        images, targets = self._uncut.selection
+        outputs = self.backend.build(path, self.threads).infer(images.numpy())
+        return judged(self._uncut.task, tensors(outputs), self._uncut.answers, targets)
 
     def time(self, files: Sequence[Path]) -> list[Timing]:
         """Time files against the first of them, briefly, on the target."""

@@ -8,10 +8,9 @@ from typing import Any
 from hirelc_deploy.compress.integer import guard
 from hirelc_deploy.compress.integer.guard import Guarded
 from hirelc_deploy.evaluate.pipeline import Pipeline
-from hirelc_deploy.measure import accuracy
-from hirelc_deploy.measure.accuracy import PairedDrop
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.tasks.paired import Z_95, PairedDrop
 
 
 def guarded(pipeline: Pipeline, max_drop: float) -> tuple[CompressionPlan, Guarded]:
@@ -67,4 +66,4 @@ def placed_trained(pipeline: Pipeline) -> Path | None:
 
 def drop_with_error(found: PairedDrop) -> float:
     """Return the points lost and one standard error, from the 95 % interval."""
-    return found.points + (found.high - found.low) / (2 * accuracy.Z_95)
+    return found.points + (found.high - found.low) / (2 * Z_95)

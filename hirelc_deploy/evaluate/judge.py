@@ -16,11 +16,13 @@ from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import SliceError
 from hirelc_deploy.evaluate.clock import clocked
 from hirelc_deploy.evaluate.cutting import cut, forward, judged, round_as_asked
+from hirelc_deploy.graph.answers import Answers
 from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.outcome import Failed, Measured, Outcome, outcome_to_dict
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.tasks.contract import Targets, Task
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class Judge:
     """Judges cut models before any training (F1). It has all it needs, so it can be sent to another process or host.
 
     Attributes:
+        task: What the answers are for.
         images: (n, channels, height, width) selection images, preprocessed.
-        labels: (n,) their classes, where there are any.
-        answers: (n, classes) logits of the uncut model on them.
+        targets: What is true of them, where that is known.
+        answers: Of the uncut model to them.
         roundings: What the integer file rounds for the sake of each block; none where all is judged in float.
     """
 
@@ -40,9 +43,10 @@ class Judge:
     grams: Mapping[str, Gram]
     restated: nn.Module
     norm_batches: Sequence[Tensor]
+    task: Task
     images: Tensor
-    labels: NDArray[np.int64] | None
-    answers: Tensor
+    targets: Targets | None
+    answers: Answers
     roundings: Sequence[qat.Rounding] = ()
 
     def answer(self, text: str) -> str:
@@ -62,6 +66,6 @@ class Judge:
         with clocked(seconds, "judge"):
             round_as_asked(model, self.roundings, plan)
             with recovery.half_precision(torch.device("cpu")):
-                logits = forward(model, self.images)
-            loss, correct = judged(logits.numpy(), self.answers, self.labels)
-        return Measured(plan.digest, "F1", loss, correct, cost.params, cost.macs, seconds=seconds)
+                found = forward(model, self.images)
+            loss, value = judged(self.task, found, self.answers, self.targets)
+        return Measured(plan.digest, "F1", loss, value, cost.params, cost.macs, seconds=seconds)

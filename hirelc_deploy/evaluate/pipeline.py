@@ -5,6 +5,7 @@ plan -> slice -> recover -> integer file -> built -> measured outcome: the searc
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -24,12 +25,14 @@ from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.graph.costs import Cost, cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.inputs.data.splits import Data
-from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
 from hirelc_deploy.outcome import Failed, Fidelity, Measured, Outcome, outcome_from_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
+from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.paired import PairedDrop
 from hirelc_deploy.together.processes import Ahead, Evaluators
 
 
@@ -37,6 +40,7 @@ class Pipeline:
     """The ladder of fidelities of one uncut model with its data and target.
 
     Attributes:
+        task: What the model is for.
         uncut: What is known of the model before it is cut.
         files: Writes, runs and times files.
         training: Recovers cut models.
@@ -54,6 +58,7 @@ class Pipeline:
         run: Run,
         *,
         effort: Effort,
+        task: Task = CLASSIFICATION,
         seed: int = 0,
         threads: int = 1,
         progress: Progress | None = None,
@@ -65,10 +70,10 @@ class Pipeline:
     ) -> None:
         """Args: `graph` and `start` as of `UncutModel` and `Training`."""
         self.data, self.backend, self.run, self.effort = data, backend, run, effort
-        self.seed, self.threads = seed, threads
+        self.seed, self.threads, self.task = seed, threads, task
         self.progress = progress or Progress(quiet=True)
         self.jobs, self.evaluators, self.rounds = jobs, evaluators, rounds
-        self.uncut = UncutModel(model, data, effort, self.progress, graph)
+        self.uncut = UncutModel(model, data, task, effort, self.progress, graph)
         self.model = self.uncut.model
         self.files = Files(self.uncut, backend, run, threads, self.progress)
         roundings = lambda: tuple(self.roundings.values())  # noqa: E731
@@ -107,18 +112,19 @@ class Pipeline:
     @cached_property
     def judge(self) -> Judge:
         """What judges cut models before any training (F1)."""
-        count = self.effort.search_images
-        images, labels = self.uncut.selection
+        uncut, count = self.uncut, self.uncut.judged_images
+        images, targets = uncut.selection
         return Judge(
             self.model,
             self.graph,
-            self.uncut.scores,
-            self.uncut.grams,
-            self.uncut.restated,
-            self.uncut.norm_batches,
+            uncut.scores,
+            uncut.grams,
+            uncut.restated,
+            uncut.norm_batches,
+            self.task,
             images[:count].clone(),  # a slice would be sent with all images behind it
-            None if labels is None else labels[:count],
-            self.uncut.answers[:count].clone(),
+            None if targets is None else copy.deepcopy(targets[:count]),
+            {name: values[:count].clone() for name, values in uncut.answers.items()},
             tuple(self.roundings.values()),
         )
 
@@ -163,7 +169,7 @@ class Pipeline:
                 path = self.files.build(model, plan, fidelity)
             stage = "judge"
             with clocked(seconds, stage):
-                loss, correct = self.files.judge(path)
+                loss, value = self.files.judge(path)
             stage = "time"
             with clocked(seconds, stage):
                 timing = self.files.time([self.files.reference, path])[1]
@@ -173,7 +179,7 @@ class Pipeline:
             plan.digest,
             fidelity,
             loss,
-            correct,
+            value,
             cost.params,
             cost.macs,
             median_ms=timing.median_ms,
@@ -192,6 +198,6 @@ class Pipeline:
         """Return the parameters and multiply-accumulates that a plan leaves, counted without building it."""
         return cost_of(self.model, self.graph, plan.keep)
 
-    def selection_drop(self, plan: CompressionPlan, fidelity: Fidelity) -> accuracy.PairedDrop:
+    def selection_drop(self, plan: CompressionPlan, fidelity: Fidelity) -> PairedDrop:
         """Return how much accuracy an evaluated plan's file lost on the selection split; see `Files.file_drop`."""
         return self.files.file_drop(self.files.file_of(plan, fidelity))

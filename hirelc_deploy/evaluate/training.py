@@ -53,7 +53,7 @@ class Training:
     def teacher(self) -> recovery.Teacher:
         """The uncut model as a teacher on the training split."""
         views = self.effort.recovery.views if self.effort.recovery else 1
-        return recovery.Teacher(self._uncut.model, self._uncut.sensitivity_split, views, self.device)
+        return recovery.Teacher(self._uncut.model, self._uncut.sensitivity_split, views, self.device, self._uncut.task)
 
     def recovered(self, model: nn.Module, plan: CompressionPlan) -> nn.Module:
         """Return the model cut to a plan after its recovery."""
@@ -123,10 +123,10 @@ class Training:
             recovery.fine_tune(
                 model, self.teacher, brief, seed=self.seed, progress=self.progress, name=name, reads=reads
             )
-            images, labels = self._uncut.selection
+            images, targets = self._uncut.selection
             round_as_asked(model, self._roundings(), plan)
             with recovery.half_precision(torch.device("cpu")):
-                return judged(forward(model, images).numpy(), self._uncut.answers, labels)[0]
+                return judged(self._uncut.task, forward(model, images), self._uncut.answers, targets)[0]
 
         return float(self._files.run.remember(f"loss of {plan.digest} after {epochs:g} epochs of recovery", measure))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,17 @@ from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.branches import proven
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate import effort as sizes
-from hirelc_deploy.evaluate.cutting import forward
-from hirelc_deploy.evaluate.effort import BATCH, SMALL_BATCH, Effort
+from hirelc_deploy.evaluate.cutting import arrays, forward
+from hirelc_deploy.evaluate.effort import ANSWER_BYTES, BATCH, GRADIENT_VALUES, SMALL_BATCH, Effort
+from hirelc_deploy.graph.answers import Answers
 from hirelc_deploy.graph.model_graph import ModelGraph
-from hirelc_deploy.graph.sensitivity import Gram, importance, input_grams
+from hirelc_deploy.graph.sensitivity import Gram, Losses, importance, input_grams
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.data.batches import batches, two_images
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.progress import Progress
+from hirelc_deploy.tasks.contract import Targets, Task
 
 
 def proven_graph(
@@ -44,11 +47,18 @@ class UncutModel:
     """The model as it was given, with its data."""
 
     def __init__(
-        self, model: nn.Module, data: Data, effort: Effort, progress: Progress, graph: ModelGraph | None = None
+        self,
+        model: nn.Module,
+        data: Data,
+        task: Task,
+        effort: Effort,
+        progress: Progress,
+        graph: ModelGraph | None = None,
     ) -> None:
         """Args: `graph` where it is known from before the run was opened, so that a bad option leaves no run behind."""
         self.model = model.eval()
         self.data = data
+        self.task = task
         self.effort = effort
         self.progress = progress
         if graph is not None:
@@ -66,15 +76,22 @@ class UncutModel:
 
     @cached_property
     def scores(self) -> dict[str, NDArray[np.float64]]:
-        """Unit name to the importance of each of its elements."""
-        split, most = self.sensitivity_split, self.effort.sensitivity_images
+        """Unit name to the importance of each of its elements: by labels, else by the uncut model's own answers."""
+        split, task = self.sensitivity_split, self.task
+        generator = torch.Generator().manual_seed(0)
+        # Activations with their gradients are kept for a whole batch.
+        size = max(8, min(BATCH, GRADIENT_VALUES // self.example[0].numel()))
+
+        def losses(start: int) -> Losses:
+            if not split.labelled:
+                return lambda answers: task.surprise(answers, generator)
+            rows = np.arange(start, min(start + size, len(split), self.effort.sensitivity_images))
+            targets = task.collate(split.targets(rows))
+            return lambda answers: task.loss(answers, targets)
+
         with self.progress.stage("importance"):
-            if split.labels is None:  # then the uncut model's own answers
-                labels = torch.cat([forward(self.model, part).argmax(1) for part in batches(split, BATCH, most)])
-            else:
-                labels = torch.from_numpy(split.labels[:most])
-            pairs = zip(batches(split, BATCH, most), labels.split(BATCH), strict=True)
-            return importance(self.model, self.graph, pairs)
+            parts = enumerate(batches(split, size, self.effort.sensitivity_images))
+            return importance(self.model, self.graph, ((part, losses(index * size)) for index, part in parts))
 
     @cached_property
     def grams(self) -> dict[str, Gram]:
@@ -112,13 +129,27 @@ class UncutModel:
         return list(batches(self.data.calibration, SMALL_BATCH))
 
     @cached_property
-    def selection(self) -> tuple[Tensor, NDArray[np.int64] | None]:
-        """All selection images, preprocessed once, and their labels."""
+    def selection(self) -> tuple[Tensor, Targets | None]:
+        """All selection images, preprocessed once, and what is true of them."""
         images = self.data.selection
-        return torch.cat(list(batches(images, BATCH))), images.labels
+        rows = np.arange(len(images))
+        targets = self.task.collate(images.targets(rows)) if images.labelled else None
+        return torch.cat(list(batches(images, BATCH))), targets
 
     @cached_property
-    def answers(self) -> Tensor:
-        """(n, classes) logits of the uncut model on the selection images."""
+    def answers(self) -> Answers:
+        """What the uncut model answers to the selection images."""
         with self.progress.stage("uncut model on the selection split"):
             return forward(self.model, self.selection[0])
+
+    @cached_property
+    def parts(self) -> list[Any] | None:
+        """What each selection image brings to the metric of the uncut model; None without labels."""
+        targets = self.selection[1]
+        return None if targets is None else self.task.parts(arrays(self.answers), targets)
+
+    @cached_property
+    def judged_images(self) -> int:
+        """Selection images that judge an F1 evaluation: fewer where answers are large (maps of many classes)."""
+        one = sum(values[:1].nbytes for values in self.answers.values())
+        return max(1, min(self.effort.search_images, ANSWER_BYTES // one))

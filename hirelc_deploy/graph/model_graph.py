@@ -46,12 +46,14 @@ class Branch:
     """A residual branch that is left out when nothing of a unit stays (stochastic depth: Huang et al. 2016).
 
     Attributes:
-        module: Everything in it goes. What it returns has the shape of what it is given.
+        module: Everything in it goes. The tensor that it returns has the shape of the one it is given.
         passes: Its shortcut is in it: it becomes an identity. Otherwise that is around it, and it becomes a zero.
+        more: How many results come behind that tensor, in a tuple, which nobody reads: an attention's weights.
     """
 
     module: str
     passes: bool
+    more: int = 0
 
 
 @dataclass(frozen=True)

@@ -204,14 +204,14 @@ def _along_dim(walk: Walk, op: Op) -> Value:
     return x
 
 
-RESPONSE_NORMS = ("GlobalResponseNorm", "GRN")
-"""Class names of the norm of ConvNeXt V2 (Woo et al. 2023), in timm and in its authors' code."""
+RESPONSE_NORMS = ("GlobalResponseNorm", "GRN", "ConvNextV2GRN")
+"""Class names of the norm of ConvNeXt V2 (Woo et al. 2023), in timm, in its authors' code and in transformers."""
 
 
-@handles("mean", "sum", "amax", "amin", "var", "std", "norm")
+@handles("mean", "sum", "amax", "amin", "var", "std", "norm", "linalg_vector_norm")
 def _reduction(walk: Walk, op: Op) -> Value:
-    x = walk.value(op.arg(0, "input"))
-    rank, dims = len(x.shape), op.arg(2 if op.function == "norm" else 1, "dim")
+    x = walk.value(next(iter(refs((op.args, op.kwargs)))))
+    rank, dims = len(x.shape), op.arg(2 if op.function.endswith("norm") else 1, "dim")
     if not isinstance(dims, (int, tuple, list, type(None))):
         return unknown(walk, op)[0]
     reduced = set(range(rank)) if dims is None else {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
@@ -229,13 +229,15 @@ def _reduction(walk: Walk, op: Op) -> Value:
 
 @handles(
     "max_pool2d", "avg_pool2d", "lp_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "pad",
+    "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d",
 )  # fmt: skip
 def _spatial(walk: Walk, op: Op) -> Value | Sequence[Value]:
     x = walk.value(next(iter(refs((op.args, op.kwargs)))))
     shapes = result_shapes(op)
     if len(shapes) != 1 or len(shapes[0]) != len(x.shape):
         return unknown(walk, op)
-    channels = {0, 1} if op.function != "pad" and len(x.shape) == 4 else set()
+    batched = 3 if op.function.endswith("1d") else 4
+    channels = {0, 1} if op.function != "pad" and len(x.shape) == batched else set()
     if op.function == "pad":
         padded = op.arg(1, "pad")
         channels = {d for d in range(len(x.shape)) if not any(_amounts(padded, len(x.shape) - 1 - d))}

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.graph.model_graph import IndexRows, ModelGraph
 from hirelc_deploy.graph.trace import eval_mode
+
+Losses = Callable[[Answers], Tensor]
+"""The (n,) losses of images, from a model's answers to them."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,16 @@ class Gram:
 
 
 def importance(
-    model: nn.Module, graph: ModelGraph, batches: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module, graph: ModelGraph, batches: Iterable[tuple[Tensor, Losses]]
 ) -> dict[str, NDArray[np.float64]]:
     """Return unit name to (size,) importance of its elements: how much the loss would change without them.
 
     Per element the mean over images of (sum over readers and positions of x * dL/dx)^2, x being the readers' inputs
-    and L the cross-entropy of one image in eval mode. It is the per-sample Fisher of Theis et al. (2018), 'Faster
+    and L the loss of one image in eval mode. It is the per-sample Fisher of Theis et al. (2018), 'Faster
     gaze prediction with dense networks and Fisher pruning', without their factor of 1/2.
 
     Args:
-        batches: Pairs of (n, channels, height, width) images and (n,) integer labels.
+        batches: Pairs of (n, channels, height, width) images and their losses.
 
     Raises:
         InputError: `batches` is empty.
@@ -69,15 +72,14 @@ def importance(
 
     images_seen = 0
     with _weights_frozen(model), _observed(model, list(rows_of), observe), torch.enable_grad():
-        for images, labels in batches:
+        for images, losses in batches:
             taylor.clear()
-            loss = F.cross_entropy(model(images.detach().clone().requires_grad_()), labels, reduction="sum")
-            loss.backward()
+            losses(named(model(images.detach().clone().requires_grad_()))).sum().backward()
             images_seen += len(images)
             for name, values in taylor.items():
                 totals[name] += values.double().square().sum(0).cpu().numpy()
     if not images_seen:
-        raise InputError("importance: no images were given; at least one labelled image is needed.")
+        raise InputError("importance: no images were given; at least one is needed.")
     return {unit: total / images_seen for unit, total in totals.items()}
 
 

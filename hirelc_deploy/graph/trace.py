@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,8 +59,9 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         example: (n, channels, height, width) images; only the first is used.
 
     Raises:
-        InputError: The model cannot run on such an image.
+        InputError: The model cannot run on such an image, or on an image alone.
     """
+    check_one_input(model)
     images = example[:1].expand(BATCH, *example.shape[1:]).clone()
     recorder = _Recorder(model)
     drop_caches(model)
@@ -74,6 +76,23 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             "Give the image size the model was made for."
         ) from error
     return Trace(tuple(recorder.ops), recorder.refs_in(output))
+
+
+def check_one_input(model: nn.Module) -> None:
+    """Raise InputError where a forward pass cannot be called with one tensor of images and nothing else."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return  # code without a signature: running it will tell
+    try:
+        signature.bind(None)
+    except TypeError:
+        found = signature.parameters.values()
+        needed = [p.name for p in found if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        raise InputError(
+            f"model {type(model).__name__}: its forward pass takes {', '.join(needed) or 'no tensor'}; it must work "
+            "with one tensor of images alone, so wrap it in a module that holds or makes the rest."
+        ) from None
 
 
 def refs(value: Any) -> Iterator[TensorRef]:

@@ -14,21 +14,31 @@ from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.deliver.stored_bits import Chosen, StoredBits
 from hirelc_deploy.deliver.tensorrt_folder import write_folder
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.evaluate.cutting import divergence, tensors
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.inputs.fitting import answering
 from hirelc_deploy.jobs.workplace import open_workplace
-from hirelc_deploy.measure import accuracy
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.strategies.baselines import STRATEGIES
 
 EXPORTED = {
-    "onnx": ("model.onnx", "preprocess.json", "labels.json", "samples.npz", "run.py"),
+    "onnx": (
+        "model.onnx",
+        "preprocess.json",
+        "labels.json",
+        "samples.npz",
+        "run.py",
+        "task.json",
+        "inputs.py",
+        "decode.py",
+    ),
     "torch": ("weights.safetensors", "shapes.json", "preprocess.json", "labels.json", "manifest.json"),
 }
 """Files of a bundle that each export format takes along."""
 
 SAME_ANSWERS = 0.01
-"""Nats between the file for one image and that for many: there a bias is added behind a product, and rounded again."""
+"""Divergence of the file for many images: there a bias is added behind a product, and rounded again."""
 
 STORED = "model.stored"
 
@@ -111,10 +121,10 @@ def chosen_bits(run: Path, model: Path, storage: Storage, max_bytes: int) -> Map
 def best_bits(pipeline: Pipeline, model: Path, storage: Storage, max_bytes: int) -> Chosen:
     """Return bits of each tensor, chosen by what the answers of a file lose on the selection images."""
     images = pipeline.uncut.selection[0][: pipeline.effort.search_images].numpy()
-    whole = pipeline.backend.build(model, pipeline.threads).infer(images)
+    whole = tensors(pipeline.backend.build(model, pipeline.threads).infer(images))
 
     def judge(path: Path) -> float:
-        return accuracy.kl_divergence(whole, pipeline.backend.build(path, pipeline.threads).infer(images))
+        return divergence(pipeline.task, whole, tensors(pipeline.backend.build(path, pipeline.threads).infer(images)))
 
     choice = StoredBits(model, judge, storage.scheme, storage.sparsity)
     return choice.choose(max_bytes, storage.strategy, storage.trials, pipeline.seed)
@@ -131,15 +141,14 @@ def export_batched(run: Path, out: Path) -> list[Path]:
     pipeline = workplace.pipeline
     plan = CompressionPlan.from_dict(read_manifest(bundle).get("plan"), f"{bundle}: plan")
     model = load_bundle(bundle, None if workplace.source.is_timm else workplace.source.build)
+    answering(model, pipeline.task, model(pipeline.uncut.example))
     pipeline.files.write_batched(model, plan, path)
     images = pipeline.uncut.selection[0][: pipeline.effort.search_images].numpy()
     shipped, batched = (
         pipeline.backend.build(file, pipeline.threads).infer(images) for file in (bundle / path.name, path)
     )
-    divergence = accuracy.kl_divergence(shipped, batched)
-    if not divergence <= SAME_ANSWERS:
+    apart = divergence(pipeline.task, tensors(shipped), tensors(batched))
+    if not apart <= SAME_ANSWERS:
         path.unlink()
-        raise ExportError(
-            f"{path}: differs from the shipped file by {divergence:.2g} nats, allowed is {SAME_ANSWERS:g}."
-        )
+        raise ExportError(f"{path}: differs from the shipped file by {apart:.2g}, allowed is {SAME_ANSWERS:g}.")
     return [path, *(Path(shutil.copy2(bundle / name, out / name)) for name in ("preprocess.json", "labels.json"))]

@@ -15,6 +15,7 @@ from torch import nn
 
 from hirelc_deploy.deliver.bundle import BundleContents, write_bundle
 from hirelc_deploy.deliver.race import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
+from hirelc_deploy.deliver.samples import write_samples
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.workplace import PRINTED, RESULT, Workplace
 from hirelc_deploy.measure import accuracy
@@ -49,11 +50,12 @@ def deliver(
         )
     if candidate is None:
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
-    found_accuracy, test_labels = final_accuracy(pipeline, delivery)
-    record = result_record(pipeline, delivery, found_accuracy)
+    scores = final_accuracy(pipeline, delivery)
+    record = result_record(pipeline, delivery, scores)
     runner = pipeline.backend.build(shipped.path, pipeline.threads)
-    images, labels = pipeline.uncut.selection
-    samples = images[:SAMPLES].numpy()
+    labels = pipeline.data.selection.labels
+    samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
+    answers = runner.infer(samples)
     operators = operator_records(runner, shipped.path, samples[:1])
     bundle = write_bundle(
         run.directory / "bundle",
@@ -63,11 +65,13 @@ def deliver(
             source=workplace.source.describe(),
             plan=shipped.plan,
             preprocess=pipeline.data.preprocess,
-            classes=pipeline.data.classes,
+            classes=pipeline.task.classes or pipeline.data.classes,
+            task=pipeline.task,
+            task_record=workplace.task,
             sample_inputs=samples,
-            sample_logits=runner.infer(samples),
+            sample_outputs=answers,
             sample_labels=None if labels is None else labels[:SAMPLES],
-            test_labels=test_labels,
+            test=scores.images,
             measurements=record,
             operators=accuracy.operators(runner, samples[:1]),
             machine=run.machine,
@@ -90,6 +94,8 @@ def deliver(
         "operators": operators,
         "placement": pipeline.files.placement.candidates,
         "guard": delivery.guard.to_dict() if delivery.guard else None,
+        "by_class": scores.by_class,
+        "samples": write_samples(run.directory, pipeline.task, pipeline.data.preprocess, samples, answers),
         "warnings": warnings,
         **facts,
     }
@@ -121,12 +127,12 @@ def operator_records(runner: Runner, path: Path, image: NDArray[np.float32]) -> 
 
 
 def candidates(pipeline: Pipeline, delivery: Delivery, run: Run) -> list[dict[str, Any]]:
-    """Return every file of the last race, with its accuracy on the selection split."""
-    images, labels = pipeline.uncut.selection
-    found = []
+    """Return every file of the last race, with its metric on the selection split."""
+    images, targets = pipeline.uncut.selection
+    task, found = pipeline.task, []
     for contender in {c.path: c for c in (*unpruned(pipeline), delivery.shipped)}.values():
         timing = delivery.timings[contender.name]
-        logits = pipeline.backend.build(contender.path, pipeline.threads).infer(images.numpy())
+        outputs = pipeline.backend.build(contender.path, pipeline.threads).infer(images.numpy())
         found.append(
             {
                 "name": contender.name,
@@ -135,7 +141,7 @@ def candidates(pipeline: Pipeline, delivery: Delivery, run: Run) -> list[dict[st
                 "ratio_high": timing.ratio_high,
                 "median_ms": timing.median_ms,
                 "size_bytes": contender.path.stat().st_size,
-                "accuracy_selection": None if labels is None else accuracy.top1(logits, labels),
+                "accuracy_selection": None if targets is None else task.value(task.parts(outputs, targets)),
             }
         )
     return found

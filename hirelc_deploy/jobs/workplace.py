@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer.quantize import PATTERNS
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig
+from hirelc_deploy.deliver.race import metric_record
 from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate.effort import Effort
@@ -21,13 +24,16 @@ from hirelc_deploy.evaluate.uncut import proven_graph
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.data.splits import Data
-from hirelc_deploy.inputs.models.source import ModelSource, load_for
+from hirelc_deploy.inputs.fitting import fit
+from hirelc_deploy.inputs.models.given import Source
+from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.inputs.models.user_code import factory_modules
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
+from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.together.processes import Ahead, Evaluators
 from hirelc_deploy.together.ray_cluster import connect
 from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
@@ -37,13 +43,32 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Workplace:
-    """What every job needs, opened from its configuration."""
+    """What every job needs, opened from its configuration.
+
+    Attributes:
+        task: What makes the task again; see `fitting.Fitted`.
+    """
 
     config: JobConfig
     pipeline: Pipeline
     run: Run
-    source: ModelSource
+    source: Source
+    task: Mapping[str, Any]
     command: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a Python call hands over as it is, in place of what a configuration can only name; None where it does not.
+
+    Attributes:
+        metric, loss: The user's own functions.
+    """
+
+    source: Source | None = None
+    data: Data | None = None
+    metric: Callable[..., Any] | None = None
+    loss: Callable[..., Any] | None = None
 
 
 def open_workplace(
@@ -54,20 +79,27 @@ def open_workplace(
     *,
     jobs: int | None = None,
     ray: str | None = None,
+    given: Given | None = None,
 ) -> Workplace:
     """Load model and data, open the target and the run directory; every problem with them is one sentence.
 
     Args:
         jobs: Processes that judge cut models side by side. It changes no result, so it is no part of the configuration.
         ray: Address of the Ray cluster on whose hosts they are; None for this machine.
+        given: Objects in place of what the configuration names.
     """
+    given = given or Given()
     evaluators, jobs = evaluators_of(ray, jobs, config.model.spec, progress.say)
     target = find_target(config.target)
     backend = open_target(target)
-    data = configured_data(config)
+    data = given.data or configured_data(config)
     weights = Path(config.model.weights) if config.model.weights else None
-    source = ModelSource(config.model.spec, weights, dict(config.model.arguments), config.model.pretrained)
-    model, data, source = load_for(source, data, config.preprocess.overrides())
+    source = given.source or ModelSource(
+        config.model.spec, weights, dict(config.model.arguments), config.model.pretrained
+    )
+    fitted = fit(source, data, config.preprocess.overrides(), config.task, given.metric, given.loss)
+    model, data, source, task = fitted.model, fitted.data, fitted.source, fitted.task
+    config.limits.check_against(task.metric.scale)
     if source.is_untrained and data.labelled:
         raise InputError(
             f"--model {source.spec}: its weights are random; give trained ones with --weights FILE, or --pretrained "
@@ -83,7 +115,7 @@ def open_workplace(
         if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
             options = replace(config, plan=f"{config.plan} ({plan.digest})")
     run = Run.open(directory, options.to_toml(), describe(backend))
-    check_contents(run, source, data)
+    check_contents(run, source, data, [given.metric or config.task.metric, given.loss or config.task.loss])
     effort = Effort(recovery=recovery_of(config))
     pipeline = Pipeline(
         model,
@@ -91,6 +123,7 @@ def open_workplace(
         backend,
         run,
         effort=effort,
+        task=task,
         seed=config.seed,
         threads=config.threads or target.threads,
         progress=progress,
@@ -100,7 +133,7 @@ def open_workplace(
         evaluators=evaluators,
         rounds=config.search.precisions,
     )
-    return Workplace(config, pipeline, run, source, command)
+    return Workplace(config, pipeline, run, source, fitted.record, command)
 
 
 def evaluators_of(
@@ -123,22 +156,44 @@ def evaluators_of(
     return lambda answer, jobs: RayAhead(answer, jobs, ray, say, factory_modules(spec)), count
 
 
-def check_contents(run: Run, source: ModelSource, data: Data) -> None:
-    """Raise InputError where a run that is resumed was made with other weights, factory or images of the same name."""
+def check_contents(
+    run: Run, source: Source, data: Data, functions: Sequence[Callable[..., Any] | str | None] = ()
+) -> None:
+    """Raise InputError where a run that is resumed was made with other weights, code or images of the same name.
+
+    Args:
+        functions: The user's metric and loss: a name, or the function itself.
+    """
     described = source.describe()
     contents = {
         "weights": described.get("weights", {}).get("sha256"),
         "factory": described.get("spec_sha256"),
         "images": data.fingerprint(),
+        **{
+            name: digest
+            for name, one in zip(("metric", "loss"), functions, strict=False)
+            if (digest := code_digest(one))
+        },
     }
     if not run.trials and not (run.directory / RESULT).exists():
         run.remember("contents", lambda: contents)
     before = run.fact("contents") or contents  # an older run did not say
-    if changed := [name for name, value in contents.items() if before.get(name) != value]:
+    if changed := [name for name, value in contents.items() if before.get(name, value) != value]:
         raise InputError(
             f"{run.directory}: this run was made with other {changed[0]} under the same name; "
             "give another --out, or put back what was there."
         )
+
+
+def code_digest(function: Callable[..., Any] | str | None) -> str | None:
+    """Return a hash of the code of a user's function, or of the file that one is named in; None where it is unknown."""
+    if isinstance(function, str):
+        file = Path(function.rpartition(":")[0])
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+    try:
+        return None if function is None else hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    except (OSError, TypeError):  # written in a console, or an object of a class
+        return None
 
 
 def recovery_of(config: JobConfig) -> Recovery | None:
@@ -176,6 +231,7 @@ def finished(directory: Path) -> dict[str, Any]:
     path = directory / RESULT
     try:
         result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        result.setdefault("metric", metric_record(CLASSIFICATION))  # runs from before other tasks
         return {key: result[key] for key in PRINTED}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -183,5 +239,5 @@ def finished(directory: Path) -> dict[str, Any]:
         ) from None
 
 
-PRINTED = ("bundle", "params", "macs", "size_bytes", "size_ratio", "accuracy", "latency", "best_unpruned")
+PRINTED = ("bundle", "params", "macs", "size_bytes", "size_ratio", "metric", "accuracy", "latency", "best_unpruned")
 """Keys of the result that `apply`, `search` and `demo` print with --json; other programs rely on them."""

@@ -1,4 +1,4 @@
-"""In: files on a device. Out: whether their answers are finite, how far two of them disagree, and what ran in integers."""
+"""In: files on a device. Out: whether their answers are finite, and what ran in integers."""
 
 from __future__ import annotations
 
@@ -37,17 +37,6 @@ def finite(outputs: Outputs, first: int = 0) -> Outputs:
     return outputs
 
 
-def kl_divergence(logits_p: NDArray[np.float32], logits_q: NDArray[np.float32]) -> float:
-    """Return the mean Kullback-Leibler divergence KL(p || q) of two (n, classes) outputs, in nats per image."""
-    log_p, log_q = _log_softmax(logits_p), _log_softmax(logits_q)
-    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
-
-
-def agreement(logits_p: NDArray[np.float32], logits_q: NDArray[np.float32]) -> float:
-    """Return the share of images on which two (n, classes) outputs name the same class, in [0, 1]."""
-    return float((logits_p.argmax(axis=1) == logits_q.argmax(axis=1)).mean())
-
-
 def operators(runner: Runner, image: NDArray[np.float32]) -> OperatorCount:
     """Count what really ran for one (1, channels, height, width) image, after the runtime's own rewriting of the file.
 
@@ -56,8 +45,3 @@ def operators(runner: Runner, image: NDArray[np.float32]) -> OperatorCount:
     ran = [time for time in runner.profile(image, 1) if time.operator not in WITHOUT_ARITHMETIC]
     integer = sum(time.is_integer for time in ran)
     return OperatorCount(integer, len(ran) - integer)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

@@ -152,8 +152,8 @@ class Portable(Protocol):
             `availability()` and `versions()` as of a backend, `facts()` (JSON values that precisions depend on), and
             `open_session(path, threads, cache)`, which raises anything to refuse a file and else returns an object with
             `infer(images)` (output name to array), `profile(image, runs)` (tuples of the fields of OperatorTime) and
-            `timed_run()`, one synchronised inference of batch 1 that returns nanoseconds: wall time, and the processor's own time.
-            `cache` is a folder that lasts as long as the connection.
+            `timed_run()`, one synchronised inference of batch 1 that returns nanoseconds: wall time, and the
+            processor's own time. `cache` is a folder that lasts as long as the connection.
     """
 
     name: str

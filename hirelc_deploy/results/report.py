@@ -14,11 +14,11 @@ from typing import Any
 
 import jinja2
 
-from hirelc_deploy import __version__
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.measure.accuracy import WITHOUT_ARITHMETIC
 from hirelc_deploy.results.scatter import Point, draw, frame
 from hirelc_deploy.runs import CONFIG, MACHINE, TRIALS, write_atomic
+from hirelc_deploy.version import __version__
 
 RESULT, BUNDLE_MANIFEST = "result.json", "bundle/manifest.json"
 RUN_FILES = (CONFIG, MACHINE, TRIALS, RESULT)

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from hirelc_deploy import __version__, _torchvision_guard
+from hirelc_deploy import _torchvision_guard
 from hirelc_deploy.errors import COMMAND, InputError, TargetUnavailable
 from hirelc_deploy.together.ray_cluster import reason
+from hirelc_deploy.version import __version__
 
 _torchvision_guard.install()  # what answers may need timm when it arrives on a host
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress.onnx_file.folding import Arrays, Recipe, fold, tensors_of
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.graph.answers import OUTPUT, Answers, answers, named
 
 OPSET = 20
 """The first opset whose Gelu is one operator; before, a quantizer meets it as five and takes four of them apart."""
@@ -176,16 +178,20 @@ def _check_weights(model: nn.Module) -> None:
                 raise ExportError(f"{name}: holds NaN or infinity; train or load the weights again.")
 
 
-def _single_output(output: object) -> NDArray[np.float32]:
-    if not isinstance(output, Tensor):
-        raise ExportError(f"the model returns {type(output).__name__}; wrap it so that it returns one tensor.")
-    if not torch.isfinite(output).all():
-        raise ExportError("the model's output holds NaN or infinity on its example; check weights and input scale.")
-    return output.numpy()
+def _outputs(answer: Answers) -> dict[str, NDArray[np.float32]]:
+    for name, output in answer.items():
+        if not output.is_floating_point():
+            raise ExportError(f"output {name!r} holds {output.dtype}; a model's outputs must be floats.")
+        if not torch.isfinite(output).all():
+            which = "" if len(answer) == 1 else f" {name!r}"
+            raise ExportError(
+                f"the model's output{which} holds NaN or infinity on its example; check weights and input scale."
+            )
+    return {name: output.numpy() for name, output in answer.items()}
 
 
-Probe = tuple[Tensor, NDArray[np.float32]]
-"""Images, and what torch answers to them."""
+Probe = tuple[Tensor, dict[str, NDArray[np.float32]]]
+"""Images, and what torch answers to them, by name of the output."""
 
 
 def probe(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> list[Probe]:
@@ -195,8 +201,32 @@ def probe(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> list
     sizes = (1, len(example) + 2) if dynamic_batch else (len(example),) * 2
     shapes = [(size, *example.shape[1:]) for size in sizes]
     images = [torch.randn(shape, generator=generator) * scale + example.mean() for shape in shapes]
-    with torch.no_grad():
-        return [(one, _single_output(model(one))) for one in images]
+    return [(one, _outputs(answers(model, one))) for one in images]
+
+
+@contextlib.contextmanager
+def _in_order(model: nn.Module, example: Tensor) -> Iterator[list[str]]:
+    """Let a model of several outputs return them as a tuple, and yield their names; exporters take no mappings."""
+    names = list(answers(model, example))
+    if names == [OUTPUT]:
+        yield names
+        return
+    hooks, forward = dict(model._forward_hooks), model.forward
+
+    def in_order(images: Tensor) -> tuple[Tensor, ...]:
+        answer: Any = forward(images)
+        for hook in hooks.values():
+            told = hook(model, (images,), answer)
+            answer = answer if told is None else told
+        return tuple(named(answer).values())
+
+    model._forward_hooks.clear()
+    model.forward = in_order
+    try:
+        yield names
+    finally:
+        del model.forward
+        model._forward_hooks.update(hooks)
 
 
 @contextlib.contextmanager
@@ -229,7 +259,7 @@ def _reason(error: Exception) -> str:
 def _torchscript(model: nn.Module, example: Tensor) -> Export:
     buffer = io.BytesIO()
     try:
-        with _quiet():
+        with _quiet(), _in_order(model, example) as outputs:
             torch.onnx.export(
                 model,
                 (example,),
@@ -237,8 +267,8 @@ def _torchscript(model: nn.Module, example: Tensor) -> Export:
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=["input"],
-                output_names=["output"],
-                dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+                output_names=outputs,
+                dynamic_axes={name: {0: "batch"} for name in ("input", *outputs)},
                 # Tensors arrive as the module has them; `fold` computes from them and remembers how.
                 training=torch.onnx.TrainingMode.PRESERVE,
                 do_constant_folding=False,
@@ -253,14 +283,14 @@ def _torchscript(model: nn.Module, example: Tensor) -> Export:
 
 def _torch_export(model: nn.Module, example: Tensor) -> Export:
     try:
-        with _quiet():
+        with _quiet(), _in_order(model, example) as outputs:
             program = torch.onnx.export(
                 model,
                 (example if len(example) > 1 else example.repeat(2, 1, 1, 1),),  # torch.export takes 1 for a constant
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["input"],
-                output_names=["output"],
+                output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
@@ -311,8 +341,9 @@ def _finish(proto: ModelProto, example: Tensor, dynamic_batch: bool) -> ModelPro
             dimension.dim_value = size
     if not dynamic_batch:
         del graph.value_info[:]
-        graph.output[0].type.tensor_type.shape.dim[0].Clear()
-        graph.output[0].type.tensor_type.shape.dim[0].dim_value = len(example)
+        for value in graph.output:
+            value.type.tensor_type.shape.dim[0].Clear()
+            value.type.tensor_type.shape.dim[0].dim_value = len(example)
     _pool_instead_of_mean(proto)
     finished = _optimised(proto)
     check_finite({i.name: numpy_helper.to_array(i) for i in finished.graph.initializer})
@@ -373,13 +404,18 @@ def check_parity(file: bytes, probes: list[Probe]) -> None:
     session = open_session(file)
     if not session.get_inputs():
         raise ExportError("the exported file does not read its input: the forward pass leaves torch on the way")
+    names = [output.name for output in session.get_outputs()]
     for images, wanted in probes:
-        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        if found.shape != wanted.shape:
-            raise ExportError(f"ONNX Runtime returns shape {found.shape}, torch {wanted.shape}")
-        difference = float(np.abs(found - wanted).max()) / max(float(np.abs(wanted).max()), 1e-12)
-        if not difference <= PARITY_TOLERANCE:
-            raise ExportError(
-                f"on {len(images)} images ONNX Runtime differs from torch by {difference:.1e} of the largest output, "
-                f"allowed is {PARITY_TOLERANCE:g}"
-            )
+        if names != list(wanted):
+            raise ExportError(f"the exported file has outputs {', '.join(names)}, the model {', '.join(wanted)}")
+        answer = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        for found, (name, expected) in zip(answer, wanted.items(), strict=True):
+            which = "" if len(names) == 1 else f" for {name}"
+            if found.shape != expected.shape:
+                raise ExportError(f"ONNX Runtime returns shape {found.shape}{which}, torch {expected.shape}")
+            difference = float(np.abs(found - expected).max()) / max(float(np.abs(expected).max()), 1e-12)
+            if not difference <= PARITY_TOLERANCE:
+                raise ExportError(
+                    f"on {len(images)} images ONNX Runtime differs from torch by {difference:.1e} of the largest "
+                    f"output{which}, allowed is {PARITY_TOLERANCE:g}"
+                )

@@ -9,25 +9,9 @@ import numpy as np
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.images import FolderImages, Labels
-from hirelc_deploy.inputs.data.pictures import image_size
-from hirelc_deploy.inputs.data.preprocess import Preprocess
-from hirelc_deploy.inputs.data.splits import (
-    HELD_OUT,
-    Data,
-    SplitSizes,
-    check_labels,
-    data_of,
-    hold_out,
-    identity,
-    rank_within_class,
-)
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-FOLDER_TEST = 0.2  # of each class, from its end, where a folder has no test split of its own
-CHECKED_FILES = 5000  # image files whose headers are read before the work starts
-
-
-# imagefolder
+from hirelc_deploy.inputs.data.native import native_input
+from hirelc_deploy.inputs.data.pictures import IMAGE_SUFFIXES, pictures_in
+from hirelc_deploy.inputs.data.splits import Data, SplitSizes, check_labels, data_of, share_out
 
 
 def read_image_folder(folder: Path, sizes: SplitSizes, seed: int) -> Data:
@@ -47,21 +31,11 @@ def read_image_folder(folder: Path, sizes: SplitSizes, seed: int) -> Data:
             parts["val"] = _listed(folder / "val", classes)
     else:
         classes = _class_folders(folder)
-        files, labels = _listed(folder, classes)
-        rank, counts = rank_within_class(labels), np.bincount(labels, minlength=len(classes))
-        is_test = rank >= counts[labels] - np.ceil(FOLDER_TEST * counts[labels])
-        for split, rows in (("train", np.flatnonzero(~is_test)), ("test", np.flatnonzero(is_test))):
-            parts[split] = [files[row] for row in rows], labels[rows]
-    names = check_labels({split: labels for split, (_, labels) in parts.items()}, classes, where)
-    source = "val" if "val" in parts else "train"
-    share = 1.0 if source == "val" else HELD_OUT
-    rows_of = hold_out(parts[source][1], sizes, ["calibration", "selection"], where, share)
-    if source == "val":
-        del rows_of["train"]
-    chosen = {split: (source, rows) for split, rows in rows_of.items()}
-    for split in {"train", "test"} - set(chosen):
-        chosen[split] = split, np.arange(len(parts[split][1]))
-    native = _checked_files([file for files, _ in parts.values() for file in files])
+        parts["train"] = _listed(folder, classes)
+    labels_of = {split: labels for split, (_, labels) in parts.items()}
+    names = check_labels(labels_of, classes, where)
+    chosen = share_out({split: len(labels) for split, labels in labels_of.items()}, labels_of, sizes, where)
+    native = native_input([file for files, _ in parts.values() for file in files])
     splits = {}
     for split, (source, rows) in chosen.items():
         files, labels = parts[source]
@@ -89,17 +63,9 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Labels]:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        images = sorted((folder / name).rglob("*"))
-        images = [file for file in images if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        images = pictures_in(folder / name)
         if not images:
             raise InputError(f"{folder / name}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read).")
         files += images
         labels += [label] * len(images)
     return files, np.array(labels, np.int64)
-
-
-def _checked_files(files: Sequence[Path]) -> Preprocess:
-    """Look into files spread over the whole set before the work starts; return their common size, or 224 x 224."""
-    sizes = {image_size(file) for file in files[:: max(1, len(files) // CHECKED_FILES)]}
-    height, width = sizes.pop() if len(sizes) == 1 else (224, 224)
-    return identity((3, height, width))

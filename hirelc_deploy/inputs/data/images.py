@@ -1,25 +1,26 @@
-"""In: stored pixels. Out: preprocessed batches of them, as they are or as repeatable augmented views."""
+"""In: stored pixels and targets that do not move. Out: preprocessed batches, as they are or as repeatable views."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.inputs.data.pictures import read_image
-from hirelc_deploy.inputs.data.preprocess import INTERPOLATIONS, Preprocess
+from hirelc_deploy.inputs.data.canvas import Canvases
+from hirelc_deploy.inputs.data.geometry import Pairs, centred, cut, frame_of
+from hirelc_deploy.inputs.data.pictures import Picture
+from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised, random_window
 
 Labels = NDArray[np.int64]
 """(n,) class numbers from 0."""
-FOLDER_CACHE_BYTES = 512 * 2**20  # decoded images that a folder keeps in memory: 3,500 of 224 x 224 after timm's resize
 
 
 class Images(Protocol):
@@ -27,7 +28,11 @@ class Images(Protocol):
 
     @property
     def labels(self) -> Labels | None:
-        """(n,) class of each image; None when the data has no labels."""
+        """(n,) class of each image; None where what is true of an image is not one class number."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether anything is known to be true of the images."""
 
     def __len__(self) -> int: ...
 
@@ -41,8 +46,21 @@ class Images(Protocol):
         says about it can be kept.
         """
 
+    def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
+        """Return what is true of the images as `batch` shows them, or `views` with the number of a view.
+
+        `targets.KINDS` says what a target of each kind of data is; all pixels are those of the model's input.
+        """
+
     def preprocessed(self, preprocess: Preprocess) -> Images:
         """Return the same images for another model's input; the pixels are shared."""
+
+    def flipping(self, flips: bool, pairs: Pairs = ()) -> Images:
+        """Return the same images, whose views are mirrored at random or not.
+
+        Args:
+            pairs: Numbers of keypoints that change places in a mirrored picture.
+        """
 
 
 class ArrayImages:
@@ -55,11 +73,12 @@ class ArrayImages:
         rows: NDArray[np.int64],
         preprocess: Preprocess,
         seed: int = 0,
+        flips: bool = True,
     ) -> None:
         """Take (n, channels, height, width) pixels and (n,) labels; `rows` are those that belong to this split."""
         self._pixels, self._all_labels, self._rows = pixels, labels, torch.from_numpy(rows)
         self._labels = None if labels is None else labels[rows]
-        self._preprocess, self._seed = preprocess, seed
+        self._preprocess, self._seed, self._flips = preprocess, seed, flips
         if pixels.shape[1] != preprocess.input_size[0]:
             raise InputError(
                 f"the images have {pixels.shape[1]} channels, but the model's input has {preprocess.input_size[0]}; "
@@ -76,6 +95,11 @@ class ArrayImages:
         """(n,) class of each image; None when the data has no labels."""
         return self._labels
 
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels."""
+        return self._labels is not None
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -89,11 +113,21 @@ class ArrayImages:
     def views(self, indices: Indices, view: int) -> Tensor:
         """Return randomly cropped and flipped images; see `Images.views`."""
         rows = as_rows(indices)
-        return normalised(random_window(self._canvas(rows), self._preprocess, self._seed, view, rows), self._preprocess)
+        windows = random_window(self._canvas(rows), self._preprocess, self._seed, view, rows, self._flips)
+        return normalised(windows, self._preprocess)
+
+    def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
+        """Return the class numbers, which are the same in every view."""
+        rows = as_rows(indices).numpy()
+        return [None] * len(rows) if self._labels is None else self._labels[rows].tolist()
 
     def preprocessed(self, preprocess: Preprocess) -> ArrayImages:
         """Return the same images for another model's input."""
-        return ArrayImages(self._pixels, self._all_labels, self._rows.numpy(), preprocess, self._seed)
+        return ArrayImages(self._pixels, self._all_labels, self._rows.numpy(), preprocess, self._seed, self._flips)
+
+    def flipping(self, flips: bool, pairs: Pairs = ()) -> ArrayImages:
+        """Return the same images, whose views are mirrored at random or not."""
+        return ArrayImages(self._pixels, self._all_labels, self._rows.numpy(), self._preprocess, self._seed, flips)
 
     def _canvas(self, indices: Indices) -> Tensor:
         pixels = self._pixels[self._rows[as_rows(indices)]]
@@ -101,23 +135,51 @@ class ArrayImages:
         if size == tuple(pixels.shape[2:]) or not len(pixels):
             return pixels
         mode = self._preprocess.interpolation
+        if mode == "box":  # which torch has for floats only
+            return torch.stack([_boxed(one, size) for one in pixels])
         # On uint8 with antialiasing torch follows Pillow, on which the weights of pretrained models rely.
-        return functional.interpolate(pixels, size, mode=mode, antialias=mode != "nearest")
+        pixels = functional.interpolate(pixels, size, mode=mode, antialias=mode != "nearest")
+        if self._preprocess.geometry != "letterbox":
+            return pixels
+        _, height, width = self._preprocess.input_size
+        top, left = centred(height, size[0]), centred(width, size[1])
+        border = (left, width - size[1] - left, top, height - size[0] - top)
+        return functional.pad(pixels, border, value=self._preprocess.pad_value)
+
+
+def _boxed(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return (channels, height, width) uint8 pixels at another size, each the mean of what it covers."""
+    channels = [Image.fromarray(channel.numpy()).resize(size[::-1], Image.Resampling.BOX) for channel in pixels]
+    return torch.stack([torch.from_numpy(np.array(channel)) for channel in channels])
 
 
 class FolderImages:
-    """Image files, decoded when asked for and kept while they fit into `FOLDER_CACHE_BYTES`."""
+    """Pictures whose targets are the same wherever their objects lie, decoded when asked for."""
 
-    def __init__(self, files: Sequence[Path], labels: Labels, preprocess: Preprocess, seed: int = 0) -> None:
-        self._files, self._labels = list(files), labels
-        self._preprocess, self._seed = preprocess, seed
-        self._kept: dict[int, Tensor] = {}
-        self._kept_bytes = 0
+    def __init__(
+        self,
+        files: Sequence[Picture],
+        labels: Labels | None,
+        preprocess: Preprocess,
+        seed: int = 0,
+        *,
+        targets: Sequence[Any] | None = None,
+        flips: bool = True,
+    ) -> None:
+        """Take pictures and (n,) labels, or other targets."""
+        self._files, self._labels, self._targets = list(files), labels, targets
+        self._preprocess, self._seed, self._flips = preprocess, seed, flips
+        self._canvases = Canvases(self._files, preprocess)
 
     @property
     def labels(self) -> Labels | None:
-        """(n,) class of each image; None when the data has no labels."""
+        """(n,) class of each image; None where the targets are others."""
         return self._labels
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels or other targets."""
+        return self._labels is not None or self._targets is not None
 
     def __len__(self) -> int:
         return len(self._files)
@@ -136,25 +198,28 @@ class FolderImages:
         """Return randomly cropped and flipped images; see `Images.views`."""
         rows = as_rows(indices)
         crops = [
-            random_window(self._canvas(int(row))[None], self._preprocess, self._seed, view, row[None])[0]
+            random_window(self._canvas(int(row))[None], self._preprocess, self._seed, view, row[None], self._flips)[0]
             for row in rows
         ]
         return normalised(torch.stack(crops), self._preprocess)
 
+    def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
+        """Return the targets, which are the same in every view."""
+        rows = as_rows(indices).tolist()
+        if self._labels is not None:
+            return list(self._labels[rows].tolist())
+        return [None if self._targets is None else self._targets[row] for row in rows]
+
     def preprocessed(self, preprocess: Preprocess) -> FolderImages:
         """Return the same files for another model's input."""
-        return FolderImages(self._files, self._labels, preprocess, self._seed)
+        return FolderImages(self._files, self._labels, preprocess, self._seed, targets=self._targets, flips=self._flips)
+
+    def flipping(self, flips: bool, pairs: Pairs = ()) -> FolderImages:
+        """Return the same files, whose views are mirrored at random or not."""
+        return FolderImages(self._files, self._labels, self._preprocess, self._seed, targets=self._targets, flips=flips)
 
     def _canvas(self, row: int) -> Tensor:
-        kept = self._kept.get(row)
-        if kept is not None:
-            return kept
-        image = read_image(self._files[row], channels=self._preprocess.input_size[0])
-        height, width = self._preprocess.canvas_size(image.height, image.width)
-        if (image.height, image.width) != (height, width):
-            image = image.resize((width, height), INTERPOLATIONS[self._preprocess.interpolation])
-        pixels = torch.from_numpy(np.array(image, np.uint8).reshape(height, width, -1).transpose(2, 0, 1).copy())
-        if self._kept_bytes + pixels.nbytes <= FOLDER_CACHE_BYTES:
-            self._kept[row] = pixels
-            self._kept_bytes += pixels.nbytes
-        return pixels
+        canvas = self._canvases[row]
+        if self._preprocess.geometry != "letterbox":
+            return canvas
+        return cut(canvas, frame_of(self._preprocess, self._canvases.size(row)), self._preprocess.pad_value)

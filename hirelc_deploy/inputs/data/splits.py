@@ -1,4 +1,4 @@
-"""In: what the user wrote behind --data. Out: four disjoint splits of it."""
+"""In: images and targets, as they were given. Out: four disjoint splits of them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.geometry import Pairs
 from hirelc_deploy.inputs.data.images import ArrayImages, Images, Labels
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 
 MINIMUM_CALIBRATION = 8  # fewer images give ranges of single pictures, not of the data
 HELD_OUT = 0.1  # of the training images, from their end; CIFAR-10: the last 5,000, which the usual recipes leave out
+TEST_SHARE = 0.2  # of the images, where the data has no test split of its own
+FINGERPRINTED = 64  # targets of each split in the fingerprint of data without class numbers
 NATIVE_SPLITS = ("train", "calibration", "selection", "test")
 
 
@@ -38,6 +42,8 @@ class Data:
         selection: For choosing between candidates.
         labelled: False for random inputs, for which no accuracy is claimed.
         test_count: Number of test images.
+        kind: Of the targets, from which the task follows; see `targets.KINDS`.
+        options: What else the format says, as options of the task: `flip_pairs` of keypoints.
     """
 
     name: str
@@ -50,6 +56,8 @@ class Data:
     test_count: int
     _test: Images
     _seal: _Seal = dataclasses.field(default_factory=_Seal)
+    kind: str = "classes"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def take_test(self) -> Images:
         """Return the test images. They can be had once, for the final report; a second call is a bug."""
@@ -59,11 +67,18 @@ class Data:
         return self._test
 
     def fingerprint(self) -> str:
-        """Return a hash of the labels of what a search may see, and of the first images of each split."""
+        """Return a hash of the labels of what a search may see, and of the first images of each split.
+
+        Of other targets, which may be large and in files of their own, some from the whole split stand for all.
+        """
         digest = hashlib.sha256()
         for split in (self.train, self.calibration, self.selection):
-            if split.labels is not None:
+            if self.kind == "classes" and split.labels is not None:
                 digest.update(np.ascontiguousarray(split.labels, "<i8").tobytes())
+            elif split.labelled:
+                for target in split.targets(spread_order(len(split))[:FINGERPRINTED]):
+                    for values in target.values() if isinstance(target, Mapping) else [target]:
+                        digest.update(np.asarray(values).tobytes())
             digest.update(split.batch(np.arange(min(8, len(split)))).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -77,6 +92,10 @@ class Data:
             preprocess=preprocess,
             _test=self._test.preprocessed(preprocess),
         )
+
+    def flipping(self, flips: bool, pairs: Pairs = ()) -> Data:
+        """Return the same splits, whose training views are mirrored at random or not; see `Images.flipping`."""
+        return dataclasses.replace(self, train=self.train.flipping(flips, pairs))
 
 
 @dataclass(frozen=True)
@@ -110,29 +129,111 @@ def hold_out(
     Returns:
         Name of the split, `train` for what is left, to its (k,) rows in `labels`.
     """
-    rows = np.arange(len(labels))
     if not want:
-        return {"train": rows}
-    asked = {"calibration": sizes.calibration, "selection": sizes.selection}
-    count = max(round(share * len(labels)), sum(asked[name] or MINIMUM_CALIBRATION for name in want))
-    if count > (len(labels) // 2 if share < 1 else len(labels)):
-        raise InputError(
-            f"{where}: {len(labels)} images are too few to set {count} of them aside for {' and '.join(want)}; "
-            "give more images, or set fewer aside with --calibration-images and --selection-images."
-        )
+        return {"train": np.arange(len(labels))}
+    count = _held_count(len(labels), sizes, want, where, share)
+    rows = np.arange(len(labels))
     tail = rows[-count:]
     if len(np.unique(labels[tail])) < len(np.unique(labels)):
         rank_from_end = rank_within_class(labels[::-1])[::-1]
         tail = np.sort(np.lexsort((rows, rank_from_end))[:count])
     tail = tail[np.lexsort((labels[tail], rank_within_class(labels[tail])))]
-    parts = {"train": np.setdiff1d(rows, tail)}
+    return _divided(len(labels), tail, sizes, want)
+
+
+def hold_out_spread(
+    total: int, sizes: SplitSizes, want: Sequence[str], where: str, share: float = HELD_OUT
+) -> dict[str, NDArray[np.int64]]:
+    """Set images aside as `hold_out` does, where they have no classes: evenly spread over the list of all."""
+    if not want:
+        return {"train": np.arange(total)}
+    return _divided(total, spread_order(total)[: _held_count(total, sizes, want, where, share)], sizes, want)
+
+
+def spread_order(total: int) -> NDArray[np.int64]:
+    """Return (total,) rows, ordered so that the first k of them are spread evenly over all (van der Corput 1935)."""
+    bits = max(total - 1, 0).bit_length()
+    places, numbers = np.zeros(2**bits, np.int64), np.arange(2**bits)
+    for bit in range(bits):
+        places = places << 1 | numbers >> bit & 1  # the bits of a number in the opposite order
+    rows: NDArray[np.int64] = places * total >> bits
+    _, first = np.unique(rows, return_index=True)
+    return rows[np.sort(first)]
+
+
+def _held_count(total: int, sizes: SplitSizes, want: Sequence[str], where: str, share: float) -> int:
+    asked = {"calibration": sizes.calibration, "selection": sizes.selection}
+    count = max(round(share * total), sum(asked[name] or MINIMUM_CALIBRATION for name in want))
+    if count > (total // 2 if share < 1 else total):
+        raise InputError(
+            f"{where}: {total} images are too few to set {count} of them aside for {' and '.join(want)}; "
+            "give more images, or set fewer aside with --calibration-images and --selection-images."
+        )
+    return count
+
+
+def _divided(
+    total: int, tail: NDArray[np.int64], sizes: SplitSizes, want: Sequence[str]
+) -> dict[str, NDArray[np.int64]]:
+    parts = {"train": np.setdiff1d(np.arange(total), tail)}
     if "calibration" in want:
-        left = count - asked["selection"] if "selection" in want and asked["selection"] else count // len(want)
-        size = asked["calibration"] or min(256, left)
+        left = len(tail) - sizes.selection if "selection" in want and sizes.selection else len(tail) // len(want)
+        size = sizes.calibration or min(256, left)
         parts["calibration"], tail = tail[:size], tail[size:]
     if "selection" in want:
-        parts["selection"] = tail[: asked["selection"] or 2000]
+        parts["selection"] = tail[: sizes.selection or 2000]
     return parts
+
+
+def share_out(
+    counts: Mapping[str, int], labels: Mapping[str, Labels], sizes: SplitSizes, where: str
+) -> dict[str, tuple[str, NDArray[np.int64]]]:
+    """Make train, calibration, selection and test of the lists that a data set has.
+
+    With val and test, calibration and selection come from val; with one of the two, that is the test and they come from
+    train; with neither, a fifth of train is the test.
+
+    Args:
+        counts: Number of images of each list: train, and of val, test, calibration and selection what there is.
+        labels: (n,) class numbers of each list, by which classes are balanced; empty for other targets.
+
+    Returns:
+        Split to the list that it comes from and its (k,) rows there.
+    """
+    if "train" not in counts:
+        raise InputError(f"{where}: has {' and '.join(sorted(counts))}, but no train; add it.")
+    rest = np.arange(counts["train"])
+    splits: dict[str, tuple[str, NDArray[np.int64]]] = {}
+    if test := "test" if "test" in counts else "val" if "val" in counts else None:
+        splits["test"] = test, np.arange(counts[test])
+    else:
+        is_test = _a_fifth(counts["train"], labels.get("train"))
+        splits["test"], rest = ("train", np.flatnonzero(is_test)), np.flatnonzero(~is_test)
+    want = [split for split in ("calibration", "selection") if split not in counts]
+    source, share, pool = "train", HELD_OUT, rest
+    if test == "test" and "val" in counts:
+        source, share, pool = "val", 1.0, np.arange(counts["val"])
+        splits["train"] = "train", rest
+    if source in labels:
+        held = hold_out(labels[source][pool], sizes, want, where, share)
+    else:
+        held = hold_out_spread(len(pool), sizes, want, where, share)
+    for split, rows in held.items():
+        if split != "train" or source == "train":
+            splits[split] = source, pool[rows]
+    for split in {"calibration", "selection"} & set(counts):
+        splits[split] = split, np.arange(counts[split])
+    return splits
+
+
+def _a_fifth(total: int, labels: Labels | None) -> NDArray[np.bool_]:
+    if labels is not None:  # of each class, from its end
+        counts = np.bincount(labels)[labels]
+        from_end: NDArray[np.bool_] = rank_within_class(labels) >= counts - np.ceil(TEST_SHARE * counts)
+        return from_end
+    chosen = np.zeros(total, bool)
+    chosen[spread_order(total)[: round(TEST_SHARE * total)]] = True
+    return chosen
 
 
 def rank_within_class(labels: Labels) -> NDArray[np.int64]:
@@ -188,7 +289,15 @@ def array_data(
     return data_of(name, classes, splits, preprocess)
 
 
-def data_of(name: str, classes: tuple[str, ...], splits: Mapping[str, Images], preprocess: Preprocess) -> Data:
+def data_of(
+    name: str,
+    classes: tuple[str, ...],
+    splits: Mapping[str, Images],
+    preprocess: Preprocess,
+    kind: str = "classes",
+    options: Mapping[str, Any] | None = None,
+) -> Data:
+    """Return the data set of four splits; raises InputError where too few images are there for calibration."""
     if len(splits["calibration"]) < MINIMUM_CALIBRATION:
         raise InputError(
             f"{name}: {len(splits['calibration'])} calibration images; give at least {MINIMUM_CALIBRATION}, better 256."
@@ -201,9 +310,11 @@ def data_of(name: str, classes: tuple[str, ...], splits: Mapping[str, Images], p
         splits["calibration"],
         splits["selection"],
         preprocess,
-        labelled=True,
+        labelled=kind != "none",
         test_count=len(test),
         _test=test,
+        kind=kind,
+        options=dict(options or {}),
     )
 
 

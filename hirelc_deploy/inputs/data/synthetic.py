@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.geometry import Pairs
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.splits import NATIVE_SPLITS, Data, identity
 from hirelc_deploy.inputs.data.views import Indices
@@ -33,6 +36,7 @@ def synthetic(count_text: str, seed: int) -> Data:
         labelled=False,
         test_count=count,
         _test=parts["test"],
+        kind="none",
     )
 
 
@@ -40,6 +44,7 @@ class RandomImages:
     """Standard normal inputs without labels, made when asked for and equal each time."""
 
     labels = None
+    labelled = False
 
     def __init__(self, count: int, preprocess: Preprocess, seed: int) -> None:
         self._count, self._preprocess, self._seed = count, preprocess, seed
@@ -58,6 +63,14 @@ class RandomImages:
             generator.manual_seed(((self._seed * 1_000_003 + view) * 1_000_003 + row) % 2**63)
             inputs.append(torch.randn(self._preprocess.input_size, generator=generator))
         return torch.stack(inputs)
+
+    def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
+        """Return None for each: nothing is known to be true of noise."""
+        return [None] * len(indices)
+
+    def flipping(self, flips: bool, pairs: Pairs = ()) -> RandomImages:
+        """Return the same inputs: noise has no sides."""
+        return self
 
     def preprocessed(self, preprocess: Preprocess) -> RandomImages:
         """Return inputs of another size."""

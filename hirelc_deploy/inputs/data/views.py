@@ -28,8 +28,10 @@ def normalised(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255 / std).sub_(mean / std)
 
 
-def random_window(canvas: Tensor, preprocess: Preprocess, seed: int, view: int, rows: Tensor) -> Tensor:
-    """Cut the view's random window out of (b, channels, height, width) and flip every second one.
+def random_window(
+    canvas: Tensor, preprocess: Preprocess, seed: int, view: int, rows: Tensor, flips: bool = True
+) -> Tensor:
+    """Cut the view's random window out of (b, channels, height, width) and, with `flips`, mirror every second one.
 
     Where the canvas is no larger than the window, the window may reach over the border by an eighth of its size (4
     pixels of 32, as usual on CIFAR-10), and pixels are reflected there.
@@ -43,7 +45,7 @@ def random_window(canvas: Tensor, preprocess: Preprocess, seed: int, view: int, 
         start = torch.from_numpy(low + (words[axis] % np.uint64(high - low + 1)).astype(np.int64))
         position = (start[:, None] + torch.arange(window)).abs()
         sides.append(torch.where(position >= size, 2 * (size - 1) - position, position))
-    flipped = torch.from_numpy(words[2] % np.uint64(2) == 1)
+    flipped = torch.from_numpy(words[2] % np.uint64(2) == 1) & flips
     row, column = sides[0], torch.where(flipped[:, None], sides[1].flip(1), sides[1])
     count, channels, height, width = canvas.shape
     # Whole rows first, then columns: twice as fast as indexing with both at once.

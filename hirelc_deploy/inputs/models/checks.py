@@ -9,54 +9,56 @@ from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.models.user_code import first_line
+from hirelc_deploy.tasks.contract import Targets, Task
 
 SAME_ANSWER = 1e-3  # of the largest output: batches of other sizes are summed in another order
 
 
-def check_output(model: nn.Module, images: Tensor, classes: int = 0) -> int:
-    """Run the model on (b, channels, height, width) images and return its number of outputs.
+def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets | None = None) -> Any:
+    """Run the model on (b, channels, height, width) images and return what it answers.
 
-    Raises InputError unless it answers with one finite (b, outputs) tensor, of `classes` outputs where that is not 0,
-    the same for an image alone as beside others, leaves the images as they are, and lets gradients through.
+    Raises InputError unless its answer is one of the task, the same for an image alone as beside others, and unless it
+    leaves the images as they are and lets gradients through.
+
+    Args:
+        targets: What is true of the images, collated.
     """
-    name, shape, given = type(model).__name__, tuple(images.shape), images.clone()
+    name, given = type(model).__name__, images.clone()
     with torch.no_grad():
-        output = _answer(model, given)
-    if not isinstance(output, Tensor):
-        raise InputError(
-            f"{name} returns a {type(output).__name__}; it must return one (batch, classes) tensor; "
-            "wrap it in a module whose forward picks that tensor."
-        )
-    if output.ndim != 2 or output.shape[0] != shape[0]:
-        raise InputError(
-            f"{name} answers {shape[0]} images with shape {tuple(output.shape)}; a classifier returns (batch, classes)."
-        )
-    if not output.isfinite().all():
-        raise InputError(f"{name} answers with NaN or infinity; check its weights and preprocessing.")
-    if classes and output.shape[1] != classes:
-        raise InputError(
-            f"{name} has {output.shape[1]} outputs, but the data has {classes} classes; "
-            f"use a model and weights for {classes} classes (timm: --model-arg num_classes={classes})."
-        )
+        answer = _answer(model, given)
+        try:
+            outputs = task.answers(answer)
+            task.check(outputs, targets)
+        except InputError as error:
+            raise InputError(str(error).replace("the model", name, 1)) from None
+    for output, values in outputs.items():
+        if values.ndim == 0 or len(values) != len(images):
+            raise InputError(
+                f"{name} answers {len(images)} images with {output} of shape {tuple(values.shape)}; "
+                "the first dimension of every output must be the image."
+            )
     if not torch.equal(given, images):
         raise InputError(
             f"{name} changes the images it is given; let its forward work on a copy (x - 1, not x.sub_(1))."
         )
     with torch.enable_grad():
         one = images[:1].clone().requires_grad_()
-        alone = _answer(model, one)
-        slope = torch.autograd.grad(alone.sum(), one, allow_unused=True)[0] if alone.requires_grad else None
-    if alone.shape != output[:1].shape or (alone - output[:1]).abs().max() > SAME_ANSWER * output.abs().max():
-        raise InputError(
-            f"{name} answers an image alone otherwise than beside another, or otherwise each time; "
-            "its forward must treat every image by itself, without chance."
-        )
+        alone = task.answers(_answer(model, one))
+        total = sum(values.sum() for values in alone.values() if values.requires_grad)
+        slope = torch.autograd.grad(total, one, allow_unused=True)[0] if isinstance(total, Tensor) else None
+    for output, values in outputs.items():
+        near = alone[output].shape == values[:1].shape
+        if not near or (alone[output] - values[:1]).abs().max() > SAME_ANSWER * values.abs().max():
+            raise InputError(
+                f"{name} answers an image alone otherwise than beside another, or otherwise each time; "
+                "its forward must treat every image by itself, without chance."
+            )
     if slope is None:
         raise InputError(
             f"{name} lets no gradient through to its input, by which channels are judged and recovered; "
             "remove no_grad, detach and numpy from its forward."
         )
-    return output.shape[1]
+    return answer
 
 
 def _answer(model: nn.Module, images: Tensor) -> Any:

@@ -1,14 +1,24 @@
-"""In: what the user wrote behind --model, and weights. Out: a model in eval mode and float32 that was seen to work."""
+"""In: what the user wrote behind --model, and weights. Out: a model in eval mode and float32 that was seen to work.
+
+A model may say of itself what its code cannot. Three plain attributes are read, of a user's model as of any other:
+
+- `task_options`, a dict: `task`, a task's name, and the options of that task, such as
+  `{"task": "detection", "head": "detr", "outputs": ["logits", "pred_boxes"]}`.
+- `class_names`, a tuple of texts in the order of its outputs, without a background that detectors have.
+- `pretrained_cfg`, a dict of its preprocessing in timm's words; see `preprocess_of`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +27,19 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.trace import check_one_input
 from hirelc_deploy.inputs.data.preprocess import INTERPOLATIONS, Preprocess
 from hirelc_deploy.inputs.data.splits import Data
-from hirelc_deploy.inputs.models.checks import check_finite, check_output
+from hirelc_deploy.inputs.models import hugging_face, torchvision_models, ultralytics_models
+from hirelc_deploy.inputs.models.checks import check_finite
 from hirelc_deploy.inputs.models.user_code import first_line, import_file, import_module, importing_from, place_of
 from hirelc_deploy.inputs.models.weights import load_weights
+
+PREFIXES = ("hf", "torchvision", "ultralytics")
+"""Libraries that a spec may name before its colon."""
+
+TIMM_PREFIXES = ("hf-hub", "hf_hub", "local-dir")
+"""What timm understands before a colon: a model of the Hugging Face Hub, or a folder of one."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +47,12 @@ class ModelSource:
     """Where a model comes from: enough to build it again.
 
     Attributes:
-        spec: A timm name, `file.py:factory` or `package.module:factory`.
+        spec: A timm name, with a tag or not, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, as timm takes them;
+            `file.py:factory` or `package.module:factory`; `hf:FOLDER` of transformers; `torchvision:NAME`;
+            `ultralytics:NAME.yaml`.
         weights: A .safetensors file, or a .pth, .pt or .bin file with a state dict.
-        arguments: Keyword arguments of the factory, or of `timm.create_model`.
+        arguments: Keyword arguments of the factory, of `timm.create_model` or torchvision's function, or entries of the
+            config of transformers.
         pretrained: Let timm fetch its own weights over the network; timm names only.
     """
 
@@ -41,18 +62,32 @@ class ModelSource:
     pretrained: bool = False
 
     @property
+    def kind(self) -> str:
+        """`timm`, `hf`, `torchvision`, `ultralytics` or `factory`."""
+        before, colon, _ = self.spec.partition(":")
+        if colon:
+            return before if before in PREFIXES else "timm" if before in TIMM_PREFIXES else "factory"
+        return "factory" if self.spec.endswith(".py") else "timm"
+
+    @property
     def is_timm(self) -> bool:
-        """True for a timm name."""
-        return ":" not in self.spec and not self.spec.endswith(".py")
+        """True for a name that timm understands."""
+        return self.kind == "timm"
+
+    @property
+    def is_installed(self) -> bool:
+        """True where an installed library builds it: no code, file or network of anybody's has a part in it."""
+        return self.kind == "torchvision" or (self.is_timm and ":" not in self.spec)
 
     @property
     def is_untrained(self) -> bool:
-        """True where the model can only have random weights: a timm name with neither weights nor `pretrained`."""
-        return self.is_timm and self.weights is None and not self.pretrained
+        """True where the model can only have random weights: a library's name with neither weights nor `pretrained`."""
+        bare = self.kind in ("timm", "torchvision") or (self.kind == "ultralytics" and not self.spec.endswith(".pt"))
+        return bare and self.weights is None and not self.pretrained
 
     def with_classes(self, count: int) -> ModelSource:
         """Return the source with this number of classes, unless it says one, or is a factory that decides itself."""
-        if not self.is_timm or "num_classes" in self.arguments or not count:
+        if self.kind not in ("timm", "torchvision") or "num_classes" in self.arguments or not count:
             return self
         return replace(self, arguments={**self.arguments, "num_classes": count})
 
@@ -60,61 +95,106 @@ class ModelSource:
         """Return the model as its factory makes it, on the CPU in eval mode, without reading `weights`."""
         if self.pretrained and not self.is_timm:
             raise InputError(f"--pretrained: {self.spec} is not a timm name; give its weights with --weights FILE.")
-        model = self._from_timm() if self.is_timm else self._from_factory()
-        for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if is_lazy(tensor) or tensor.is_meta:
-                kind = "has no shape yet (a lazy layer)" if is_lazy(tensor) else "has no values (device meta)"
-                raise InputError(f"--model {self.spec}: {tensor_name} {kind}; build the model with its real tensors.")
-        return model.cpu().float().eval()
+        match self.kind:
+            case "timm":
+                model = self._from_timm()
+            case "hf":
+                model = hugging_face.build(Path(self._name), self.arguments)
+            case "torchvision":
+                model = torchvision_models.build(self._name, self.arguments)
+            case "ultralytics":
+                self._take_no_arguments()
+                model = ultralytics_models.build(self._name)
+            case _:
+                model = self._from_factory()
+        return ready(model, f"--model {self.spec}")
 
     def load(self) -> nn.Module:
         """Return the model with its weights, all of them finite."""
+        weights = self._weights
+        if self.kind == "hf" and not self.pretrained:
+            model = ready(hugging_face.load(Path(self._name), self.arguments, weights), f"--model {self.spec}")
+            check_finite(model, str(weights or self.spec))
+            return model
         model = self.build()
-        if self.weights is not None:
-            load_weights(model, self.weights)
-        check_finite(model, str(self.weights or self.spec))
+        if weights is not None:
+            load_weights(model, weights, torchvision_models.UNUSED_WEIGHTS if self.kind == "torchvision" else ())
+        check_finite(model, str(weights or self.spec))
         return model
 
     def describe(self) -> dict[str, Any]:
         """Return the source as JSON values for a manifest, with hashes of the files it depends on."""
         value: dict[str, Any] = {
-            "kind": "timm" if self.is_timm else "factory",
+            "kind": self.kind,
             "spec": self.spec,
             "arguments": dict(self.arguments),
             "pretrained": self.pretrained,
         }
-        if self.is_timm:
-            value["timm_version"] = importlib.metadata.version("timm")
+        if self.kind != "factory":
+            package = "transformers" if self.kind == "hf" else self.kind
+            value[f"{package}_version"] = importlib.metadata.version(package)
         elif self._factory_file is not None:
             value["spec_sha256"] = _sha256(self._factory_file)
-        if self.weights is not None:
-            value["weights"] = {"file": self.weights.name, "sha256": _sha256(self.weights)}
+        if self.kind == "hf":
+            files = hugging_face.files_of(Path(self._name), with_weights=self.weights is None)
+            value["spec_sha256"] = _sha256_of_all(files)
+        if (weights := self._weights) is not None:
+            value["weights"] = {"file": weights.name, "sha256": _sha256(weights)}
         return value
+
+    @property
+    def _name(self) -> str:
+        """What stands behind the colon."""
+        return self.spec.partition(":")[2]
+
+    @property
+    def _weights(self) -> Path | None:
+        """The file of weights; that of ultralytics may be named in the spec."""
+        if self.weights is None and self.kind == "ultralytics":
+            return ultralytics_models.weights_of(self._name)
+        return self.weights
 
     @property
     def _factory_file(self) -> Path | None:
         target = self.spec.rpartition(":")[0]
         return Path(target) if target.endswith(".py") else None
 
+    def _take_no_arguments(self) -> None:
+        if self.arguments:
+            raise InputError(
+                f"--model {self.spec}: takes no {_arguments_text(self.arguments)}; its .yaml says all of the network."
+            )
+
     def _from_timm(self) -> nn.Module:
         import timm
 
-        name = self.spec
-        if not timm.is_model(name):
+        name, elsewhere = self.spec, ":" in self.spec
+        if not elsewhere and not timm.is_model(name):
             near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
             hint = (
                 f"did you mean {' or '.join(near)}?" if near else "give a timm name, file.py:factory or module:factory."
             )
             raise InputError(f"--model {name!r}: timm has no model of this name; {hint}")
-        trained, wanted = timm.get_pretrained_cfg(name), self.arguments.get("num_classes")
+        try:
+            trained = None if elsewhere else timm.get_pretrained_cfg(name)
+        except RuntimeError:  # a tag that this network has not
+            tagged = timm.list_pretrained(f"{name.partition('.')[0]}.*") or [name.partition(".")[0]]
+            raise InputError(f"--model {name!r}: timm has no such weights of it; give {' or '.join(tagged)}.") from None
+        wanted = self.arguments.get("num_classes")
         if self.pretrained and trained is not None and wanted not in (None, trained.num_classes):
             raise InputError(
                 f"--model {name} --pretrained: its weights know {trained.num_classes} classes, not {wanted}, and the "
                 "last layer would be random; train it for your classes first and give the result with --weights."
             )
         try:
-            model = timm.create_model(name, pretrained=self.pretrained, **self.arguments)
+            with _quiet_hub():
+                model = timm.create_model(name, pretrained=self.pretrained, **self.arguments)
         except Exception as error:  # whatever the constructor of any of a thousand models, or the network, may raise
+            if elsewhere:
+                raise InputError(
+                    f"--model {name}: it could not be had ({first_line(error)}); with no network give a timm name and "
+                    "its weights with --weights FILE."
+                ) from None
             if self.pretrained:
                 raise InputError(
                     f"--model {name} --pretrained: the weights could not be had ({first_line(error)}); "
@@ -122,6 +202,12 @@ class ModelSource:
                 ) from None
             raise InputError(f"--model {name} with {_arguments_text(self.arguments)}: {first_line(error)}.") from None
         model = _as_module(model, name)
+        known = model.pretrained_cfg.get("num_classes")  # type: ignore[union-attr, operator]
+        if self.pretrained and elsewhere and wanted not in (None, known):
+            raise InputError(
+                f"--model {name} --pretrained: its weights know {known} classes, not {wanted}, and the last layer "
+                "would be random; train it for your classes first and give the result with --weights."
+            )
         model.__dict__["pretrained_cfg"] = _config_for(model, self.arguments)
         return model
 
@@ -154,39 +240,24 @@ class ModelSource:
         return _as_module(model, self.spec)
 
 
-def load_for(
-    source: ModelSource, data: Data, overrides: Mapping[str, Any] | None = None
-) -> tuple[nn.Module, Data, ModelSource]:
-    """Load a model for a data set: classes from the data, preprocessing from the model, and one forward pass to check.
-
-    Args:
-        overrides: Entries of `Preprocess` that the user asked for; see `preprocess_of`.
-
-    Returns:
-        The model, the data in the form of its input, and the source with the number of classes filled in.
-    """
-    source = source.with_classes(len(data.classes))
-    model = source.load()
-    data = data.preprocessed(preprocess_of(model, data, overrides))
-    check_output(model, data.calibration.batch(range(min(2, len(data.calibration)))), len(data.classes))
-    return model, data, source
-
-
 def preprocess_of(model: nn.Module, data: Data | None = None, overrides: Mapping[str, Any] | None = None) -> Preprocess:
     """Return the preprocessing for a model.
 
     Each entry comes from the first that names it: `overrides`; the model's `pretrained_cfg` (timm's convention, which a
-    factory of the user may follow too); the data's own image size with pixels in [0, 1] as they are; 3 x 224 x 224.
+    factory of the user may follow too, with `geometry` and `pad_value` of `Preprocess`); the data's own image size and
+    geometry with pixels in [0, 1] as they are; a crop of 3 x 224 x 224.
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     config = config if isinstance(config, Mapping) else config.to_dict()
-    names = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    names = ("input_size", "mean", "std", "crop_pct", "interpolation", "geometry", "pad_value")
     known = {name: config[name] for name in names if config.get(name) is not None}
     chosen = {name: value for name, value in (overrides or {}).items() if value is not None}
     if unknown := set(chosen) - set(names):
         raise InputError(f"preprocessing: unknown entry {sorted(unknown)[0]!r}; use {', '.join(names)}.")
-    native = data.preprocess.input_size if data is not None and data.labelled else (3, 224, 224)
-    value = {"input_size": native, "crop_pct": 1.0, "interpolation": "bicubic", **known, **chosen}
+    native = {"input_size": (3, 224, 224), "crop_pct": 1.0, "interpolation": "bicubic"}
+    if data is not None and data.labelled:
+        native |= {"input_size": data.preprocess.input_size, "geometry": data.preprocess.geometry}
+    value = {**native, **known, **chosen}
     channels, *_ = value["input_size"]
     for name, fallback in (("mean", 0.0), ("std", 1.0)):
         given = tuple(value.get(name, (fallback,)))
@@ -209,6 +280,28 @@ def _config_for(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any
     return config
 
 
+def ready(model: nn.Module, where: str) -> nn.Module:
+    """Return a model on the CPU, in eval mode and float32; raises InputError where it cannot run on images alone."""
+    for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            kind = "has no shape yet (a lazy layer)" if is_lazy(tensor) else "has no values (device meta)"
+            raise InputError(f"{where}: {tensor_name} {kind}; build the model with its real tensors.")
+    check_one_input(model)
+    return model.cpu().float().eval()
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the Hub's reports of each try off the terminal; what came of them is said in one sentence."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub.setLevel(before)
+
+
 def _as_module(value: Any, spec: str) -> nn.Module:
     if isinstance(value, nn.Module):
         return value
@@ -217,6 +310,10 @@ def _as_module(value: Any, spec: str) -> nn.Module:
 
 def _arguments_text(arguments: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
+
+
+def _sha256_of_all(files: Iterable[Path]) -> str:
+    return hashlib.sha256("".join(f"{file.name} {_sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

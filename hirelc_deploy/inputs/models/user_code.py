@@ -21,15 +21,15 @@ from hirelc_deploy.errors import InputError
 # The user's own code
 
 
-def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(pairs: Sequence[str], option: str = "--model-arg") -> dict[str, Any]:
     """Return the values of `--model-arg key=value`: JSON or TOML values where they parse, else the text itself."""
     arguments: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise InputError(f"--model-arg {pair!r}: write name=value.")
+            raise InputError(f"{option} {pair!r}: write name=value.")
         if name in arguments:
-            raise InputError(f"--model-arg {name} is given twice.")
+            raise InputError(f"{option} {name} is given twice.")
         arguments[name] = _parse_value(text)
     return arguments
 

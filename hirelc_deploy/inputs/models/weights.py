@@ -22,14 +22,18 @@ SHOWN_KEYS = 3
 # Weights
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
+def load_weights(model: nn.Module, file: Path, unused: tuple[str, ...] = ()) -> None:
     """Copy the weights of a file into the model, each of them or none; half precision becomes float32.
+
+    Args:
+        unused: Prefixes of tensors that the file may have beside the model's.
 
     Raises InputError for a file that is missing, broken, not plain tensors, or from another model.
     """
     given = _without_prefix(read_state_dict(file), model)
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
+    given = {name: value for name, value in given.items() if name in wanted or not name.startswith(unused)}
     unexpected = [name for name in given if name not in wanted]
     shared = [name for name in wanted if name in given]
     reshaped = [name for name in shared if given[name].shape != wanted[name].shape]

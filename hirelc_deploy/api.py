@@ -1,0 +1,437 @@
+"""In: a model, data and limits, as Python objects or as the command line names them. Out: typed results.
+
+The command line is written on these calls. Errors are exceptions (`hirelc_deploy.errors`) with the sentences that it
+prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from hirelc_deploy.config import (
+    DataConfig,
+    JobConfig,
+    Limits,
+    ModelConfig,
+    PreprocessConfig,
+    SearchConfig,
+    TaskConfig,
+    parse_duration,
+)
+from hirelc_deploy.deliver.read import load
+from hirelc_deploy.deliver.verify import VerifyResult
+from hirelc_deploy.deliver.verify import verify as verify_bundle
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.datasets import data_from_datasets
+from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.data.splits import Data, SplitSizes
+from hirelc_deploy.inputs.models.given import source_of
+from hirelc_deploy.jobs.apply import run_apply
+from hirelc_deploy.jobs.inspect import inspected, inspection_text
+from hirelc_deploy.jobs.search import run_search
+from hirelc_deploy.jobs.workplace import RESULT, Given, Workplace, open_workplace
+from hirelc_deploy.measure.machine import describe
+from hirelc_deploy.measure.protocol import FULL, Timing, compare
+from hirelc_deploy.measure.targets import find_target, open_target
+from hirelc_deploy.outcome import Outcome, outcome_from_dict
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.progress import Listener, Progress
+from hirelc_deploy.runs import PARETO
+
+__all__ = ["Inspection", "Result", "apply", "benchmark", "inspect", "load", "search", "verify"]
+
+Model = str | nn.Module | Callable[[], nn.Module]
+"""A timm name or another spec of the command line, a module (which is copied), or a function that makes one."""
+
+Splits = str | Mapping[str, Dataset[Any]] | Data
+"""A spec of the command line, or split names (train, and test or val) to torch data sets of (image, target)."""
+
+
+class JobOptions(TypedDict, total=False):
+    """What `search` and `apply` have in common, beside model, data, task and folder; all of it may be left out.
+
+    Attributes:
+        weights: A .safetensors file, or .pth read safely.
+        model_args: Arguments of the factory.
+        pretrained: Let timm fetch its own weights.
+        data_dir: Folder of a torchvision data set, or of the pictures of COCO files.
+        calibration_images, selection_images: Training images set aside for ranges, and for choosing.
+        collate_fn: Of the user's data sets, where their items need one.
+        classes: Names of the classes of the user's data sets.
+        lower_is_better: Of the user's metric.
+        task_options: Of the task.
+        input_size: (channels, height, width) of the model's input.
+        mean, std: Of the normalisation, per channel.
+        geometry, interpolation: Of pictures of another size: `crop`, `stretch` or `letterbox`, and how.
+        recovery_epochs, learning_rate: Of the recovery of each finalist.
+        exclude, include: Patterns of units and layers.
+        threads: Of one inference.
+        seed: Of every random choice.
+        progress: Called with a line of text for everything that is begun or done; without it nothing is said.
+        command: What the bundle says it was made by.
+    """
+
+    weights: str | Path | None
+    model_args: Mapping[str, Any] | None
+    pretrained: bool
+    data_dir: str | Path | None
+    calibration_images: int | None
+    selection_images: int | None
+    collate_fn: Callable[[list[Any]], Any] | None
+    classes: Sequence[str] | None
+    lower_is_better: bool | None
+    task_options: Mapping[str, Any] | None
+    input_size: Sequence[int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    geometry: str | None
+    interpolation: str | None
+    recovery_epochs: float
+    learning_rate: float
+    exclude: Sequence[str]
+    include: Sequence[str]
+    threads: int | None
+    seed: int
+    progress: Listener | Progress | None
+    command: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished job.
+
+    Attributes:
+        directory: The run: journal, bundle, report.
+        record: Everything that was found, as in its result.json.
+    """
+
+    directory: Path
+    record: Mapping[str, Any]
+
+    @property
+    def bundle(self) -> Path:
+        """The folder to deploy."""
+        return self.directory / "bundle"
+
+    @property
+    def report(self) -> Path:
+        """One HTML file."""
+        return self.directory / "report.html"
+
+    @property
+    def front(self) -> list[tuple[CompressionPlan, Outcome]]:
+        """The recovered plans that no other one beats in time and divergence; empty after `apply`."""
+        path = self.directory / PARETO
+        if not path.is_file():
+            return []
+        fronts = json.loads(path.read_text("utf-8"))["fronts"]
+        return [
+            (CompressionPlan.from_dict(item["plan"]), outcome_from_dict(item["outcome"]))
+            for item in fronts.get("F3", [])
+        ]
+
+    @property
+    def summary(self) -> str:
+        """What a person wants to know first."""
+        return summary(self.record, self.directory)
+
+    def model(self, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+        """Return the cut float model; see `load`."""
+        return load(self.bundle, factory)
+
+    def __str__(self) -> str:
+        """Return the summary."""
+        return self.summary
+
+    def _repr_html_(self) -> str:
+        """Return the report, framed, for notebooks."""
+        import html
+
+        page = html.escape(self.report.read_text("utf-8"), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%;height:640px;border:0"></iframe>'
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model consists of.
+
+    Attributes:
+        record: `units`, `kept_whole`, `blocks`, `params`, `macs`, `matched`; as `inspect --json` prints them.
+    """
+
+    record: Mapping[str, Any]
+
+    @property
+    def units(self) -> Sequence[Mapping[str, Any]]:
+        """What can be cut, with sizes and costs."""
+        units: Sequence[Mapping[str, Any]] = self.record["units"]
+        return units
+
+    def __str__(self) -> str:
+        """Return what `inspect` prints."""
+        return inspection_text(self.record)
+
+
+def search(
+    model: Model,
+    data: Splits,
+    *,
+    out: str | Path,
+    task: str | None = None,
+    target: str = "cpu",
+    limits: Limits | Mapping[str, float] | None = None,
+    metric: Callable[..., Any] | str | None = None,
+    loss: Callable[..., Any] | str | None = None,
+    strategy: str = "hirelc",
+    budget: str | float | None = None,
+    trials: int = 24,
+    finalists: int = 3,
+    options: int = 8,
+    warm_start: str | Path | None = None,
+    depth: bool = True,
+    precisions: bool = False,
+    jobs: int | None = None,
+    ray: str | None = None,
+    **job: Unpack[JobOptions],
+) -> Result:
+    """Find the fastest file that the target can run within the limits; a killed or finished search is taken up again.
+
+    Args:
+        out: Folder of the run, which is made.
+        task: Of an installed task, where model and data leave a doubt.
+        limits: Fields of `config.Limits`; {"max_drop": 1.0} where nothing is said.
+        metric: `metric(outputs, targets)`, one number or one an image; or `file.py:function`.
+        loss: `loss(outputs, targets)`, joined to the distillation; or `file.py:function`.
+        budget: Seconds, or text such as `30m`.
+        trials, finalists, options, depth, precisions, strategy, warm_start: See `config.SearchConfig`.
+        jobs, ray: Processes, or a Ray cluster, that judge cut models side by side.
+
+    Raises:
+        HirelcError: With the sentence that the command line would print.
+    """
+    limited = limits if isinstance(limits, Limits) else Limits(**(limits or {"max_drop": 1.0}))  # type: ignore[arg-type]
+    seconds = parse_duration(budget) if isinstance(budget, str) else budget
+    folder = str(Path(warm_start).resolve()) if warm_start else None
+    configured = SearchConfig(strategy, seconds, trials, finalists, options, folder, depth, precisions)
+    config, given = _config(model, data, task, target, metric, loss, job, limits=limited, search=configured)
+    return _done(config, given, Path(out), job, jobs=jobs, ray=ray)
+
+
+def apply(
+    model: Model,
+    data: Splits,
+    plan: str | Path | CompressionPlan,
+    *,
+    out: str | Path,
+    task: str | None = None,
+    target: str = "cpu",
+    metric: Callable[..., Any] | str | None = None,
+    loss: Callable[..., Any] | str | None = None,
+    **job: Unpack[JobOptions],
+) -> Result:
+    """Build one plan, without a search: cut, recover, quantize, time, bundle.
+
+    Args:
+        plan: A plan, its file, `uniform:keep=0.5,precision=int8`, or a bundle whose recovery goes on.
+        out, task, target, metric, loss: See `search`.
+
+    Raises:
+        HirelcError: With the sentence that the command line would print.
+    """
+    if isinstance(plan, CompressionPlan):
+        file = Path(out).with_name(f"{Path(out).name}-plan.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", "utf-8")
+        plan = file
+    config, given = _config(model, data, task, target, metric, loss, job, plan=str(plan))
+    return _done(config, given, Path(out), job)
+
+
+def inspect(
+    model: Model,
+    *,
+    weights: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    pretrained: bool = False,
+    input_size: Sequence[int] | None = None,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+) -> Inspection:
+    """Say what a model consists of, what can be cut, and what is kept whole and why; every unit is proven exact.
+
+    Raises:
+        InputError: The model cannot be had, or cannot run on such an input.
+    """
+    source = source_of(model, weights, model_args, pretrained)
+    overrides = PreprocessConfig(tuple(input_size) if input_size else None).overrides()
+    return Inspection(inspected(source, overrides, tuple(exclude), tuple(include)))
+
+
+def benchmark(
+    files: Sequence[str | Path], *, target: str = "cpu", threads: int | None = None, seconds: float = 300.0
+) -> list[Timing]:
+    """Time ONNX files against the first of them: interleaved, with intervals and verdicts.
+
+    Raises:
+        HirelcError: A file is not there or is refused, or the target cannot be reached.
+    """
+    return timed(files, target, threads, seconds)[1]
+
+
+def timed(
+    files: Sequence[str | Path], target: str, threads: int | None, seconds: float
+) -> tuple[dict[str, Any], list[Timing]]:
+    """Return the machine, and what `benchmark` returns."""
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--seconds {seconds:g}: give a finite number above 0.")
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give ONNX files, the reference first.")
+    profile = find_target(target)
+    backend = open_target(profile)
+    limits = dataclasses.replace(FULL, seconds=seconds)
+    return describe(backend), compare(paths, backend, threads=threads or profile.threads, limits=limits)
+
+
+def verify(
+    bundle: str | Path,
+    data: Splits | None = None,
+    *,
+    target: str = "cpu",
+    reference: str | Path | None = None,
+    data_dir: str | Path | None = None,
+) -> VerifyResult:
+    """Check a bundle: hashes, integer operators, sample outputs, and with data the metric again on its test split.
+
+    Args:
+        reference: The uncut float file, to time the bundle against.
+
+    Raises:
+        HirelcError: There is no bundle, or data or reference do not fit it.
+    """
+    given = _data(data, JobOptions(data_dir=data_dir)) if data is not None else None
+    path = Path(reference) if reference else None
+    return verify_bundle(Path(bundle), data=given, backend=open_target(find_target(target)), reference=path)
+
+
+def summary(record: Mapping[str, Any], out: Path) -> str:
+    """Return what a person wants to know first about a finished job."""
+    latency, unpruned, found = record["latency"], record["best_unpruned"], record["accuracy"]
+    lines = [
+        f"{1 / latency['ratio']:.2f} times faster than the uncut float file "
+        f"({1 / latency['ratio_high']:.2f} to {1 / latency['ratio_low']:.2f}), verdict: {latency['verdict']}",
+        f"{unpruned['ratio'] / latency['ratio']:.2f} times faster than the best unpruned file ({unpruned['name']})",
+        f"{record['size_ratio']:.1f} times smaller: {record['size_bytes']:,} bytes, {record['params']:,} parameters, "
+        f"{record['macs']:,} multiply-accumulates",
+    ]
+    metric = record.get("metric", {"name": "accuracy", "scale": 100.0, "unit": "points"})  # older runs: classifiers
+    scale, unit = metric["scale"], metric["unit"]
+    if found["test"] is None:
+        lines.append("no accuracy is claimed: the data has no labels")
+    else:
+        sign = " %" if scale == 100 else f" {unit}".rstrip()
+        lines.append(
+            f"{metric['name']} on the test split {scale * found['test']:.2f}{sign} "
+            f"(uncut {scale * found['baseline_test']:.2f}), drop {found['drop_points']:+.2f} {unit} "
+            f"({found['drop_low']:+.2f} to {found['drop_high']:+.2f})"
+        )
+    lines += [f"bundle: {record['bundle']}", f"report: {out / 'report.html'}"]
+    return "\n".join(lines)
+
+
+def run_config(config: JobConfig, out: Path, progress: Progress, command: str) -> Result:
+    """Do the job of a configuration."""
+    return _finished(open_workplace(config, out, command, progress))
+
+
+def _finished(workplace: Workplace) -> Result:
+    plan, directory = workplace.config.plan, workplace.run.directory
+    with workplace.run:
+        printed = run_apply(workplace, plan) if plan is not None else run_search(workplace)
+    return Result(directory, {**json.loads((directory / RESULT).read_text("utf-8")), **printed})
+
+
+def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Result:
+    progress = job.get("progress")
+    if not isinstance(progress, Progress):
+        progress = Progress(quiet=progress is None, listener=progress)
+    command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
+    workplace = open_workplace(config, out, command, progress, given=given, **side_by_side)
+    return _finished(workplace)
+
+
+def _config(
+    model: Model,
+    data: Splits,
+    task: str | None,
+    target: str,
+    metric: Callable[..., Any] | str | None,
+    loss: Callable[..., Any] | str | None,
+    job: JobOptions,
+    **more: Any,
+) -> tuple[JobConfig, Given]:
+    """Return the configuration of a job, and the objects that it can only name."""
+    if unknown := sorted(set(job) - JobOptions.__annotations__.keys()):
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    weights, folder = job.get("weights"), job.get("data_dir")
+    named = isinstance(model, str)
+    source = None if named else source_of(model, weights, job.get("model_args"), job.get("pretrained", False))
+    splits = None if isinstance(data, str) else _data(data, job)
+    config = JobConfig(
+        model=ModelConfig(
+            source.spec if source else str(model),
+            str(Path(weights).resolve()) if weights else None,
+            dict(job.get("model_args") or {}),
+            job.get("pretrained", False),
+        ),
+        data=DataConfig(
+            data if isinstance(data, str) else f"datasets:{splits.name if splits else ''}",
+            str(Path(folder).resolve()) if folder else None,
+            job.get("calibration_images"),
+            job.get("selection_images"),
+        ),
+        target=target,
+        seed=job.get("seed", 0),
+        threads=job.get("threads"),
+        recovery_epochs=job.get("recovery_epochs", 1.0),
+        learning_rate=job.get("learning_rate", 0.01),
+        exclude=tuple(job.get("exclude", ())),
+        include=tuple(job.get("include", ())),
+        preprocess=PreprocessConfig(
+            tuple(job.get("input_size") or ()) or None,
+            tuple(job.get("mean") or ()) or None,
+            tuple(job.get("std") or ()) or None,
+            geometry=job.get("geometry"),
+            interpolation=job.get("interpolation"),
+        ),
+        task=TaskConfig(
+            task,
+            metric if isinstance(metric, str) else None,
+            loss if isinstance(loss, str) else None,
+            job.get("lower_is_better"),
+            dict(job.get("task_options") or {}),
+        ),
+        **more,
+    )
+    functions = (None if isinstance(one, str) else one for one in (metric, loss))
+    return config, Given(source, splits, *functions)
+
+
+def _data(data: Splits, job: JobOptions) -> Data:
+    if isinstance(data, Data):
+        return data
+    folder, seed = job.get("data_dir"), job.get("seed", 0)
+    if isinstance(data, str):
+        return load_data(data, data_dir=Path(folder) if folder else None, seed=seed)
+    sizes = SplitSizes(job.get("calibration_images"), job.get("selection_images"))
+    return data_from_datasets(data, sizes, seed, job.get("collate_fn"), classes=job.get("classes"))

@@ -1,0 +1,42 @@
+"""In: pictures, .npy or .npz files. Out: the model's inputs. For Python 3.8, numpy, and Pillow for pictures."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+OPTIONS = json.loads(Path(__file__).with_name("preprocess.json").read_text("utf-8"))
+CHANNELS, HEIGHT, WIDTH = OPTIONS["input_size"]
+
+
+def read(path: str) -> "dict[str, np.ndarray]":
+    """Return `images` (n, height, width, channels), and `labels` where the file has them."""
+    if not path.endswith((".npy", ".npz")):
+        return {"images": np.array([import_module("PIL.Image").open(path).convert("L" if CHANNELS == 1 else "RGB")])}
+    data = np.load(path)
+    data = dict(data) if path.endswith(".npz") else {"images": data if data.ndim == 4 else data[None]}
+    return {"images": data["x_test"], "labels": data["y_test"]} if "x_test" in data else data
+
+
+def model_input(image: np.ndarray) -> np.ndarray:
+    """Return (1, channels, height, width) of a uint8 image; float32 is taken as a model input already."""
+    image = np.atleast_3d(image)
+    if image.shape[2] != CHANNELS or image.dtype not in (np.uint8, np.float32):
+        raise ValueError(f"images are uint8 (height, width, {CHANNELS}), found {image.dtype} {image.shape}")
+    if image.shape[:2] != (HEIGHT, WIDTH):  # resize, then cut or pad around the centre
+        pillow, way = import_module("PIL.Image"), OPTIONS.get("geometry", "crop")
+        need = [int(side / (OPTIONS["crop_pct"] if way == "crop" else 1)) for side in (HEIGHT, WIDTH)]
+        ratios, least = [need[axis] / image.shape[axis] for axis in (0, 1)], need if way == "crop" else (1, 1)
+        scale = min(ratios) if way == "letterbox" else max(ratios)
+        size = need if way == "stretch" else [max(least[axis], round(image.shape[axis] * scale)) for axis in (0, 1)]
+        method = getattr(pillow, OPTIONS["interpolation"].upper())
+        resized = np.atleast_3d(pillow.fromarray(image.squeeze()).resize(size[::-1], method))
+        image = np.full((HEIGHT, WIDTH, CHANNELS), OPTIONS.get("pad_value", 114), np.uint8)
+        cut, pad = ([max(0, int(s * (size[a] - image.shape[a]) / 2)) for a in (0, 1)] for s in (1, -1))
+        part = resized[cut[0] : cut[0] + HEIGHT, cut[1] : cut[1] + WIDTH]
+        image[pad[0] : pad[0] + part.shape[0], pad[1] : pad[1] + part.shape[1]] = part
+    if image.dtype == np.uint8:
+        mean, std = (np.array(OPTIONS[name], np.float32) for name in ("mean", "std"))
+        image = image * (np.float32(1 / 255) / std) - mean / std
+    return image.transpose(2, 0, 1)[None]

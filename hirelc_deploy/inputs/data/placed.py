@@ -1,0 +1,97 @@
+"""In: pictures and targets that lie in them. Out: preprocessed batches, and the targets moved along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hirelc_deploy.inputs.data.canvas import Canvases
+from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, view_frame
+from hirelc_deploy.inputs.data.pictures import Picture
+from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised
+
+
+class Stored(Protocol):
+    """A target that is read when it is needed, such as a mask."""
+
+    def read(self, size: tuple[int, int]) -> Any:
+        """Return the target of a picture of this (height, width); raises InputError where it cannot be one."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and what is true of it, in its own pixels; `Stored` where that is in a file."""
+
+    picture: Picture
+    truth: Any
+
+
+class PlacedImages:
+    """Pictures with boxes, masks, maps or keypoints.
+
+    Where a view reaches over the border of its picture there is nothing to see, and nothing true: pixels of the pad
+    value, void and unknown. (Pictures with a class are reflected there.)
+    """
+
+    labels = None
+    labelled = True
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        kind: str,
+        preprocess: Preprocess,
+        seed: int = 0,
+        flips: bool = True,
+        pairs: Pairs = (),
+    ) -> None:
+        self._samples, self._kind = list(samples), kind
+        self._preprocess, self._seed, self._flips, self._pairs = preprocess, seed, flips, tuple(pairs)
+        self._canvases = Canvases([sample.picture for sample in self._samples], preprocess)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def batch(self, indices: Indices) -> Tensor:
+        """Return the preprocessed images, contiguous; raises InputError for a file that cannot be read."""
+        return self._windows(indices, None)
+
+    def views(self, indices: Indices, view: int) -> Tensor:
+        """Return randomly cropped and flipped images; see `Images.views`."""
+        return self._windows(indices, view)
+
+    def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
+        """Return the targets as they lie in what `batch` or `views` return; see `targets.KINDS`."""
+        found = []
+        for row in as_rows(indices).tolist():
+            size, truth = self._canvases.size(row), self._samples[row].truth
+            if hasattr(truth, "read"):
+                truth = truth.read(size)
+            found.append(moved(self._kind, truth, self._frame(row, view), self._pairs))
+        return found
+
+    def preprocessed(self, preprocess: Preprocess) -> PlacedImages:
+        """Return the same pictures for another model's input."""
+        return PlacedImages(self._samples, self._kind, preprocess, self._seed, self._flips, self._pairs)
+
+    def flipping(self, flips: bool, pairs: Pairs = ()) -> PlacedImages:
+        """Return the same pictures, whose views are mirrored at random or not; see `Images.flipping`."""
+        return PlacedImages(self._samples, self._kind, self._preprocess, self._seed, flips, pairs)
+
+    def _windows(self, indices: Indices, view: int | None) -> Tensor:
+        windows = []
+        for row in as_rows(indices).tolist():
+            canvas = self._canvases[row]  # decoded first: then its size is known
+            windows.append(cut(canvas, self._frame(row, view), self._preprocess.pad_value))
+        return normalised(torch.stack(windows), self._preprocess)
+
+    def _frame(self, row: int, view: int | None) -> Frame:
+        size = self._canvases.size(row)
+        if view is None:
+            return frame_of(self._preprocess, size)
+        return view_frame(self._preprocess, size, self._seed, view, row, self._flips)

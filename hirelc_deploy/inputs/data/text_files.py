@@ -1,0 +1,95 @@
+"""In: a text file of a known form. Out: its content, or one sentence on what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hirelc_deploy.errors import InputError
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a UTF-8 file, with or without a byte order mark."""
+    try:
+        return file.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; check the path.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not a text file (UTF-8); save it as one.") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); check the path.") from None
+
+
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds."""
+    try:
+        return json.loads(read_text(file))
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON ({error}); export it again.") from None
+
+
+def read_yaml(file: Path) -> Mapping[str, Any]:
+    """Return the mapping that a YAML file holds."""
+    yaml = importlib.import_module("yaml")  # comes with timm
+    try:
+        content = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: not valid YAML ({reason}); correct it.") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{file}: holds no `name: value` lines; write at least train, val and names.")
+    return content
+
+
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file that are not empty."""
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+
+
+def class_names(text: str, base: Path) -> tuple[str, ...]:
+    """Return the names that the option `classes` gives: a text file with one name a line, or `cat;dog`."""
+    file = base / text
+    names = read_lines(file) if file.is_file() else [name.strip() for name in text.split(";") if name.strip()]
+    if ";" not in text and not file.is_file():
+        raise InputError(f"classes={text}: no such file in {base}; give a text file with one name a line, or cat;dog.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"classes={text}: the name {twice!r} is there twice; give each class one name.")
+    return tuple(names)
+
+
+def names_of(value: Any, where: str) -> tuple[str, ...]:
+    """Return class names from a list, or from a mapping of numbers to names; a number without a name is its name."""
+    if isinstance(value, Mapping):
+        try:
+            by_number = {int(number): str(name) for number, name in value.items()}
+        except (TypeError, ValueError):
+            raise InputError(f"{where}: names are not under whole numbers; write `0: cat` and so on.") from None
+        if not by_number or min(by_number) < 0 or max(by_number) > 100_000:
+            raise InputError(f"{where}: there are no usable class names; write `0: cat` and so on.")
+        return tuple(by_number.get(number, str(number)) for number in range(max(by_number) + 1))
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: class names are missing; add `names: [cat, dog]` or `names:` with `0: cat` below.")
+    return tuple(str(name) for name in value)
+
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+    "calibration": "calibration",
+    "selection": "selection",
+}
+"""What people call a split, to what it is called here."""
+
+
+def split_called(name: str) -> str | None:
+    """Return the split that a folder, file or key is named after, such as `train2017`; None where it is none."""
+    return SPLITS.get(name.strip().lower().rstrip("0123456789_-"))

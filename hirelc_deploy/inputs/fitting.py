@@ -1,0 +1,170 @@
+"""In: a model, data, and what the user says of the task. Out: the three, made for each other and seen to work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from hirelc_deploy.config import TaskConfig
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.answers import Answers, named
+from hirelc_deploy.inputs.data.splits import Data
+from hirelc_deploy.inputs.models.checks import check_output
+from hirelc_deploy.inputs.models.given import Source
+from hirelc_deploy.inputs.models.source import preprocess_of
+from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.custom import WithLoss, WithMetric, load_function
+from hirelc_deploy.tasks.registry import make_task
+
+TASK_OF_KIND = {
+    "classes": "classification",
+    "multilabel": "multilabel",
+    "numbers": "regression",
+    "map": "regression",
+    "masks": "segmentation",
+    "boxes": "detection",
+    "keypoints": "keypoints",
+}
+"""What data say of the task, by `Data.kind`. Random inputs (`none`) say nothing."""
+
+KINDS_OF_TASK = {"embedding": ("classes",)} | {
+    task: tuple(kind for kind, other in TASK_OF_KIND.items() if other == task) for task in TASK_OF_KIND.values()
+}
+"""The labels that a built-in task can use."""
+
+SAYS_THE_TASK = "task"
+"""Entry of a model's `task_options` that names the task; the others are options of that task."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model with its data and task.
+
+    Attributes:
+        data: In the form of the model's input.
+        source: With the number of classes filled in.
+        record: JSON values that make the task again: `name`, `classes`, `options`, `metric` and `loss` of the user's.
+    """
+
+    model: nn.Module
+    data: Data
+    source: Source
+    task: Task
+    record: Mapping[str, Any]
+
+
+class TaskAnswers:
+    """A forward hook: the model then answers with the outputs that its task wants, by name."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __call__(self, _module: nn.Module, _images: tuple[Tensor, ...], answer: Any) -> Answers:
+        """Return the outputs by name."""
+        return self.task.answers(answer)
+
+    def __deepcopy__(self, memo: Any) -> TaskAnswers:
+        """Return itself: copies of a model share the task."""
+        return self
+
+
+def fit(
+    source: Source,
+    data: Data,
+    overrides: Mapping[str, Any] | None = None,
+    wanted: TaskConfig | None = None,
+    metric: Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+) -> Fitted:
+    """Load a model for data: classes from the data, preprocessing from the model, and a forward pass to check.
+
+    Args:
+        overrides: Entries of `Preprocess` that the user asked for; see `preprocess_of`.
+        wanted: Task, metric and loss as the command line names them.
+        metric, loss: The user's own functions, in place of those that `wanted` names.
+
+    Raises:
+        InputError: The task is in doubt, or model, data and task do not fit.
+    """
+    wanted = wanted or TaskConfig()
+    source = source.with_classes(len(data.classes))
+    model = source.load()
+    data = data.preprocessed(preprocess_of(model, data, overrides))
+    task, record = task_for(model, data, wanted, metric, loss)
+    rows = np.arange(min(2, len(data.calibration)))
+    targets = task.collate(data.calibration.targets(rows)) if data.calibration.labelled else None
+    data = data.flipping(task.flips, tuple(data.options.get("flip_pairs", ())))
+    answer = check_output(model, data.calibration.batch(rows), task, targets)
+    answering(model, task, answer)
+    return Fitted(model, data, source, task, record)
+
+
+def answering(model: nn.Module, task: Task, answer: Any) -> nn.Module:
+    """Let a model answer with the outputs of its task, by name, where its own answer has others; return it.
+
+    Args:
+        answer: An answer of the model.
+    """
+    if list(named(answer)) != list(task.answers(answer)):
+        model.register_forward_hook(TaskAnswers(task))
+    return model
+
+
+def task_for(
+    model: nn.Module,
+    data: Data,
+    wanted: TaskConfig,
+    metric: Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+) -> tuple[Task, dict[str, Any]]:
+    """Return the task that the user names, else the model, else the data; classification where nobody does.
+
+    Returns:
+        The task, and the record of it; see `Fitted`.
+    """
+    says = dict(getattr(model, "task_options", {}))
+    named = says.pop(SAYS_THE_TASK, None)
+    of_data = TASK_OF_KIND.get(data.kind)
+    name = wanted.name or named or of_data or "classification"
+    kinds = KINDS_OF_TASK.get(name)
+    if data.labelled and kinds is not None and data.kind not in kinds:
+        raise InputError(
+            f"--task {name}: the labels of {data.name} are {data.kind}, but {name} needs {' or '.join(kinds)}; "
+            f"give other data{f', or use --task {of_data}' if of_data else ''}."
+        )
+    options = {"input_size": list(data.preprocess.input_size)}
+    options |= dict(data.options) if name in (of_data, "embedding") else {}
+    options |= {**(says if name == (named or name) else {}), **wanted.options}
+    classes = data.classes or tuple(getattr(model, "class_names", ()))
+    task = make_task(name, classes, options)
+    record = {"name": name, "classes": list(classes), "options": plain(options)}
+    record |= {"metric": wanted.metric or name_of(metric), "loss": wanted.loss or name_of(loss)}
+    if wanted.metric is not None and metric is None:
+        metric = load_function(wanted.metric, "--metric")
+    if wanted.loss is not None and loss is None:
+        loss = load_function(wanted.loss, "--loss")
+    if metric is not None:
+        task = WithMetric(task, metric, higher_is_better=False if wanted.lower_is_better else None)
+    if loss is not None:
+        task = WithLoss(task, loss)
+    return task, record
+
+
+def plain(value: Any) -> Any:
+    """Return JSON values: arrays become lists, functions their names."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return name_of(value) if callable(value) else value
+
+
+def name_of(function: Any) -> str | None:
+    """Return the name by which a report calls a function of the user's."""
+    return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
