@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from hirelc_deploy.config import JobConfig
@@ -18,10 +19,8 @@ from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.jobs.workplace import open_workplace
-from hirelc_deploy.measure.backend import only
 from hirelc_deploy.measure.protocol import TimingLimits, compare
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.paired import paired_drop
 
 LIMITS = TimingLimits(processes=3, min_rounds=60, max_rounds=200, seconds=30.0)
@@ -42,19 +41,17 @@ def judged(
     Args:
         untimed: Names of files that are not run on the device as they are.
     """
-    assert test.labels is not None
-    threads = torch.get_num_threads()
-    pictures, targets = torch.cat(list(batches(test, BATCH))).numpy(), torch.from_numpy(test.labels)
+    task, threads = pipeline.task, torch.get_num_threads()
+    pictures, targets = torch.cat(list(batches(test, BATCH))).numpy(), task.collate(test.targets(np.arange(len(test))))
     answers = {form: tensors(pipeline.backend.build(path, threads).infer(pictures)) for form, path in files.items()}
-    right = {form: CLASSIFICATION.parts(arrays(found), targets) for form, found in answers.items()}
-    named = {form: only(arrays(found)).argmax(1) for form, found in answers.items()}
+    parts = {form: task.parts(arrays(found), targets) for form, found in answers.items()}
     first = next(iter(files))
     rows: dict[str, dict[str, Any]] = {
         form: {
-            "accuracy": CLASSIFICATION.value(right[form]),
-            "drop": dataclasses.asdict(paired_drop(CLASSIFICATION, right[first], right[form])),
-            "agreement": float((named[first] == named[form]).mean()),
-            "divergence_nats": divergence(CLASSIFICATION, answers[first], answers[form]),
+            "accuracy": task.value(parts[form]),
+            "by_class": dict(task.by_class(parts[form])),
+            "drop": dataclasses.asdict(paired_drop(task, parts[first], parts[form])),
+            "divergence": divergence(task, answers[first], answers[form]),
             "bytes": path.stat().st_size,
         }
         for form, path in files.items()

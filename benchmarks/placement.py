@@ -32,10 +32,12 @@ from hirelc_deploy.compress.integer.nncf_engine import quantize_with_nncf
 from hirelc_deploy.compress.integer.placement import changes, place
 from hirelc_deploy.compress.onnx_file import export, rewrite
 from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.evaluate.cutting import divergence, tensors
+from hirelc_deploy.graph.answers import Answers
 from hirelc_deploy.inputs.models.source import ModelSource
-from hirelc_deploy.measure.accuracy import kl_divergence
 from hirelc_deploy.measure.backend import Precision
 from hirelc_deploy.measure.protocol import QUICK, Timing, TimingLimits, compare
+from hirelc_deploy.tasks.classification import CLASSIFICATION
 
 MODELS = (
     *("resnet50", "resnet18", "efficientnet_lite0", "mobilenetv2_100", "deit_small_patch16_224"),
@@ -116,13 +118,15 @@ def time_model(folder: Path, limits: TimingLimits) -> dict[str, Any]:
 
     images = random_images(static)
 
-    def answers(path: Path) -> NDArray[np.float32]:
-        return backend.build(path, 1).infer(images)
+    def answers(path: Path) -> Answers:
+        return tensors(backend.build(path, 1).infer(images))
 
     exact = answers(static)
     started = time.monotonic()
     tried = changes(onnx.load(str(static)))
-    placed = place(static, tried, build, quick, divergence=lambda path: kl_divergence(exact, answers(path)))
+    placed = place(
+        static, tried, build, quick, divergence=lambda path: divergence(CLASSIFICATION, exact, answers(path))
+    )
     seconds = time.monotonic() - started
     (folder / "placed.onnx").write_bytes(build(placed.pattern, frozenset(placed.float_layers)).read_bytes())
     names = [name for name in (*OTHERS, "placed") if (folder / f"{name}.onnx").exists()]

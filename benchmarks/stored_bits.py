@@ -28,9 +28,9 @@ from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
 from hirelc_deploy.deliver.stored_bits import StoredBits
 from hirelc_deploy.demo import demo_config
+from hirelc_deploy.evaluate.cutting import divergence, judged, tensors
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.workplace import open_workplace
-from hirelc_deploy.measure.accuracy import kl_divergence
 from hirelc_deploy.progress import Progress
 
 EQUAL_BITS, EVALUATIONS = 3, 48
@@ -44,22 +44,22 @@ class Bench:
         plan = slicing.uniform_plan(pipeline.graph, keep, "int8")
         self.file = pipeline.files.build(pipeline.cut(plan), plan, "F2")
         self._folder, self._backend = folder, pipeline.backend
-        images, labels = pipeline.uncut.selection
-        count = pipeline.effort.search_images
-        self._images, self._labels = images[:count].numpy(), None if labels is None else labels[:count]
-        self._answers = self._backend.build(self.file).infer(self._images)
+        images, targets = pipeline.uncut.selection
+        count, self._task = pipeline.effort.search_images, pipeline.task
+        self._images, self._targets = images[:count].numpy(), None if targets is None else targets[:count]
+        self._answers = tensors(self._backend.build(self.file).infer(self._images))
 
     def judge(self, path: Path) -> float:
         """Return the loss of a restored file."""
-        return kl_divergence(self._answers, self._backend.build(path).infer(self._images))
+        return divergence(self._task, self._answers, tensors(self._backend.build(path).infer(self._images)))
 
     def stored(self, bits: int, sparsity: float, scheme: str) -> dict[str, Any]:
         """Return bytes, loss and accuracy of one stored file."""
         path = self._folder / "stored"
         codec.store(self.file, path, bits, scheme, sparsity=sparsity)
-        logits = self._backend.build(Path(restore.restore(str(path), str(self._folder)))).infer(self._images)
-        right = None if self._labels is None else float(np.mean(logits.argmax(1) == self._labels))
-        loss = kl_divergence(self._answers, logits)
+        restored = Path(restore.restore(str(path), str(self._folder)))
+        found = tensors(self._backend.build(restored).infer(self._images))
+        loss, right = judged(self._task, found, self._answers, self._targets)
         return {"bits": bits, "sparsity": sparsity, "bytes": path.stat().st_size, "loss": loss, "accuracy": right}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from hirelc_deploy.tasks.contract import Arrays, Task
@@ -16,13 +16,16 @@ def decoder_options(task: Task, input_size: Sequence[int]) -> dict[str, Any]:
     return {"classes": list(task.classes), "input_size": list(input_size), **task.decoder_options}
 
 
-def decoded(task: Task, outputs: Arrays, input_size: Sequence[int]) -> list[Mapping[str, Any]]:
+def decoded(
+    task: Task, outputs: Arrays, input_size: Sequence[int], overrides: Mapping[str, Any] = MappingProxyType({})
+) -> list[Mapping[str, Any]]:
     """Return one result an image.
 
     Args:
         input_size: (channels, height, width) of the model's input.
+        overrides: Of the decoder's options, such as another threshold.
     """
-    options = decoder_options(task, input_size)
+    options = {**decoder_options(task, input_size), **overrides}
     results: list[Mapping[str, Any]] = _module(task.decoder).decode(dict(outputs), options, dict(task.decoder_arrays))
     return results
 
