@@ -12,7 +12,7 @@ TEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 RUNTIME := numpy onnx onnxruntime onnxscript safetensors pillow pyyaml huggingface_hub typer rich jinja2 hatchling editables
-TOOLS := pytest pytest-cov pytest-timeout hypothesis ruff mypy optuna
+TOOLS := pytest pytest-cov pytest-timeout hypothesis ruff mypy optuna transformers pyarrow pycocotools nbconvert ipykernel
 
 .PHONY: demo test install
 

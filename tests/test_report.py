@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import math
@@ -159,7 +160,9 @@ def test_without_labels_the_scatter_shows_the_loss() -> None:
     for item in value["candidates"]:
         item["accuracy_selection"] = None
     trials = [{"outcome": {"kind": "measured", "fidelity": "F2", "loss": 0.2, "accuracy": None, "ratio": 0.4}}]
-    assert "Loss (nats), lower is better" in words(render(ReportInput("run", result=value, trials=trials)))
+    assert "Divergence from the uncut model, lower is better" in words(
+        render(ReportInput("run", result=value, trials=trials))
+    )
 
 
 @pytest.mark.parametrize("name", ["result.json", "trials.jsonl", "machine.json", "config.toml", "bundle/manifest.json"])
@@ -282,3 +285,35 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
 def test_logarithmic_ticks_are_one_two_five() -> None:
     assert log_ticks(0.08, 11) == [0.1, 0.2, 0.5, 1, 2, 5, 10]
     assert len(log_ticks(3.0, 3.4)) >= 3
+
+
+def test_the_page_speaks_of_the_metric_of_the_task() -> None:
+    value = result()
+    value["metric"] = {"task": "regression", "name": "RMSE", "scale": 1.0, "unit": "px", "higher_is_better": False}
+    value["accuracy"] = {"test": 2.25, "baseline_test": 2.0, "drop_points": 0.25, "drop_low": 0.2, "drop_high": 0.3}
+    value["by_class"] = {"left": {"test": 2.0, "baseline_test": 2.0}, "right": {"test": 2.5, "baseline_test": 2.0}}
+    page = words(render(ReportInput("run", result=value)))
+    assert "px of RMSE lost" in page
+    assert "test part 2 px before, 2.25 px now" in page
+    assert "RMSE against time" in page
+    assert "RMSE on the selection part (px), lower is better and drawn higher" in page
+    assert page.index("right 2 px 2.5 px +0.50") < page.index("left 2 px 2 px +0.00")
+
+
+def test_sample_pictures_are_in_the_page_and_what_is_no_picture_of_the_run_is_not(tmp_path: Path) -> None:
+    value = result()
+    value["samples"] = [
+        {"picture": "samples/0.png", "says": "cat <0.93>"},
+        {"picture": "../secret.png", "says": "outside"},
+        {"picture": None, "says": "no picture"},
+    ]
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "0.png").write_bytes(b"picture of a cat")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (tmp_path / "samples" / "1.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "result.json").write_text(json.dumps(value))
+    page = render(read_run(tmp_path))
+    assert base64.b64encode(b"picture of a cat").decode() in page
+    assert base64.b64encode(b"secret").decode() not in page
+    assert "cat &lt;0.93&gt;" in page
+    assert "no picture" in page

@@ -9,8 +9,19 @@ from pathlib import Path
 
 from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.config import JobConfig
+from hirelc_deploy.deliver.read import (
+    ARRAYS,
+    DECODER,
+    INPUTS,
+    MANIFEST,
+    MODEL,
+    SAMPLES,
+    SHAPES,
+    TASK,
+    WEIGHTS,
+    read_manifest,
+)
 from hirelc_deploy.deliver.read import load as load_bundle
-from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.deliver.stored_bits import Chosen, StoredBits
 from hirelc_deploy.deliver.tensorrt_folder import write_folder
 from hirelc_deploy.errors import ExportError, InputError
@@ -22,18 +33,13 @@ from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.strategies.baselines import STRATEGIES
 
+TO_RUN = ("run.py", "preprocess.json", "labels.json")
+TO_RUN_SINCE_2 = (TASK, INPUTS, DECODER, ARRAYS)
+"""Needed to run the file; bundles of version 1 have none of these, and not every task needs arrays."""
+
 EXPORTED = {
-    "onnx": (
-        "model.onnx",
-        "preprocess.json",
-        "labels.json",
-        "samples.npz",
-        "run.py",
-        "task.json",
-        "inputs.py",
-        "decode.py",
-    ),
-    "torch": ("weights.safetensors", "shapes.json", "preprocess.json", "labels.json", "manifest.json"),
+    "onnx": (MODEL, SAMPLES, *TO_RUN),
+    "torch": (WEIGHTS, SHAPES, "preprocess.json", "labels.json", MANIFEST),
 }
 """Files of a bundle that each export format takes along."""
 
@@ -97,6 +103,7 @@ def export_files(
         raise InputError(f"{out}: exists and is not empty; give another --out.")
     if form == "tensorrt":
         return write_folder(run, out)
+    newer = [name for name in TO_RUN_SINCE_2 if (bundle / name).is_file()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         if dynamic_batch:
@@ -105,9 +112,10 @@ def export_files(
             model = bundle / EXPORTED["onnx"][0]
             chosen = {} if storage.max_bytes is None else chosen_bits(run, model, storage, storage.max_bytes)
             codec.store(model, out / STORED, storage.bits, storage.scheme, sparsity=storage.sparsity, bits_of=chosen)
-            beside = [Path(restore.__file__), *(bundle / name for name in ("run.py", "preprocess.json", "labels.json"))]
+            beside = [Path(restore.__file__), *(bundle / name for name in (*TO_RUN, *newer))]
             return [out / STORED, *(Path(shutil.copy2(file, out / file.name)) for file in beside)]
-        return [Path(shutil.copy2(bundle / name, out / name)) for name in EXPORTED[form]]
+        names = (*EXPORTED[form], *(newer if form == "onnx" else ()))
+        return [Path(shutil.copy2(bundle / name, out / name)) for name in names]
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}).") from None
 

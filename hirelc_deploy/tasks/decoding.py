@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -21,18 +22,22 @@ def decoded(
 ) -> list[Mapping[str, Any]]:
     """Return one result an image.
 
+    The decoder's function is `decode`, or that which the option `decode` of a user's own file names.
+
     Args:
         input_size: (channels, height, width) of the model's input.
         overrides: Of the decoder's options, such as another threshold.
     """
     options = {**decoder_options(task, input_size), **overrides}
-    results: list[Mapping[str, Any]] = _module(task.decoder).decode(dict(outputs), options, dict(task.decoder_arrays))
+    decode = getattr(_module(task.decoder), options.get("decode") or "decode")
+    results: list[Mapping[str, Any]] = decode(dict(outputs), options, dict(task.decoder_arrays))
     return results
 
 
 def line(task: Task, result: Mapping[str, Any]) -> str:
-    """Return what a terminal says of one result."""
-    return str(_module(task.decoder).line(dict(result)))
+    """Return what a terminal says of one result: the decoder's `line`, or the result as JSON where it has none."""
+    said = getattr(_module(task.decoder), "line", None)
+    return json.dumps(dict(result), default=lambda array: array.tolist()) if said is None else str(said(dict(result)))
 
 
 def _module(file: Path) -> ModuleType:
