@@ -44,7 +44,7 @@ class FileTensorrt(FakeTensorrt):
         values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
         shapes = {
             name: tuple(max(1, size.dim_value) for size in values[name].type.tensor_type.shape.dim)
-            for name in (graph.input[0].name, graph.output[0].name)
+            for name in (graph.input[0].name, *(output.name for output in graph.output))
         }
         kinds = {name: TYPES[values[name].type.tensor_type.elem_type] for name in shapes}
         options = onnxruntime.SessionOptions()
@@ -55,7 +55,7 @@ class FileTensorrt(FakeTensorrt):
         return Network(
             shapes,
             kinds,
-            lambda image: session.run(None, {graph.input[0].name: image})[0],
+            lambda image: session.run(None, {graph.input[0].name: image}),
             sum(times.values()),
             {"Layers": layers},
             times,

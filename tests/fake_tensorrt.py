@@ -39,7 +39,7 @@ class Network:
 
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, Any]
-    compute: Callable[[np.ndarray], np.ndarray]
+    compute: Callable[[np.ndarray], list[np.ndarray]]
     milliseconds: float
     inspected: Mapping[str, Any]
     layer_milliseconds: Mapping[str, float]
@@ -171,7 +171,7 @@ class FakeTensorrt(ModuleType):
         return Network(
             {"x": SHAPE, "y": (1, OUTPUTS)},
             {"x": np.float32, "y": np.float32},
-            lambda image: 2 * image.ravel()[:OUTPUTS],
+            lambda image: [2 * image.ravel()[:OUTPUTS]],
             {b"fast": 1.0, b"slow": 3.0}.get(model, GPU_MILLISECONDS),
             INSPECTED,
             {layer["Name"]: 0.25 for layer in INSPECTED["Layers"]},
@@ -257,13 +257,13 @@ class FakeTensorrt(ModuleType):
             return None
         network = self.understood(plan[len(b"plan of ") :])
         names = list(network.shapes)
-        modes = {names[0]: self.TensorIOMode.INPUT, names[1]: self.TensorIOMode.OUTPUT}
+        modes = {name: self.TensorIOMode.OUTPUT for name in names} | {names[0]: self.TensorIOMode.INPUT}
         information = json.dumps(network.inspected)
         inspector = SimpleNamespace(execution_context=None, get_engine_information=lambda form: information)
         return self.limited(
             "ICudaEngine",
             SimpleNamespace(
-                num_io_tensors=2,
+                num_io_tensors=len(names),
                 get_tensor_name=names.__getitem__,
                 get_tensor_mode=modes.__getitem__,
                 get_tensor_shape=network.shapes.__getitem__,
@@ -283,8 +283,9 @@ class FakeTensorrt(ModuleType):
 
         def work() -> None:
             self.driver.milliseconds += network.milliseconds
-            source, result = network.shapes
-            at(result)[...] = network.compute(at(source))
+            source, *results = network.shapes
+            for name, result in zip(results, network.compute(at(source)), strict=True):
+                at(name)[...] = result
 
         def execute(stream: int) -> bool:
             if self.driver.capturing:

@@ -183,7 +183,7 @@ def test_ctrl_c_says_that_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_inspect_says_what_can_be_cut_and_why_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = answer(capsys, "inspect", "--model", "net.py:net", "--input-size", "3,8,8", "--json")
-    assert set(record) == {"model", "params", "macs", "blocks", "units", "kept_whole", "matched"}
+    assert set(record) == {"model", "input_size", "params", "macs", "blocks", "units", "kept_whole", "matched"}
     assert record["params"] == 3 * 8 * 9 + 8 + 2 * 8 + 8 * 8 * 9 + 8 + 8 * 2 + 2
     assert record["macs"] == 64 * 3 * 8 * 9 + 16 * 8 * 8 * 9 + 8 * 2
     keys = {"name", "kind", "size", "block", "widths", "branch", "params", "macs", "bytes"}
@@ -317,7 +317,7 @@ def test_an_export_for_any_number_of_images_answers_as_the_shipped_file(
         images = (samples["images"].transpose(0, 3, 1, 2).astype(np.float32) / 255 - mean) / std
         [together] = session.run(None, {"input": images})
         [alone] = session.run(None, {"input": images[:1]})
-        np.testing.assert_allclose(together, samples["logits"], atol=0.05 * np.abs(samples["logits"]).max())
+        np.testing.assert_allclose(together, samples["output.output"], atol=0.05 * np.abs(samples["output.output"]).max())
     np.testing.assert_allclose(alone, together[:1], rtol=1e-6)
 
 
@@ -331,7 +331,7 @@ def test_a_stored_export_is_small_and_comes_back_without_this_project(
     samples = applied / "bundle/samples.npz"
     answers = subprocess.run([sys.executable, "run.py", samples], cwd=here, check=True, capture_output=True, text=True)
     with np.load(samples) as data:
-        expected = data["logits"].argmax(1)
+        expected = data["output.output"].argmax(1)
     classes = json.loads((here / "labels.json").read_text())
     found = [classes.index(line) for line in answers.stdout.splitlines()[: len(expected)]]
     assert np.mean(np.equal(found, expected)) > 0.8
@@ -364,10 +364,10 @@ def test_export_to_tensorrt_writes_forms_with_answers_and_the_program_that_build
     shapes = {name: [list(i.dims) for i in load_onnx(f"deploy-trt/{name}").graph.initializer] for name in kept}
     assert [4, 3, 3, 3] in shapes["model.fp16.onnx"]  # the cut width: half of eight channels
     with np.load("deploy-trt/inputs.npz") as samples:
-        assert set(samples) == {"inputs", *kept}
+        assert set(samples) == {"inputs", *(f"{name}/output" for name in kept)}
         session = onnxruntime.InferenceSession("deploy-trt/model.fp16.onnx", providers=["CPUExecutionProvider"])
         [logits] = session.run(None, {"input": samples["inputs"][:1]})
-        np.testing.assert_allclose(logits[0], samples["model.fp16.onnx"][0], atol=1e-3)
+        np.testing.assert_allclose(logits[0], samples["model.fp16.onnx/output"][0], atol=1e-3)
     program = subprocess.run(
         [sys.executable, "deploy-trt/engine.py", "--help"], capture_output=True, text=True, check=True
     )

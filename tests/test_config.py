@@ -97,7 +97,6 @@ def test_a_missing_or_binary_file_gets_one_sentence(tmp_path: Path) -> None:
     "limits",
     [
         {"max_drop": -0.1},
-        {"max_drop": 101.0},
         {"max_drop": math.nan},
         {"max_latency_ms": 0.0},
         {"speedup": math.inf},
@@ -107,6 +106,12 @@ def test_a_missing_or_binary_file_gets_one_sentence(tmp_path: Path) -> None:
 def test_limits_that_mean_nothing_are_refused(limits: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(limits))):
         Limits(**limits)  # type: ignore[arg-type]
+
+
+def test_more_than_all_points_cannot_be_lost_but_errors_may_grow_by_more() -> None:
+    Limits(max_drop=101.0).check_against(scale=1.0)
+    with pytest.raises(InputError, match="at most 100"):
+        Limits(max_drop=101.0).check_against(scale=100.0)
 
 
 def test_unknown_strategies_and_empty_budgets_are_refused() -> None:

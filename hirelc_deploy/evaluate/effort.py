@@ -14,6 +14,7 @@ demo network, one core: 512 images judged in 0.79 s, not 0.90, to the same bits;
 EQUALISING_BATCHES = 2
 GRADIENT_VALUES = 2**22
 """Values of the images of one batch where gradients are needed: 128 of 3 x 64 x 64, 27 of 3 x 224 x 224."""
+LEAST_BATCH = 8
 ANSWER_BYTES = 2**28
 """Answers of F1's images up to this size: 135 maps of 11 classes on 180 x 240 pixels."""
 KEPT_BYTES = 2**28

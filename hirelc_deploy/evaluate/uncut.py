@@ -17,7 +17,7 @@ from hirelc_deploy.compress.branches import proven
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate import effort as sizes
 from hirelc_deploy.evaluate.cutting import arrays, forward
-from hirelc_deploy.evaluate.effort import ANSWER_BYTES, BATCH, GRADIENT_VALUES, SMALL_BATCH, Effort
+from hirelc_deploy.evaluate.effort import ANSWER_BYTES, BATCH, GRADIENT_VALUES, LEAST_BATCH, SMALL_BATCH, Effort
 from hirelc_deploy.graph.answers import Answers
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram, Losses, importance, input_grams
@@ -80,7 +80,7 @@ class UncutModel:
         split, task = self.sensitivity_split, self.task
         generator = torch.Generator().manual_seed(0)
         # Activations with their gradients are kept for a whole batch.
-        size = max(8, min(BATCH, GRADIENT_VALUES // self.example[0].numel()))
+        size = max(LEAST_BATCH, min(BATCH, GRADIENT_VALUES // self.example[0].numel()))
 
         def losses(start: int) -> Losses:
             if not split.labelled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from hirelc_deploy.config import JobConfig
 from hirelc_deploy.deliver.race import metric_record
 from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.evaluate.effort import Effort
+from hirelc_deploy.evaluate.effort import GRADIENT_VALUES, LEAST_BATCH, Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.uncut import proven_graph
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -63,12 +64,14 @@ class Given:
 
     Attributes:
         metric, loss: The user's own functions.
+        task_options: As they are: arrays and functions, where the configuration has lists and names.
     """
 
     source: Source | None = None
     data: Data | None = None
     metric: Callable[..., Any] | None = None
     loss: Callable[..., Any] | None = None
+    task_options: Mapping[str, Any] | None = None
 
 
 def open_workplace(
@@ -97,7 +100,8 @@ def open_workplace(
     source = given.source or ModelSource(
         config.model.spec, weights, dict(config.model.arguments), config.model.pretrained
     )
-    fitted = fit(source, data, config.preprocess.overrides(), config.task, given.metric, given.loss)
+    wanted = replace(config.task, options={**config.task.options, **(given.task_options or {})})
+    fitted = fit(source, data, config.preprocess.overrides(), wanted, given.metric, given.loss)
     model, data, source, task = fitted.model, fitted.data, fitted.source, fitted.task
     config.limits.check_against(task.metric.scale)
     if source.is_untrained and data.labelled:
@@ -116,7 +120,7 @@ def open_workplace(
             options = replace(config, plan=f"{config.plan} ({plan.digest})")
     run = Run.open(directory, options.to_toml(), describe(backend))
     check_contents(run, source, data, [given.metric or config.task.metric, given.loss or config.task.loss])
-    effort = Effort(recovery=recovery_of(config))
+    effort = Effort(recovery=recovery_of(config, math.prod(data.preprocess.input_size)))
     pipeline = Pipeline(
         model,
         data,
@@ -196,11 +200,16 @@ def code_digest(function: Callable[..., Any] | str | None) -> str | None:
         return None
 
 
-def recovery_of(config: JobConfig) -> Recovery | None:
-    """Return the fine-tuning that a configuration asks for, or None."""
+def recovery_of(config: JobConfig, values: int) -> Recovery | None:
+    """Return the fine-tuning that a configuration asks for, or None.
+
+    Args:
+        values: Of one image: a step keeps the activations of its whole batch, so large images come in smaller ones.
+    """
     if not config.recovery_epochs:
         return None
-    return Recovery(config.recovery_epochs, learning_rate=config.learning_rate)
+    batch = max(LEAST_BATCH, min(Recovery.batch_size, GRADIENT_VALUES // values))
+    return Recovery(config.recovery_epochs, batch_size=batch, learning_rate=config.learning_rate)
 
 
 def table_path() -> Path:
