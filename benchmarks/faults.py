@@ -8,6 +8,7 @@ is ONNX Runtime. Writes results/faults.json and results/faults.md; exit code 1 w
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import shutil
@@ -40,6 +41,8 @@ def attempt(case: Any) -> dict[str, Any]:
 
 def main() -> int:
     """Run all cases and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     started = time.monotonic()
     rows = []
     for case in cases.CASES:

@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 from answers import drop, on_test_split, timings
+from effort import set_effort
 from equal_accuracy import speed_at_equal_accuracy
 from numpy.typing import NDArray
 from peers_resnet18 import cut_globally, gradients, write_files
@@ -270,7 +271,7 @@ def main() -> int:
     command = " ".join(["python", "benchmarks/frontier.py", *sys.argv[1:]])
     workplace = open_workplace(config, options.run, command, Progress())
     pipeline = workplace.pipeline
-    pipeline.effort = replace(pipeline.effort, search_images=options.images, norm_images=options.images // 2)
+    set_effort(pipeline, search_images=options.images, norm_images=options.images // 2)
     with workplace.run:
         if (before := workplace.run.remember("images of F1", lambda: options.images)) != options.images:
             raise SystemExit(f"--images {options.images}: {options.run} was begun with {before}; give another --run.")

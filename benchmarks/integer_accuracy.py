@@ -34,7 +34,7 @@ from hirelc_deploy.compress.integer.nncf_engine import quantize_with_nncf
 from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig, PreprocessConfig
 from hirelc_deploy.errors import HirelcError, InputError
-from hirelc_deploy.evaluate.guarded import guarded_file
+from hirelc_deploy.evaluate.guarded import guarded, guarded_file
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 
@@ -87,7 +87,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         recovery_epochs=options.recovery_epochs,
         learning_rate=options.learning_rate,
     )
-    guarded: dict[str, Any] = {}
+    guard: dict[str, Any] = {}
     with opened(config, options.run) as (pipeline, folder):
         files: dict[str, Path | str] = {
             "fp32": pipeline.files.reference,
@@ -102,7 +102,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
                 what = "trained" if other.trained else f"{len(other.floats)} layers float, pattern {other.pattern}"
                 files[f"ours, {what}"] = guarded_file(pipeline, plan)
             training = {"epochs": options.recovery_epochs, "learning_rate": options.learning_rate}
-            guarded = {"max_drop_points": options.guard, "training": training, **found.to_dict()}
+            guard = {"max_drop_points": options.guard, "training": training, **found.to_dict()}
         test = pipeline.data.take_test()
         made = {form: path for form, path in files.items() if isinstance(path, Path)}
         refused = {form: {"refused": path} for form, path in files.items() if isinstance(path, str)}
@@ -114,7 +114,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
                 "pattern": pipeline.files.placement.pattern,
                 "float_layers": pipeline.files.placement.float_layers,
             },
-            "guard": guarded,
+            "guard": guard,
             "forms": {**judged(pipeline, made, test), **refused},
         }
 

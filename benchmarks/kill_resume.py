@@ -33,7 +33,7 @@ REPLAYED = "--replayed"
 
 def replayed(store: Path, arguments: Sequence[str]) -> NoReturn:
     """Run a command in which every comparison of files is timed once, and from then on read from `store`."""
-    from hirelc_deploy.evaluate import pipeline
+    from hirelc_deploy.evaluate import files as evaluated
     from hirelc_deploy.measure.protocol import Timing, compare
 
     def compare_once(files: Sequence[Path], *args: Any, **options: Any) -> list[Timing]:
@@ -45,7 +45,7 @@ def replayed(store: Path, arguments: Sequence[str]) -> NoReturn:
         return [Timing(**{**timing, "file": file}, samples=np.empty((0, 0, 2), np.int64)) for timing, file in found]
 
     store.mkdir(parents=True, exist_ok=True)
-    pipeline.compare = compare_once
+    evaluated.compare = compare_once
     sys.exit(application.run(list(arguments)))
 
 
@@ -65,7 +65,7 @@ def final_plan(run: Path) -> dict[str, object]:
 
 def main() -> int:
     """Run the experiment and print its record; exit code 1 when a finished trial was lost or the plans differ."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

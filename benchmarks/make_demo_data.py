@@ -18,8 +18,8 @@ more.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,9 @@ FOLDER = Path(__file__).resolve().parent.parent / "hirelc_deploy" / "demo"
 
 def main() -> None:
     """Write four sheets and their labels."""
-    with np.load(sys.argv[1]) as cifar10:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", help="cifar10.npz")
+    with np.load(parser.parse_args().images) as cifar10:
         x, y = cifar10["x_train"], cifar10["y_train"].astype(np.int64)
         test = cifar10["x_test"][:TEST], cifar10["y_test"][:TEST]
         selection = cifar10["x_test"][-SELECTION:], cifar10["y_test"][-SELECTION:]

@@ -35,6 +35,7 @@ from typing import Any, Literal, cast
 import onnx
 import torch
 from answers import drop, on_test_split, timings
+from effort import set_effort
 from record import RESULTS, provenance
 from torch import nn
 
@@ -42,14 +43,13 @@ from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.evaluate import network_time, tables
-from hirelc_deploy.evaluate.cutting import forward
+from hirelc_deploy.evaluate.cutting import arrays, forward
 from hirelc_deploy.evaluate.network_time import NetworkTime
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.graph.costs import Cost
 from hirelc_deploy.graph.model_graph import LayerShape
 from hirelc_deploy.jobs.export import STORED, Storage, best_bits
 from hirelc_deploy.jobs.workplace import open_workplace
-from hirelc_deploy.measure.accuracy import top1
 from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Failed
@@ -149,12 +149,12 @@ def check_budget(cost: Cost, whole: Cost, study: Study) -> None:
 
 def watch_epochs(pipeline: Pipeline) -> None:
     """Have the accuracy on the selection split journaled and said after every epoch of a recovery."""
-    images, labels = pipeline.uncut.selection
-    assert labels is not None
+    (images, targets), task = pipeline.uncut.selection, pipeline.task
+    assert targets is not None
 
     def after_epoch(plan: CompressionPlan, epoch: int, model: nn.Module) -> None:
         with recovery.half_precision(torch.device("cpu")):
-            accuracy = top1(forward(model, images).numpy(), labels)
+            accuracy = task.value(task.parts(arrays(forward(model, images)), targets))
         pipeline.run.remember(epoch_key(plan, epoch), lambda: accuracy)
         pipeline.progress.say(f"{plan.digest} after epoch {epoch}: {100 * accuracy:.2f} % of the selection split")
 
@@ -330,9 +330,7 @@ def main() -> int:
     workplace = open_workplace(config, options.run, command, Progress())
     pipeline = workplace.pipeline
     recovered = replace(pipeline.effort.recovery or recovery.Recovery(), **settings(options.recovery))
-    pipeline.effort = replace(
-        pipeline.effort, search_images=options.images, norm_images=options.images // 2, recovery=recovered
-    )
+    set_effort(pipeline, search_images=options.images, norm_images=options.images // 2, recovery=recovered)
     pipeline.training.start = options.start
     with workplace.run as run:
         fixed = {"images": options.images, "options": options.options}
@@ -347,8 +345,7 @@ def main() -> int:
             print(f"{len(made.files) + len(made.stored)} files are ready; without --train-only they are measured.")
             return 0
         found = measure(pipeline, made, options.timing_seconds)
-        labels = pipeline.uncut.selection[1]
-        assert labels is not None
+        assert pipeline.uncut.parts is not None
         record = {
             "name": options.name or f"published-{options.study}",
             **provenance(command),
@@ -359,7 +356,7 @@ def main() -> int:
             **fixed,
             **training,
             "training_images": len(pipeline.data.train),
-            "selection_accuracy_of_the_uncut_model": top1(pipeline.uncut.answers.numpy(), labels),
+            "selection_accuracy_of_the_uncut_model": pipeline.task.value(pipeline.uncut.parts),
             "files": found,
             "published_by_others": list(study.published),
         }

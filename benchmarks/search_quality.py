@@ -25,13 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from answers import drop, on_test_split
+from effort import set_effort
 
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.demo import demo_config
@@ -171,7 +171,7 @@ def main() -> int:
     command = " ".join(["python", "benchmarks/search_quality.py", *sys.argv[1:]])
     workplace = open_workplace(config, options.run, command, Progress(quiet=False))
     pipeline = workplace.pipeline
-    pipeline.effort = replace(pipeline.effort, search_images=options.images, norm_images=options.images // 2)
+    set_effort(pipeline, search_images=options.images, norm_images=options.images // 2)
 
     def evaluate(plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
         if time.monotonic() - started > options.seconds:

@@ -103,7 +103,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     found: Mapping[str, Any] = {}
     if options.search:
         job["progress"] = print
-        result = api.search(options.model, options.data, out=options.run, task=options.task, limits=limits, **job)
+        effort = {"trials": options.trials, "options": options.options, "finalists": options.finalists}
+        result = api.search(
+            options.model, options.data, out=options.run, task=options.task, limits=limits, **effort, **job
+        )
         keys = ("accuracy", "metric", "latency", "best_unpruned", "params", "macs", "size_ratio", "finalists", "search",
                 "agreement", "stages", "warnings", "by_class")  # fmt: skip
         found = {key: result.record[key] for key in keys}
@@ -147,6 +150,9 @@ def main() -> int:
     parser.add_argument("--task-arg", action="append", default=[])
     parser.add_argument("--search", action="store_true", help="else nothing is cut: placement and guard alone")
     parser.add_argument("--limits", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--options", type=int, default=8, help="widths offered per unit, at most")
+    parser.add_argument("--finalists", type=int, default=3)
     parser.add_argument("--recovery-epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)

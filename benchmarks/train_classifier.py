@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hirelc_deploy.compress.recovery import half_precision, laid_out
-from hirelc_deploy.inputs.data import Images
 from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.source import ModelSource

@@ -14,12 +14,12 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from effort import set_effort
 from record import provenance
 
 from hirelc_deploy.config import JobConfig
@@ -39,7 +39,7 @@ from hirelc_deploy.strategies.transfer import Weights, shared_weights
 def opened(config: Path, run: Path, images: int) -> tuple[Pipeline, Problem]:
     """Return a model's pipeline and problem, as search_quality.py makes them."""
     pipeline = open_workplace(JobConfig.read(config), run, "", Progress()).pipeline
-    pipeline.effort = replace(pipeline.effort, search_images=images, norm_images=images // 2)
+    set_effort(pipeline, search_images=images, norm_images=images // 2)
     table = LatencyTable(pipeline.backend, table_path(), pipeline.threads)
     network, _ = network_time.fit_network_time(pipeline, table)
     network_time.measure_table(pipeline, network, 8)

@@ -18,12 +18,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from effort import set_effort
 from numpy.typing import NDArray
 from record import RESULTS, provenance
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def noise_levels(pipeline: Pipeline, beta: float, steps: int) -> dict[str, NDArr
 
 def losses(pipeline: Pipeline, scores: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
     """Return keep ratio to the loss of the uniform plan cut by these scores."""
-    pipeline.__dict__["scores"] = dict(scores)  # in place of what the pipeline computed once,
+    pipeline.uncut.__dict__["scores"] = dict(scores)  # in place of what was computed once,
     pipeline.__dict__.pop("judge", None)  # and of what was made with it
     found = {}
     for keep in KEEPS:
@@ -122,7 +122,7 @@ def main() -> int:
     command = " ".join(["python", "benchmarks/variational_ranking.py", *sys.argv[1:]])
     workplace = open_workplace(JobConfig.read(options.job), options.run, command, Progress())
     pipeline = workplace.pipeline
-    pipeline.effort = replace(pipeline.effort, search_images=options.images, norm_images=options.images // 2)
+    set_effort(pipeline, search_images=options.images, norm_images=options.images // 2)
     with workplace.run:
         fisher = pipeline.uncut.scores
         found = {"fisher": {"losses": losses(pipeline, fisher)}}

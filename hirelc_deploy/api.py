@@ -7,10 +7,11 @@ prints.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -30,10 +31,11 @@ from hirelc_deploy.config import (
 from hirelc_deploy.deliver.read import load
 from hirelc_deploy.deliver.verify import VerifyResult
 from hirelc_deploy.deliver.verify import verify as verify_bundle
-from hirelc_deploy.errors import InputError
+from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.inputs.data.datasets import data_from_datasets
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
+from hirelc_deploy.inputs.fitting import plain
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.inspect import inspected, inspection_text
@@ -115,7 +117,7 @@ class Result:
     """
 
     directory: Path
-    record: Mapping[str, Any]
+    record: Mapping[str, Any] = field(repr=False)
 
     @property
     def bundle(self) -> Path:
@@ -218,12 +220,12 @@ def search(
     Raises:
         HirelcError: With the sentence that the command line would print.
     """
-    limited = limits if isinstance(limits, Limits) else Limits(**(limits or {"max_drop": 1.0}))  # type: ignore[arg-type]
+    limited = _limits(limits)
     seconds = parse_duration(budget) if isinstance(budget, str) else budget
     folder = str(Path(warm_start).resolve()) if warm_start else None
     configured = SearchConfig(strategy, seconds, trials, finalists, options, folder, depth, precisions)
     config, given = _config(model, data, task, target, metric, loss, job, limits=limited, search=configured)
-    return _done(config, given, Path(out), job, jobs=jobs, ray=ray)
+    return _done(config, given, _folder(out), job, jobs=jobs, ray=ray)
 
 
 def apply(
@@ -247,13 +249,19 @@ def apply(
     Raises:
         HirelcError: With the sentence that the command line would print.
     """
+    file = None
     if isinstance(plan, CompressionPlan):
-        file = Path(out).with_name(f"{Path(out).name}-plan.json")
+        file = _folder(out).with_name(f"{Path(out).name}-plan.json")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", "utf-8")
         plan = file
-    config, given = _config(model, data, task, target, metric, loss, job, plan=str(plan))
-    return _done(config, given, Path(out), job)
+    try:
+        config, given = _config(model, data, task, target, metric, loss, job, plan=str(plan))
+        return _done(config, given, _folder(out), job)
+    except HirelcError:
+        if file is not None and not Path(out).exists():
+            file.unlink()
+        raise
 
 
 def inspect(
@@ -272,8 +280,9 @@ def inspect(
         InputError: The model cannot be had, or cannot run on such an input.
     """
     source = source_of(model, weights, model_args, pretrained)
-    overrides = PreprocessConfig(tuple(input_size) if input_size else None).overrides()
-    return Inspection(inspected(source, overrides, tuple(exclude), tuple(include)))
+    overrides = PreprocessConfig(_several("input_size", input_size)).overrides()
+    patterns = [_several(*named) or () for named in (("exclude", exclude), ("include", include))]
+    return Inspection(inspected(source, overrides, *patterns))
 
 
 def benchmark(
@@ -293,7 +302,7 @@ def timed(
     """Return the machine, and what `benchmark` returns."""
     if not 0 < seconds < math.inf:
         raise InputError(f"--seconds {seconds:g}: give a finite number above 0.")
-    paths = [Path(file) for file in files]
+    paths = [Path(file) for file in _several("files", files) or ()]
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no such file; give ONNX files, the reference first.")
@@ -340,9 +349,10 @@ def summary(record: Mapping[str, Any], out: Path) -> str:
         lines.append("no accuracy is claimed: the data has no labels")
     else:
         sign = " %" if scale == 100 else f" {unit}".rstrip()
+        drop = f"{found['drop_points']:+.2f} {unit}".rstrip()
         lines.append(
             f"{metric['name']} on the test split {scale * found['test']:.2f}{sign} "
-            f"(uncut {scale * found['baseline_test']:.2f}), drop {found['drop_points']:+.2f} {unit} "
+            f"(uncut {scale * found['baseline_test']:.2f}), drop {drop} "
             f"({found['drop_low']:+.2f} to {found['drop_high']:+.2f})"
         )
     lines += [f"bundle: {record['bundle']}", f"report: {out / 'report.html'}"]
@@ -363,6 +373,8 @@ def _finished(workplace: Workplace) -> Result:
 
 def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Result:
     progress = job.get("progress")
+    if progress is not None and not isinstance(progress, Progress) and not callable(progress):
+        raise InputError(f"progress = {progress!r:.60}: give a function of one line of text.")
     if not isinstance(progress, Progress):
         progress = Progress(quiet=progress is None, listener=progress)
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
@@ -383,6 +395,8 @@ def _config(
     """Return the configuration of a job, and the objects that it can only name."""
     if unknown := sorted(set(job) - JobOptions.__annotations__.keys()):
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    if job.get("lower_is_better") is not None and metric is None:
+        raise InputError("lower_is_better: it is said of a metric of your own; name one with --metric.")
     weights, folder = job.get("weights"), job.get("data_dir")
     named = isinstance(model, str)
     source = None if named else source_of(model, weights, job.get("model_args"), job.get("pretrained", False))
@@ -391,7 +405,7 @@ def _config(
         model=ModelConfig(
             source.spec if source else str(model),
             str(Path(weights).resolve()) if weights else None,
-            dict(job.get("model_args") or {}),
+            _named("model_args", job.get("model_args")),
             job.get("pretrained", False),
         ),
         data=DataConfig(
@@ -405,12 +419,12 @@ def _config(
         threads=job.get("threads"),
         recovery_epochs=job.get("recovery_epochs", 1.0),
         learning_rate=job.get("learning_rate", 0.01),
-        exclude=tuple(job.get("exclude", ())),
-        include=tuple(job.get("include", ())),
+        exclude=_several("exclude", job.get("exclude")) or (),
+        include=_several("include", job.get("include")) or (),
         preprocess=PreprocessConfig(
-            tuple(job.get("input_size") or ()) or None,
-            tuple(job.get("mean") or ()) or None,
-            tuple(job.get("std") or ()) or None,
+            _several("input_size", job.get("input_size")),
+            _several("mean", job.get("mean")),
+            _several("std", job.get("std")),
             geometry=job.get("geometry"),
             interpolation=job.get("interpolation"),
         ),
@@ -419,12 +433,43 @@ def _config(
             metric if isinstance(metric, str) else None,
             loss if isinstance(loss, str) else None,
             job.get("lower_is_better"),
-            dict(job.get("task_options") or {}),
+            plain(_named("task_options", job.get("task_options"))),
         ),
         **more,
     )
-    functions = (None if isinstance(one, str) else one for one in (metric, loss))
-    return config, Given(source, splits, *functions)
+    own_metric, own_loss = (None if isinstance(one, str) else one for one in (metric, loss))
+    return config, Given(source, splits, own_metric, own_loss, job.get("task_options"))
+
+
+def _limits(given: Limits | Mapping[str, float] | None) -> Limits:
+    if isinstance(given, Limits):
+        return given
+    fields = [field.name for field in dataclasses.fields(Limits)]
+    for name in (limits := _named("limits", given)):
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {near[0]}? There are" if near else "there are"
+            raise InputError(f"limits: {name!r} is unknown; {hint} {', '.join(fields)}.")
+    return Limits(**(limits or {"max_drop": 1.0}))
+
+
+def _folder(given: str | Path) -> Path:
+    if not isinstance(given, str | Path) or not str(given):
+        raise InputError(f"out = {given!r}: name the folder that is made for the results.")
+    return Path(given)
+
+
+def _named(name: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"{name} = {given!r:.60}: give a dict of names and values.")
+    return dict(given or {})
+
+
+def _several(name: str, given: Any) -> tuple[Any, ...] | None:
+    """Return the values of an option that takes several; None where there are none."""
+    if given is not None and (isinstance(given, str | Path) or not isinstance(given, Iterable)):
+        raise InputError(f"{name} = {str(given)!r:.60}: give several values, in a list.")
+    return tuple(given) or None if given is not None else None
 
 
 def _data(data: Splits, job: JobOptions) -> Data:

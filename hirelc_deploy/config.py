@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 import re
 import tomllib
 import types
@@ -49,8 +50,8 @@ class DataConfig:
     selection_images: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("calibration_images", self.calibration_images, 1)
-        _at_least("selection_images", self.selection_images, 1)
+        _at_least("calibration_images", self.calibration_images, 1, whole=True)
+        _at_least("selection_images", self.selection_images, 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,12 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         size = self.input_size
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and not all(isinstance(value, numbers.Real) for value in values):
+                raise InputError(f"{name} {values}: give numbers, one for each channel.")
         if size is None:
             return
-        if len(size) != 3 or min(size) < 1:
+        if len(size) != 3 or not all(isinstance(side, numbers.Integral) for side in size) or min(size) < 1:
             raise InputError(f"input_size {size}: give channels, height and width, each at least 1.")
         if math.prod(size) > LARGEST_INPUT:
             raise InputError(f"input_size {size}: {math.prod(size):,} values in one image; at most {LARGEST_INPUT:,}.")
@@ -96,8 +100,8 @@ class TaskConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.lower_is_better is not None and self.metric is None:
-            raise InputError("lower_is_better: it is said of a metric of your own; name one with --metric.")
+        if self.name is not None and not isinstance(self.name, str):
+            raise InputError(f"task = {self.name!r:.60}: give the name of an installed task, such as 'detection'.")
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Limits:
         _at_least("max_drop", self.max_drop, 0)
         _above_zero("max_latency_ms", self.max_latency_ms)
         _above_zero("speedup", self.speedup)
-        _at_least("max_bytes", self.max_bytes, 1)
+        _at_least("max_bytes", self.max_bytes, 1, whole=True)
 
     def check_against(self, scale: float) -> None:
         """Raise InputError for a drop that no metric of this scale (100: points) can have."""
@@ -155,9 +159,9 @@ class SearchConfig:
         if self.strategy not in STRATEGIES:
             raise InputError(f"strategy {self.strategy!r} is unknown; use {', '.join(STRATEGIES)}.")
         _above_zero("budget_seconds", self.budget_seconds)
-        _at_least("f1_evaluations", self.f1_evaluations, 1)
-        _at_least("finalists", self.finalists, 1)
-        _at_least("options", self.options, 2)
+        _at_least("trials", self.f1_evaluations, 1, whole=True)
+        _at_least("finalists", self.finalists, 1, whole=True)
+        _at_least("options", self.options, 2, whole=True)
 
 
 @dataclass(frozen=True)
@@ -190,10 +194,10 @@ class JobConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0)
+        _at_least("seed", self.seed, 0, whole=True)
         if self.seed > LARGEST_SEED:
             raise InputError(f"seed = {self.seed}: give a whole number of at most {LARGEST_SEED}.")
-        _at_least("threads", self.threads, 1)
+        _at_least("threads", self.threads, 1, whole=True)
         _at_least("recovery_epochs", self.recovery_epochs, 0)
         _above_zero("learning_rate", self.learning_rate)
 
@@ -240,14 +244,21 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not (math.isfinite(value) and value >= least):
-        raise InputError(f"{name} = {value:g}: give a finite number of at least {least:g}.")
+def _at_least(name: str, value: float | None, least: float, *, whole: bool = False) -> None:
+    kind = "whole" if whole else "finite"
+    is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if value is not None and not (is_number and math.isfinite(value) and value >= least):
+        raise InputError(f"{name} = {_shown(value)}: give a {kind} number of at least {least:g}.")
 
 
 def _above_zero(name: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} = {value:g}: give a finite number above 0.")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if value is not None and not (is_number and math.isfinite(value) and value > 0):
+        raise InputError(f"{name} = {_shown(value)}: give a finite number above 0.")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else f"{value!r:.60}"
 
 
 # TOML

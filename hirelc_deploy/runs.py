@@ -7,6 +7,7 @@ import datetime
 import fcntl
 import json
 import os
+import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hirelc_deploy.errors import InputError
+from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.outcome import Fidelity, Outcome, outcome_from_dict, outcome_to_dict
 from hirelc_deploy.plan import CompressionPlan
 
@@ -60,9 +61,19 @@ class Run:
     written at once with its line feed, so a kill leaves at most one last line without one, which is dropped.
     """
 
-    def __init__(self, directory: Path, lock: int | None, clock: Callable[[], str] = _utc_now) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        lock: int | None,
+        clock: Callable[[], str] = _utc_now,
+        *,
+        is_new: bool = False,
+        made_folder: bool = False,
+    ) -> None:
+        """Args: `is_new`, nothing of the run was there before; `made_folder`, nor its folder."""
         self.directory = directory
         self._lock, self._clock = lock, clock
+        self._is_new, self._made_folder = is_new, made_folder
         self.config_text = _read_text(directory / CONFIG)
         self.machine = _read_machine(directory / MACHINE)
         self.trials = [_trial_from(line, where) for line, where in _lines(directory / TRIALS)]
@@ -90,6 +101,7 @@ class Run:
             InputError: Other files in the directory, other options, in use by another process, not writable, or a
                 journal that this program cannot read.
         """
+        was_there, was_begun = directory.exists(), (directory / CONFIG).exists()
         try:
             _check_directory(directory)
             directory.mkdir(parents=True, exist_ok=True)
@@ -109,7 +121,7 @@ class Run:
                 _check_options(directory, config_text)
             else:
                 write_atomic(directory / CONFIG, config_text)
-            return cls(directory, lock, clock)
+            return cls(directory, lock, clock, is_new=not was_begun, made_folder=not was_there)
         except OSError as error:
             os.close(lock)
             raise InputError(
@@ -133,6 +145,17 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+        if isinstance(error, HirelcError) and error.exit_code == InputError.exit_code:
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Remove a run that was new and has judged nothing: what its input lacked may ask for other options."""
+        if not self._is_new or self.trials:
+            return
+        for path in self.directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self._made_folder:
+            self.directory.rmdir()
 
     def close(self) -> None:
         """Let others write this run."""

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -111,6 +111,19 @@ class Case:
     busy: str = ""
 
 
+class Expected(Protocol):
+    """What an answer must be, of a command or of a call."""
+
+    @property
+    def words(self) -> tuple[str, ...]: ...
+
+    @property
+    def code(self) -> int: ...
+
+    @property
+    def keeps_run(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command gave back, and the files of its folder before and after (None for folders)."""
@@ -165,7 +178,7 @@ def attempt(case: Case, folder: Path, *, in_process: bool = True) -> Answer:
     return Answer(code, out.getvalue(), err.getvalue(), before, contents(folder))
 
 
-def complaints(case: Case, answer: Answer) -> list[str]:
+def complaints(case: Expected, answer: Answer) -> list[str]:
     """Return what is wrong with an answer, a sentence each."""
     wrong = [f"{word!r} is not said" for word in case.words if word not in answer.sentence]
     if answer.code != case.code:

@@ -257,7 +257,7 @@ class FakeTensorrt(ModuleType):
             return None
         network = self.understood(plan[len(b"plan of ") :])
         names = list(network.shapes)
-        modes = {name: self.TensorIOMode.OUTPUT for name in names} | {names[0]: self.TensorIOMode.INPUT}
+        modes = dict.fromkeys(names, self.TensorIOMode.OUTPUT) | {names[0]: self.TensorIOMode.INPUT}
         information = json.dumps(network.inspected)
         inspector = SimpleNamespace(execution_context=None, get_engine_information=lambda form: information)
         return self.limited(

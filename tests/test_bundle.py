@@ -352,7 +352,7 @@ def claim(*keys: str, value: object) -> Callable[[Path], None]:
         (claim("plan", value={"keep": {"a": -1}}), "plan: unit 'a'"),
         (claim("measurements", "operators", value={"integer_ops": 1000}), "the manifest says 1000"),
         (claim("measurements", "operators", value=None), "integer_ops is missing"),
-        (claim("measurements", "accuracy", "test", value=0.95), "the manifest claims 95.00%"),
+        (claim("measurements", "accuracy", "test", value=0.95), "the manifest claims 95.00 %"),
         (forge("preprocess.json", b"[]"), "where an object belongs"),
         (forge("preprocess.json", b'{"input_size": [3, 8, 8]}'), "preprocess"),
         (forge("samples.npz", b"PK"), "not readable as samples"),

@@ -317,7 +317,8 @@ def test_an_export_for_any_number_of_images_answers_as_the_shipped_file(
         images = (samples["images"].transpose(0, 3, 1, 2).astype(np.float32) / 255 - mean) / std
         [together] = session.run(None, {"input": images})
         [alone] = session.run(None, {"input": images[:1]})
-        np.testing.assert_allclose(together, samples["output.output"], atol=0.05 * np.abs(samples["output.output"]).max())
+        expected = samples["output.output"]
+        np.testing.assert_allclose(together, expected, atol=0.05 * np.abs(expected).max())
     np.testing.assert_allclose(alone, together[:1], rtol=1e-6)
 
 

@@ -307,3 +307,17 @@ def test_a_bad_data_set_gets_one_sentence(name: str) -> None:
         make()
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+def test_keypoints_keep_the_size_of_what_is_seen_which_is_resized_with_the_picture() -> None:
+    def item(index: int) -> tuple[Image.Image, dict[str, Any]]:
+        return picture(index, 12, 16), {"points": torch.tensor([[3.0, 2.0, 1.0], [0, 0, 0]]), "scale": 4.0}
+
+    data = made(item).preprocessed(Preprocess((3, 24, 32), (0.0,) * 3, (1.0,) * 3, geometry="stretch"))
+    (found,) = data.train.targets([0])
+    assert found.tolist() == [[6.5, 4.5, 1, 8], [0, 0, 0, 8]]
+
+
+def test_a_single_data_set_under_the_name_of_another_split_is_not_trained_on() -> None:
+    with pytest.raises(InputError, match="has test, but no train; add it"):
+        data_from_datasets({"test": Items(with_target(0))}, SMALL)

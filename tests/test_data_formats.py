@@ -592,7 +592,7 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
     "masks: no folder": (without("masks"), "none: no such folder; masks: names"),
     "masks: empty folder": (lambda folder: f"masks:{folder}", "neither train and trainannot nor images and masks"),
     "masks: no masks": (lost(masks_case(), "valannot"), "val has no masks; put them into valannot"),
-    "masks: one gone": (lost(masks_case(), "trainannot/03.png"), r"train/03: has no mask in .*; add it"),
+    "masks: one gone": (lost(masks_case(), "trainannot/03.png"), r"train/03\.png: has no mask in .*; add it"),
     "masks: picture gone": (
         lost(masks_case(), "train/03.png"),
         r"trainannot/03\.png: there is no picture 03 in .*; add",

@@ -303,3 +303,30 @@ def test_killed_twice_in_the_middle_a_search_ends_with_the_plan_of_an_undisturbe
 
 if __name__ == "__main__":
     search_and_be_killed(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+def fails_in(folder: Path, first: Callable[[Run], object]) -> None:
+    with Run.open(folder, OPTIONS, {}) as run:
+        first(run)
+        raise InputError("an item of the data set cannot be read.")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_new_run_whose_input_is_bad_before_anything_is_judged_leaves_nothing(tmp_path: Path, is_there: bool) -> None:
+    folder = tmp_path / "run"
+    if is_there:
+        folder.mkdir()
+    with pytest.raises(InputError):
+        fails_in(folder, lambda run: (run.remember("contents", lambda: 1), (folder / "files").mkdir()))
+    assert folder.exists() == is_there
+    assert not is_there or list(folder.iterdir()) == []
+
+
+def test_a_run_that_was_begun_before_or_has_a_trial_stays(tmp_path: Path) -> None:
+    Run.open(tmp_path / "begun", OPTIONS, {}).close()
+    with pytest.raises(InputError):
+        fails_in(tmp_path / "begun", lambda run: None)
+    with pytest.raises(InputError):
+        fails_in(tmp_path / "judged", lambda run: run.evaluate_once(plan(3), "F1", measure))
+    for name in ("begun", "judged"):
+        assert Run.read(tmp_path / name).config_text == OPTIONS

@@ -250,3 +250,36 @@ def test_a_function_that_cannot_be_loaded_is_told_in_a_sentence(tmp_path, monkey
     with pytest.raises(InputError, match=words) as told:
         load_function(spec, "--metric")
     assert str(told.value).count("\n") == 0
+
+
+def test_what_a_function_changes_in_place_is_a_copy():
+    def spoils(outputs, targets):
+        outputs.mul_(0)
+        targets.zero_()
+        return outputs.sum(1)
+
+    task = WithMetric(WithLoss(TASK, spoils), spoils, higher_is_better=False)
+    answers, targets = {"output": torch.tensor(LOGITS, requires_grad=True)}, task.collate(LABELS)
+    arrays = {"output": LOGITS.copy()}
+    task.loss(answers, targets)
+    task.value(task.parts(arrays, targets))
+    assert torch.equal(answers["output"], torch.tensor(LOGITS))
+    assert np.array_equal(arrays["output"], LOGITS)
+    assert targets.tolist() == LABELS
+
+
+def test_targets_in_lists_are_copies_too():
+    boxes = {
+        "boxes": torch.ones(1, 4),
+        "labels": torch.zeros(1, dtype=torch.int64),
+        "crowd": torch.zeros(1, dtype=bool),
+    }
+
+    def spoils(outputs, targets):
+        targets[0]["boxes"].zero_()
+        return outputs.sum()
+
+    task = WithMetric(WithLoss(TASK, spoils), spoils, higher_is_better=False)
+    task.loss({"output": torch.tensor(LOGITS[:1])}, [boxes])
+    task.value(task.parts({"output": LOGITS[:1]}, [boxes]))
+    assert boxes["boxes"].tolist() == [[1, 1, 1, 1]]

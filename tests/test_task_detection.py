@@ -15,7 +15,7 @@ from PIL import Image
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers
-from hirelc_deploy.tasks import detection_heads, detection_losses
+from hirelc_deploy.tasks import decoding, detection_heads, detection_losses
 from hirelc_deploy.tasks.average_precision import Matches
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.decoders import detection as decoder
@@ -479,20 +479,26 @@ def test_anchors_come_from_a_file_too(tmp_path: Path) -> None:
         task_of("ssd", anchors=str(tmp_path / "none.npy"))
 
 
-def one_box(outputs: dict[str, Any], options: dict[str, Any], arrays: dict[str, Any]) -> list[dict[str, Any]]:
-    """Decode a network that answers the corners of its only box."""
-    return [{"boxes": [row.tolist()], "scores": [1.0], "labels": [0]} for row in outputs["output"]]
+ONE_BOX = """
+import numpy as np
+
+def one_box(outputs, options, arrays):
+    return [{"boxes": np.round(row)[None], "scores": [1.0], "labels": [0]} for row in outputs["output"]]
+"""
+"""Decodes a network that answers the corners of its only box."""
 
 
-def test_a_decoder_of_the_users_own_is_judged_and_bundled() -> None:
-    task = Detection(NAMES, {"decode": "own.py:one_box", "decode_function": one_box})
+def test_a_decoder_of_the_users_own_is_judged_and_bundled(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(ONE_BOX)
+    task = Detection(NAMES, {"decode": f"{file}:one_box"})
     answers = task.answers(torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4]]))
     targets = task.collate([{"boxes": [[0, 0, 10, 10]], "labels": [0]}] * 2)
     task.check(answers, targets)
     parts = task.parts({name: answer.numpy() for name, answer in answers.items()}, targets)
     assert task.value(parts[:1]) == pytest.approx(1)
     assert task.value(parts) < 0.6
-    assert task.decoder == Path(__file__)
+    assert task.decoder == file
     assert task.decoder_options["decode"] == "one_box"
     assert task.divergence(answers, answers).tolist() == [0, 0]
     half = {name: answer * 0.5 for name, answer in answers.items()}
@@ -500,6 +506,21 @@ def test_a_decoder_of_the_users_own_is_judged_and_bundled() -> None:
     assert task.divergence(answers, half)[0] == pytest.approx(0.25 * 50 / 25 / 2)
     assert task.loss(answers, targets).tolist() == [0, 0]
     assert task.surprise(answers, torch.Generator().manual_seed(0)).shape == (2,)
+    [result, _] = decoding.decoded(task, {name: answer.numpy() for name, answer in answers.items()}, (3, 20, 20))
+    assert result["boxes"].tolist() == [[0, 0, 10, 10]]
+    assert json.loads(decoding.line(task, result)) == {"boxes": [[0, 0, 10, 10]], "scores": [1.0], "labels": [0]}
+    file.write_text(f"{ONE_BOX}def line(result):\n    return 'one box'\n")
+    assert decoding.line(task, result) == "one box"
+
+
+def test_a_decoder_that_no_bundle_could_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(f"import torch\n{ONE_BOX}")
+    with pytest.raises(InputError, match=r"own\.py, which imports torch, but bundles have numpy alone"):
+        Detection(NAMES, {"decode": f"{tmp_path / 'own.py'}:one_box"})
+    with pytest.raises(InputError, match="no function 'two'"):
+        Detection(NAMES, {"decode": f"{tmp_path / 'own.py'}:two"})
+    with pytest.raises(InputError, match="decode stands beside head, or in no file"):
+        Detection(NAMES, {"decode": 3})
 
 
 def test_boxes_are_drawn_with_their_colour() -> None:

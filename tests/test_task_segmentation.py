@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_said_in_a_sentence() -> None:
         Segmentation((), {})
     with pytest.raises(InputError, match="no option 'ignore'"):
         Segmentation(NAMES, {"ignore": 1})
-    with pytest.raises(InputError, match="names 2 answers"):
+    with pytest.raises(InputError, match="name the one output that counts"):
         Segmentation(NAMES, {"outputs": ["a", "b"]})
 
 

@@ -87,7 +87,8 @@ def verify(
     lines = [*result.problems, *result.remarks]
     lines.append(f"operators: {result.integer_ops} integer, {result.float_ops} float")
     if result.accuracy is not None:
-        lines.append(f"accuracy {100 * result.accuracy:.2f} %, claimed {100 * (result.claimed_accuracy or 0):.2f} %")
+        claimed = "nothing" if result.claimed_accuracy is None else result.metric.text(result.claimed_accuracy)
+        lines.append(f"{result.metric.name} {result.metric.text(result.accuracy)}, claimed {claimed}")
     lines.append("the bundle is what it says" if result.ok else "the bundle is NOT what it says")
     show(result.to_dict(), as_json, "\n".join(lines))
     if not result.ok:

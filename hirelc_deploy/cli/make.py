@@ -96,7 +96,8 @@ def search(
     lower_is_better: LowerIsBetter = False,
     loss: LossSpec = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Accuracy points that may be lost; 1.0 if nothing is limited.")
+        float | None,
+        typer.Option(help="Points of the metric (or its own unit) that may be lost; 1.0 if nothing is limited."),
     ] = None,
     speedup: Annotated[float | None, typer.Option(help="Times faster than the uncut float file.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of one inference on the target.")] = None,

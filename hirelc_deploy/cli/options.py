@@ -11,7 +11,7 @@ import typer
 from hirelc_deploy.errors import InputError
 
 Model = Annotated[
-    str, typer.Option("--model", help="A timm name, file.py:factory or package.module:factory.", show_default=False)
+    str, typer.Option("--model", help="A timm name, file.py:factory, hf:DIR or torchvision:NAME.", show_default=False)
 ]
 ModelArg = Annotated[
     list[str] | None, typer.Option("--model-arg", help="Argument of the factory, as key=value; may be repeated.")
@@ -20,7 +20,12 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="Trained weights
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm fetch its own trained weights.")]
 DataSpec = Annotated[
     str,
-    typer.Option("--data", help="npz:FILE, imagefolder:DIR, torch/cifar10, or synthetic:N.", show_default=False),
+    typer.Option(
+        "--data",
+        help="npz:, imagefolder:, coco:, yolo:, voc:, masks:, csv: or hfdata:PATH, FILE.py:factory, torch/cifar10, "
+        "synthetic:N.",
+        show_default=False,
+    ),
 ]
 TaskName = Annotated[
     str | None, typer.Option("--task", help="What the model is for, where model and data leave a doubt.")

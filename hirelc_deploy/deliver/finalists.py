@@ -206,9 +206,10 @@ class Search:
         drop = self.pipeline.selection_drop(plan, "F3")
         error = drop_error(drop)
         kept = keeps_limits(self.limits, outcome, drop.points, error, self.pipeline.files.reference_ms)
+        unit = self.pipeline.task.metric.unit or self.pipeline.task.metric.name
         self.pipeline.progress.say(
             f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "
-            f"drop {drop.points:+.2f} points (standard error {error:.2f}) on the selection split"
+            f"drop {drop.points:+.2f} {unit} (standard error {error:.2f}) on the selection split"
         )
         return Finalist(plan, outcome, drop.points, error, kept)
 

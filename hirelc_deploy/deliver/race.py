@@ -83,9 +83,10 @@ def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contende
             pipeline.progress.say(f"accuracy guard: {error}")
         else:
             if found.points_before > max_drop:
+                unit = pipeline.task.metric.unit or f"of {pipeline.task.metric.name}"
                 layers = ", ".join(step.layer for step in found.reverted) or "no layer"
                 pipeline.progress.say(
-                    f"accuracy guard: {found.points:.2f} points lost instead of {found.points_before:.2f}, "
+                    f"accuracy guard: {found.points:.2f} {unit} lost instead of {found.points_before:.2f}, "
                     f"{found.ms:.3f} ms instead of {found.ms_before:.3f}; pattern {found.pattern}, "
                     f"back to float: {layers}{', trained while rounded' if found.trained else ''}"
                 )

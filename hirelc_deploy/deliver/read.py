@@ -103,6 +103,10 @@ def _uncut(folder: Path, source: Mapping[str, Any]) -> nn.Module:
     spec, arguments = source.get("spec"), source.get("arguments", {})
     if not isinstance(spec, str) or not isinstance(arguments, dict):
         raise InputError(f"{folder / MANIFEST}: the source needs a spec (text) and arguments (an object).")
+    if source.get("kind") == "module":
+        raise InputError(
+            f"{folder}: its model was made in Python ({spec}); give a function that makes the uncut one as factory."
+        )
     model = ModelSource(spec, arguments=arguments)
     if model.is_timm and (banned := sorted(EXECUTING_ARGUMENTS & set(arguments))):
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from hirelc_deploy.measure.backend import Backend, Outputs, Runner
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, TimingLimits, compare
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.tasks.contract import Metric
 
 SAMPLE_TOLERANCE = 0.05
 """Of the range of an image's outputs. Processors round a few integers differently; a saturating one is far outside."""
@@ -49,6 +50,9 @@ REPEAT_TOLERANCE = 0.002
 LATENCY_TOLERANCE = 1.1
 """Two timings on one machine, of other days, agree when their intervals are within this factor."""
 BATCH = 128
+
+
+ACCURACY = Metric("accuracy")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class VerifyResult:
         remarks: What a reader should know and what is no problem.
         integer_ops, float_ops: Operators with integer and with float arithmetic as this runtime ran them; None where
             the file was not run.
-        accuracy: Of this file on the data given, in [0, 1]; None without data.
+        accuracy: `metric` of this file on the data given; None without data.
         latency: `median_ms, ratio, ratio_low, ratio_high, verdict` against the reference given; None without one.
     """
 
@@ -71,6 +75,7 @@ class VerifyResult:
     accuracy: float | None
     claimed_accuracy: float | None
     latency: Mapping[str, Any] | None
+    metric: Metric = ACCURACY
 
     @property
     def ok(self) -> bool:
@@ -87,6 +92,7 @@ class VerifyResult:
             "float_ops": self.float_ops,
             "accuracy": self.accuracy,
             "claimed_accuracy": self.claimed_accuracy,
+            "metric": asdict(self.metric),
             "latency": None if self.latency is None else dict(self.latency),
         }
 
@@ -102,6 +108,7 @@ class _Findings:
     accuracy: float | None = None
     claimed_accuracy: float | None = None
     latency: dict[str, Any] | None = None
+    metric: Metric = ACCURACY
 
     def result(self) -> VerifyResult:
         return VerifyResult(
@@ -112,6 +119,7 @@ class _Findings:
             self.accuracy,
             self.claimed_accuracy,
             self.latency,
+            self.metric,
         )
 
 
@@ -232,9 +240,12 @@ def _accuracy_again(
     if not images.labelled:
         findings.remarks.append(f"{data.name} has no labels: the accuracy was not checked.")
         return
-    own = json_object(bundle / TASK).get("own_metric") if (bundle / TASK).is_file() else None
-    if own is not None:
+    told = json_object(bundle / TASK) if (bundle / TASK).is_file() else {}
+    if (own := told.get("own_metric")) is not None:
         findings.remarks.append(f"The accuracy is by the user's own metric {own}, which is not in the bundle.")
+        return
+    if record(record(told, "made_of"), "options").get("decode") is not None:
+        findings.remarks.append("The accuracy needs the user's own decoder, which is not run unasked.")
         return
     task, claimed, test = read_task(bundle), findings.claimed_accuracy, record(measurements, "test")
     targets = task.collate(images.targets([0]))
@@ -245,7 +256,7 @@ def _accuracy_again(
         )
     parts = parts_of(runner, task, images)
     findings.accuracy = accuracy = task.value(parts)
-    name, count = task.metric.name, len(images)
+    count, findings.metric = len(images), task.metric
     if claimed is None:
         findings.remarks.append("The manifest claims no accuracy.")
         return
@@ -257,11 +268,11 @@ def _accuracy_again(
         before = number(test.get("images")) or count
         allowed = 3.3 * math.sqrt(max(claimed * (1 - claimed), 0.01) * (1 / count + 1 / before))
         basis = f"on {count} other test images than the manifest's"
-        findings.remarks.append(
-            f"The accuracy was taken {basis}; it may differ by {100 * allowed:.1f} points by chance."
-        )
+        chance = f"{100 * allowed:.1f} {'points' if task.metric.scale == 100 else 'per cent'}"
+        findings.remarks.append(f"The {task.metric.name} was taken {basis}; it may differ by {chance} by chance.")
     if not abs(accuracy - claimed) <= (allowed if task.metric.scale == 100 else allowed * abs(claimed)):
-        findings.problems.append(f"{name}: {accuracy:.2%} {basis}, the manifest claims {claimed:.2%}.")
+        said = f"{task.metric.text(accuracy)} {basis}, the manifest claims {task.metric.text(claimed)}"
+        findings.problems.append(f"{task.metric.name}: {said}.")
 
 
 def _latency_again(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models.checks import check_output
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.source import preprocess_of
+from hirelc_deploy.inputs.rehearsal import check_functions, check_targets
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.custom import WithLoss, WithMetric, load_function
 from hirelc_deploy.tasks.registry import make_task
@@ -100,6 +101,11 @@ def fit(
     data = data.flipping(task.flips, tuple(data.options.get("flip_pairs", ())))
     answer = check_output(model, data.calibration.batch(rows), task, targets)
     answering(model, task, answer)
+    check_targets(data, task, task.answers(answer))
+    if record["metric"] or record["loss"]:
+        if not data.labelled:
+            raise InputError(f"{data.name}: has no labels, which a metric or loss is taken against; leave it out.")
+        check_functions(model, data, task)
     return Fitted(model, data, source, task, record)
 
 
@@ -139,7 +145,14 @@ def task_for(
     options = {"input_size": list(data.preprocess.input_size)}
     options |= dict(data.options) if name in (of_data, "embedding") else {}
     options |= {**(says if name == (named or name) else {}), **wanted.options}
-    classes = data.classes or tuple(getattr(model, "class_names", ()))
+    _check_size(model, data, options.get("input_size"))
+    own = tuple(getattr(model, "class_names", ()))
+    if data.classes != own and sorted(data.classes) == sorted(own):
+        raise InputError(
+            f"{type(model).__name__}: its classes are {_some(own)}, but those of {data.name} are "
+            f"{_some(data.classes)}; give both in the same order."
+        )
+    classes = data.classes or own
     task = make_task(name, classes, options)
     record = {"name": name, "classes": list(classes), "options": plain(options)}
     record |= {"metric": wanted.metric or name_of(metric), "loss": wanted.loss or name_of(loss)}
@@ -152,6 +165,20 @@ def task_for(
     if loss is not None:
         task = WithLoss(task, loss)
     return task, record
+
+
+def _check_size(model: nn.Module, data: Data, made_for: Any) -> None:
+    """Raise InputError where a model whose boxes or points hang on its input's size is given another."""
+    size = data.preprocess.input_size
+    if isinstance(made_for, list | tuple) and tuple(made_for) != size:
+        raise InputError(
+            f"{type(model).__name__}: it is made for inputs of {tuple(made_for)}, but they are {size}; give "
+            f"--input-size {','.join(map(str, made_for))}, or build it for the other size."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" and so on" if len(names) > 4 else "")
 
 
 def plain(value: Any) -> Any:

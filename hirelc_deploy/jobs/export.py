@@ -99,6 +99,12 @@ def export_files(
         raise InputError(
             f"{bundle}: {missing[0]} is not there; `hirelc-deploy verify {bundle}` says what else is wrong."
         )
+    rebuilds = dynamic_batch or form == "tensorrt" or (form == "stored" and storage.max_bytes is not None)
+    if rebuilds and read_manifest(bundle)["source"].get("kind") == "module":
+        raise InputError(
+            f"{run}: its model and data were Python objects, which no configuration can name, and this form is made "
+            "from them; name them by file.py:function in a new run, or export with --format onnx."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; give another --out.")
     if form == "tensorrt":

@@ -58,8 +58,8 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
         closest = min(finalists, key=lambda f: f.drop_points, default=None)
         found = closest and (
             f" The closest plan is {1 / (closest.outcome.ratio or 1.0):.2f} times faster than the float file at a drop "
-            f"of {closest.drop_points:.2f} points on the selection split; its file, of {closest.outcome.size_bytes:,} "
-            f"bytes, is {pipeline.files.file_of(closest.plan, 'F3')}."
+            f"of {closest.drop_points:.2f} {pipeline.task.metric.unit} on the selection split; "
+            f"its file, of {closest.outcome.size_bytes:,} bytes, is {pipeline.files.file_of(closest.plan, 'F3')}."
         )
         raise ConstraintError(
             f"search: {error}{found or ''} Allow a larger drop, more time, more bytes or more recovery epochs."

@@ -18,7 +18,7 @@ from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.deliver.race import metric_record
 from hirelc_deploy.deliver.read import read_manifest
-from hirelc_deploy.errors import InputError
+from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.evaluate.effort import GRADIENT_VALUES, LEAST_BATCH, Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.uncut import proven_graph
@@ -119,7 +119,11 @@ def open_workplace(
         if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
             options = replace(config, plan=f"{config.plan} ({plan.digest})")
     run = Run.open(directory, options.to_toml(), describe(backend))
-    check_contents(run, source, data, [given.metric or config.task.metric, given.loss or config.task.loss])
+    try:
+        check_contents(run, source, data, [given.metric or config.task.metric, given.loss or config.task.loss])
+    except HirelcError as error:
+        run.__exit__(type(error), error, error.__traceback__)
+        raise
     effort = Effort(recovery=recovery_of(config, math.prod(data.preprocess.input_size)))
     pipeline = Pipeline(
         model,

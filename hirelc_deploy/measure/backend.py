@@ -36,7 +36,7 @@ class Precision:
         weight_bits: Bits used of the weight type; 7 where 8-bit products would saturate (x86 without VNNI).
         remark: What the user should know, in one sentence, or ``.
         form: How the ONNX files must be written that run in it, the same for all precisions of a device: ONNX_FORM or
-            TENSORRT_FORM; compress/forms.py writes them.
+            TENSORRT_FORM; compress/integer/forms.py writes them.
     """
 
     name: str

@@ -365,7 +365,7 @@ class _Graph:
 
 
 class _TypedGraph(_Graph):
-    """A layer as TensorRT gets it, by the rules of compress/export_tensorrt.py.
+    """A layer as TensorRT gets it, by the rules of compress/onnx_file/export_tensorrt.py.
 
     It takes what its neighbour leaves, FP16 or integers, and leaves what its neighbour takes: conversions at the ends
     would be kernels of their own, or become part of the layer's, and a profile could not tell them apart.

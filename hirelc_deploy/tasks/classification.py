@@ -88,6 +88,11 @@ class Classification:
         """Return 1.0 for each image whose largest logit is at its label, else 0.0."""
         logits, labels = only(answers), np.asarray(targets)
         check_count(len(logits), len(labels))
+        if len(labels) and labels.max() >= logits.shape[1]:  # or its image would count as a miss
+            raise InputError(
+                f"labels hold {labels.max()}, but the model has {logits.shape[1]} outputs; give labels from 0 to "
+                f"{logits.shape[1] - 1}."
+            )
         return [float(hit) for hit in logits.argmax(1) == labels]
 
     def value(self, parts: Sequence[Any]) -> float:
@@ -120,7 +125,7 @@ def output_option(task: str, options: Mapping[str, Any], known: Sequence[str]) -
     """
     check_options(task, options, known)
     given = options.get("outputs") or ()
-    names = (given,) if isinstance(given, str) else tuple(given)
+    names = tuple(given) if isinstance(given, list | tuple) else (given,)
     if len(names) > 1 or not all(isinstance(name, str) for name in names):
         raise InputError(f"task {task}: outputs names {given!r}; name the one output that counts, as in ['logits'].")
     return names
@@ -141,6 +146,21 @@ def number_option(task: str, options: Mapping[str, Any], option: str, default: f
         below = f" and below {high:g}" if math.isfinite(high) else ""
         raise InputError(f"task {task}: {option} is {given!r}; give a number above 0{below}.")
     return float(given)
+
+
+def switch_option(task: str, options: Mapping[str, Any], option: str, default: bool) -> bool:
+    """Return the value of an option that is true or false."""
+    given = options.get(option, default)
+    if not isinstance(given, bool):
+        raise InputError(f"task {task}: {option} is {given!r}; give true or false.")
+    return given
+
+
+def check_names(task: str, classes: Sequence[str]) -> None:
+    """Raise InputError where two classes have one name, under which only one of them would be judged."""
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if list(classes).count(name) > 1)
+        raise InputError(f"task {task}: the class name {twice!r} is there twice; give each class a name of its own.")
 
 
 def one_output(answer: Any, output: Sequence[str], wanted: str) -> Answers:

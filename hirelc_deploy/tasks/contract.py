@@ -46,6 +46,10 @@ class Metric:
         """Return by how much `after` is worse than `before`, in `unit`; below 0 where it is better."""
         return self.scale * ((before - after) if self.higher_is_better else (after - before))
 
+    def text(self, value: float) -> str:
+        """Return a value as a person reads it: `93.60 %`, or `2.25 px`."""
+        return f"{100 * value:.2f} %" if self.scale == 100 else f"{self.scale * value:.4g} {self.unit}".rstrip()
+
 
 class Task(Protocol):
     """What a model is for.

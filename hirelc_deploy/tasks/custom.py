@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import importlib
@@ -176,8 +177,7 @@ class WithMetric(_Around):
             for name in kept[0].outputs
         }
         targets: Any = [part.target for part in kept]
-        if isinstance(targets[0], Tensor):
-            targets = torch.stack(targets)
+        targets = torch.stack(targets) if isinstance(targets[0], Tensor) else copy.deepcopy(targets)
         given, function = _as_given(outputs), self.function
         if self.is_object:
             with torch.no_grad():
@@ -221,7 +221,7 @@ class WithLoss(_Around):
     def loss(self, answers: Answers, targets: Targets) -> Tensor:
         """Return (n,) losses; a loss of one number is that of every image."""
         first = next(iter(answers.values()))
-        here = targets.to(first.device) if isinstance(targets, Tensor) else targets
+        here = targets.to(first.device, copy=True) if isinstance(targets, Tensor) else copy.deepcopy(targets)
         found = _called("loss", self.function, _as_given(answers), here)
         _numbers("loss", self.function, found, len(first))
         needs = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in answers.values())
@@ -247,6 +247,8 @@ def load_function(spec: str, option: str) -> Any:
     with _importing_from(file):
         module = _import_file(file, option) if file is not None else _import_module(target, spec, option)
     found = getattr(module, name, None)
+    if found is not None and not callable(found) and not all(hasattr(found, method) for method in OBJECT_METHODS):
+        raise InputError(f"{option} {spec}: {name} is {found!r:.40}, which cannot be called; name a function.")
     if not callable(found) and not all(hasattr(found, method) for method in OBJECT_METHODS):
         near = difflib.get_close_matches(name, [key for key in vars(module) if not key.startswith("_")], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "check the name after the colon."
@@ -297,7 +299,9 @@ def _import_module(name: str, spec: str, option: str) -> ModuleType:
 
 
 def _as_given(outputs: Mapping[str, Tensor]) -> Any:
-    return next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
+    """Return copies, which the user's function may change in place."""
+    copies = {name: output.clone() for name, output in outputs.items()}
+    return next(iter(copies.values())) if len(copies) == 1 else copies
 
 
 def _called(role: str, function: Any, *arguments: Any, of: Any = None) -> Any:

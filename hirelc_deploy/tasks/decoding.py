@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -38,6 +40,17 @@ def line(task: Task, result: Mapping[str, Any]) -> str:
     """Return what a terminal says of one result: the decoder's `line`, or the result as JSON where it has none."""
     said = getattr(_module(task.decoder), "line", None)
     return json.dumps(dict(result), default=lambda array: array.tolist()) if said is None else str(said(dict(result)))
+
+
+def foreign_imports(file: Path) -> list[str]:
+    """Return the packages that a decoder imports as it is loaded, beside numpy: a bundle's machine has no others."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or ".").partition(".")[0])
+    return sorted(found - sys.stdlib_module_names - {"numpy"})
 
 
 def _module(file: Path) -> ModuleType:

@@ -18,10 +18,12 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named, selected
 from hirelc_deploy.tasks import detection_losses
 from hirelc_deploy.tasks.average_precision import Matches, average_precisions, matches
-from hirelc_deploy.tasks.classification import INPUT_SIZE, check_options
+from hirelc_deploy.tasks.classification import INPUT_SIZE, check_names, check_options
 from hirelc_deploy.tasks.colours import colour
 from hirelc_deploy.tasks.contract import Arrays, Metric
+from hirelc_deploy.tasks.custom import load_function
 from hirelc_deploy.tasks.decoders import detection as decoder
+from hirelc_deploy.tasks.decoding import foreign_imports
 from hirelc_deploy.tasks.detection_boxes import CODE_UNITS, centred
 from hirelc_deploy.tasks.detection_heads import Candidates, Decoded, Detr, Head, Ssd, Yolo
 
@@ -49,7 +51,6 @@ DEFAULTS: Mapping[str, Any] = {
     "code_order": "xywh",
     "objectness": False,
     "decode": None,
-    "decode_function": None,
     "nms_iou": "of the head",
     "score_threshold": 0.3,
     "metric_threshold": 0.001,
@@ -80,8 +81,8 @@ class Detection:
             or with `objectness` (n, a, 5 + classes).
             `decoded`: boxes (n, k, 4), corners in pixels, scores (n, k), labels (n, k); `background`, its label, or
             null.
-            None, with `decode`: `decode_function`, a callable as `decode` of the decoders. Bundles take its file, and
-            its name in the file is `decode` of the decoder's options.
+            None, with `decode`: `file.py:function`, or a function, as `decode` of the decoders. Bundles take its file,
+            which may import numpy alone and have a `line` too, and its name is `decode` of the decoder's options.
             For all: `outputs`, names of the answers in this order, or those of a tuple in its order if they are the
             words above (scores, boxes, labels); `input_size`, [channels, height, width], without which boxes are not
             clipped; `metric`, AP or AP50; `nms_iou`, the overlap from which the less sure box of a class is left out,
@@ -102,7 +103,9 @@ class Detection:
             raise InputError(
                 "task detection: no class names were given; name the classes in the order of their labels."
             )
+        check_names(self.name, classes)
         chosen = {**DEFAULTS, **options}
+        _check_kinds(chosen)
         if chosen["metric"] not in THRESHOLD_COUNTS:
             raise InputError(f"task detection: there is no metric {chosen['metric']!r}; take AP or AP50.")
         self.classes = tuple(classes)
@@ -114,7 +117,7 @@ class Detection:
         self._size = _checked_size(chosen["input_size"])
         self._metric_threshold = float(chosen["metric_threshold"])
         self.head: Head | None = None
-        if chosen["decode_function"]:
+        if chosen["decode"] is not None:
             self._take_own(chosen)
         else:
             self.head = self._built_in(chosen)
@@ -134,13 +137,19 @@ class Detection:
 
     def _take_own(self, chosen: dict[str, Any]) -> None:
         """Take the user's decoder: its file goes into bundles, and nothing is known of its outputs."""
-        self._decode = chosen["decode_function"]
-        file = inspect.getsourcefile(self._decode)
+        own = chosen["decode"]
+        self._decode = load_function(own, "--task-arg decode") if isinstance(own, str) else own
+        file = inspect.getsourcefile(self._decode) if inspect.isfunction(self._decode) else None
         if chosen["head"] is not None or file is None:
             raise InputError(
                 "task detection: decode stands beside head, or in no file; give a file's function and no head."
             )
         self.decoder = Path(file)
+        if foreign := foreign_imports(self.decoder):
+            raise InputError(
+                f"task detection: decode is in {file}, which imports {foreign[0]}, but bundles have numpy alone; move "
+                "the function into a file of its own."
+            )
 
     def _built_in(self, chosen: dict[str, Any]) -> Head:
         head, count, background = chosen["head"], len(self.classes), chosen["background"]
@@ -173,6 +182,8 @@ class Detection:
         anchors = _anchors(chosen["anchors"])
         self.decoder_arrays = {"anchors": anchors}
         columns = count + (background is not None)
+        if background is not None and not 0 <= background < columns:
+            raise InputError(f"task detection: background is {background}; give its column, 0 to {columns - 1}.")
         rows_first = chosen["code_order"] == "yxhw"
         return Ssd(columns, background, exclusive, torch.from_numpy(anchors), tuple(chosen["variances"]), rows_first)
 
@@ -319,6 +330,36 @@ class Detection:
             raise InputError(f"task detection: this needs the input's size; give {INPUT_SIZE}, channels first.")
         _, height, width = self._size
         return [width, height, width, height]
+
+
+def _check_kinds(chosen: Mapping[str, Any]) -> None:
+    """Raise InputError for an option whose value is not of its kind."""
+
+    def real(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def names(value: Any) -> bool:
+        return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(n, str) for n in value))
+
+    share, switch = "give a number from 0 to 1", "give true or false"
+    overlap, variances = chosen["nms_iou"], chosen["variances"]
+    for option, is_good, wanted in (
+        ("score_threshold", real(chosen["score_threshold"]) and 0 <= chosen["score_threshold"] <= 1, share),
+        ("metric_threshold", real(chosen["metric_threshold"]) and 0 <= chosen["metric_threshold"] <= 1, share),
+        ("nms_iou", overlap in (None, DEFAULTS["nms_iou"]) or (real(overlap) and 0 <= overlap <= 1), share),
+        ("max_detections", type(chosen["max_detections"]) is int and chosen["max_detections"] > 0, "give 1 or more"),
+        ("background", chosen["background"] is None or type(chosen["background"]) is int, "give a whole number"),
+        ("flips", isinstance(chosen["flips"], bool), switch),
+        ("objectness", isinstance(chosen["objectness"], bool), switch),
+        ("outputs", chosen["outputs"] is None or names(chosen["outputs"]), "give the names of the answers"),
+        (
+            "variances",
+            isinstance(variances, list | tuple) and all(real(value) and value > 0 for value in variances),
+            "give four numbers above 0",
+        ),
+    ):
+        if not is_good:
+            raise InputError(f"task detection: {option} is {chosen[option]!r}; {wanted}.")
 
 
 def _as_list(outputs: Any) -> list[str]:

@@ -53,7 +53,19 @@ def make_task(name: str, classes: tuple[str, ...] = (), options: Mapping[str, An
     except Exception as error:  # third-party code at import: anything can come out of it
         reason = f"{type(error).__name__}: {error}".rstrip(".")
         raise InputError(f"task {name!r} ({entry.value}) does not load: {reason}; install it again.") from None
-    return factory(tuple(classes), dict(options or {}))
+    if name in BUILT_IN:
+        return factory(tuple(classes), dict(options or {}))
+    try:
+        task = factory(tuple(classes), dict(options or {}))
+    except InputError:
+        raise
+    except Exception as error:  # third-party code again
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        raise InputError(f"task {name!r} ({entry.value}) cannot be made: {reason}; ask its authors.") from None
+    wanted = (*Task.__annotations__, *(member for member in vars(Task) if not member.startswith("_")))
+    if missing := [member for member in wanted if not hasattr(task, member)]:
+        raise InputError(f"task {name!r} ({entry.value}) has no {missing[0]}; see hirelc_deploy.tasks.contract.Task.")
+    return task
 
 
 def _entries() -> dict[str, EntryPoint]:

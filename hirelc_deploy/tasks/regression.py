@@ -23,6 +23,7 @@ from hirelc_deploy.tasks.classification import (
     one_output,
     only,
     output_option,
+    switch_option,
 )
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import regression as decoder
@@ -55,7 +56,7 @@ class Regression:
         self.output = output_option(self.name, options, known=("outputs", "metric", "unit", "spread", "flips"))
         self.kind = choice_option(self.name, options, "metric", ("rmse", "mae"))
         self.spread = _spread(options.get("spread", ()))
-        self.flips = _yes_or_no(options.get("flips", False))
+        self.flips = switch_option(self.name, options, "flips", False)
         self.metric = Metric(self.kind.upper(), 1.0, str(options.get("unit", "")), higher_is_better=False)
         self.decoder_options: Mapping[str, Any] = {"unit": self.metric.unit}
         self.decoder_arrays: Mapping[str, NDArray[Any]] = {}
@@ -194,12 +195,6 @@ def _fitted(targets: Tensor, found: Tensor) -> Tensor:
             "give one value for each answer, NaN where it is not known."
         )
     return targets.reshape(found.shape)
-
-
-def _yes_or_no(given: Any) -> bool:
-    if not isinstance(given, bool):
-        raise InputError(f"task regression: flips is {given!r}; give true or false.")
-    return given
 
 
 def _spread(given: Any) -> tuple[float, ...]:

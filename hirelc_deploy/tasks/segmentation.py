@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named, selected
-from hirelc_deploy.tasks.classification import check_options
+from hirelc_deploy.tasks.classification import check_names, output_option, switch_option
 from hirelc_deploy.tasks.colours import colour
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import segmentation as decoder
@@ -51,20 +51,18 @@ class Segmentation:
     decoder = Path(decoder.__file__)
 
     def __init__(self, classes: tuple[str, ...], options: Mapping[str, Any]) -> None:
-        check_options(self.name, options, OPTIONS)
+        chosen = list(output_option(self.name, options, known=OPTIONS))
+        check_names(self.name, classes)
         if not 1 <= len(classes) <= 256:
             raise InputError(
                 f"task segmentation: {len(classes)} class names were given; name the 1 to 256 channels in their order."
             )
-        outputs = options.get("outputs")
-        chosen = [outputs] if isinstance(outputs, str) else list(outputs or [])
-        if len(chosen) > 1:
-            raise InputError(
-                f"task segmentation: outputs names {len(chosen)} answers; name the one that holds the logits."
-            )
+        void = options.get("ignore_index", 255)
+        if not isinstance(void, int) or isinstance(void, bool):
+            raise InputError(f"task segmentation: ignore_index is {void!r}; give the whole number of void pixels.")
         self.classes = tuple(classes) if len(classes) > 1 else (BACKGROUND, *classes)
-        self.flips = bool(options.get("flips", True))
-        self.ignore_index = int(options.get("ignore_index", 255))
+        self.flips = switch_option(self.name, options, "flips", True)
+        self.ignore_index = void
         self.decoder_options: Mapping[str, Any] = {"outputs": chosen or list(USUAL_NAMES)}
         self.decoder_arrays: Mapping[str, NDArray[Any]] = {}
         self._chosen = chosen

@@ -7,12 +7,13 @@ is the device's to say.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
 from hirelc_deploy.errors import InputError
@@ -49,7 +50,7 @@ def use_four_bits(proto: ModelProto, layers: Collection[str]) -> ModelProto:
         raise InputError(f"{sorted(left)[0]}: precision 'int4' is for Linear layers; use int8 or float.")
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-    quantizer = MatMulNBitsQuantizer(
+    quantizer = _quantizer_class()(
         proto, block_size=BLOCK, is_symmetric=True, accuracy_level=INTEGER_ARITHMETIC, nodes_to_include=chosen
     )
     quantizer.process()
@@ -59,6 +60,17 @@ def use_four_bits(proto: ModelProto, layers: Collection[str]) -> ModelProto:
     del result.graph.initializer[:]
     result.graph.initializer.extend(kept)
     return result
+
+
+def _quantizer_class() -> Any:
+    """Return ONNX Runtime's class; its module sets the logging of the whole program to INFO, which is put back."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    return MatMulNBitsQuantizer
 
 
 def _as_matmul(proto: ModelProto, node: NodeProto, matrix: NDArray[np.float32]) -> list[NodeProto]:

@@ -31,7 +31,8 @@ try:
         for number, result in enumerate(results):
             print(line(result))
             if "mask" in result and path != "--check":
-                import_module("PIL.Image").fromarray(result["mask"]).save(f"{path}.mask{number or ''}.png")
+                kind = "png" if result["mask"].dtype == np.uint8 else "tiff"  # PNG holds no floats
+                import_module("PIL.Image").fromarray(result["mask"]).save(f"{path}.mask{number or ''}.{kind}")
         if "labels" in data and "index" in results[0]:
             hits = [result["index"] == label for result, label in zip(results, data["labels"])]  # noqa: B905
             print(f"accuracy {np.mean(hits):.4f} of {len(hits)} images")

@@ -110,11 +110,11 @@ def _read(file: Path) -> _Annotated:
     annotations: dict[Any, list[dict[str, Any]]] = {key: [] for key in images}
     for index, entry in enumerate(content["annotations"]):
         where = f"{file}: annotation {entry.get('id', index)}"
-        if entry.get("image_id") not in images:
+        if not isinstance(entry.get("image_id"), int | str) or entry["image_id"] not in images:
             raise InputError(
                 f"{where} is of image {entry.get('image_id')!r}, which is not listed; list it, or remove it."
             )
-        if entry.get("category_id") not in categories:
+        if not isinstance(entry.get("category_id"), int | str) or entry["category_id"] not in categories:
             raise InputError(f"{where} has category {entry.get('category_id')!r}, which is not listed; list it.")
         annotations[entry["image_id"]].append(entry)
     return _Annotated(file, images, dict(sorted(categories.items())), annotations)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Source:
         kind: Of its targets; see `targets.KINDS`.
         classes: Number of classes; None where it is not known.
         collate: Makes (images, targets) of a list of items, where items are something else.
+        floats: Whether its images are model inputs.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Source:
     kind: str
     classes: int | None
     collate: Collate | None = None
+    floats: bool = False
 
     def item(self, row: int) -> tuple[Any, Any]:
         """Return an image and its target as they are; raises InputError for an item that is something else."""
@@ -57,14 +59,14 @@ class Source:
         try:
             found = self.items[row]
             if self.collate is not None:
-                found = self.collate([found])
+                image, target = _pair(self.collate([found]), where)
+                return _first(image), _first(target)
         except InputError:
             raise
         except Exception as error:  # somebody's own code: anything can come out of it
             reason = f"{type(error).__name__}: {error}".rstrip(".")
             raise InputError(f"{where} raises {reason}; correct the data set.") from error
-        image, target = _pair(found, where)
-        return (_first(image), _first(target)) if self.collate is not None else (image, target)
+        return _pair(found, where)
 
 
 class DatasetImages:
@@ -130,6 +132,10 @@ class DatasetImages:
             self._last = key, [self._item(row, view)[1] for row in key[:-1]]
         return list(self._last[1])
 
+    def name_of(self, row: int) -> str:
+        """Return the data set and the number of the item in it."""
+        return f"data set {self._source.name}, item {int(self._rows[row])}"
+
     def preprocessed(self, preprocess: Preprocess) -> DatasetImages:
         """Return the same images for another model's input."""
         return DatasetImages(self._source, self._rows, preprocess, self._seed, self._flips, self._pairs)
@@ -146,10 +152,17 @@ class DatasetImages:
 
     def _item(self, row: int, view: int | None) -> tuple[Tensor, Any]:
         number = int(self._rows[row])
-        where, kind = f"data set {self._source.name}, item {number}", self._source.kind
+        where, kind = self.name_of(row), self._source.kind
         with seeded(int(draws(self._seed, PLAIN if view is None else view, torch.tensor([number]))[0, 0])):
             image, target = self._source.item(number)
-        if _is_input(image):
+        if _is_input(image) != self._source.floats:
+            given, others = ("floats", "pictures") if _is_input(image) else ("a picture", "floats")
+            form = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor | np.ndarray) else given
+            raise InputError(
+                f"{where}: the image is {form}, but the first ones are {others}; give all as floats (model inputs), or "
+                "all as uint8 or Pillow pictures, which are preprocessed."
+            )
+        if self._source.floats:
             return self._float_input(image, target, where)
         picture = _picture(image, self._preprocess.input_size[0], where)
         size = (picture.height, picture.width)
@@ -204,6 +217,10 @@ def data_from_datasets(
     """
     if kind is not None and kind not in KINDS:
         raise InputError(f"{name}: kind {kind!r} is unknown; use one of {', '.join(KINDS)}.")
+    if collate_fn is not None and not callable(collate_fn):
+        raise InputError(f"{name}: collate_fn is {collate_fn!r:.60}; give a function of a list of items.")
+    if classes is not None and (isinstance(classes, str) or not all(isinstance(word, str) for word in classes)):
+        raise InputError(f"{name}: classes are {classes!r:.60}; give a list of names.")
     given = _by_split(datasets, name)
     first = next(iter(given.values()))
     names = tuple(classes) if classes is not None else _own_classes(first.items)
@@ -219,7 +236,13 @@ def data_from_datasets(
     elif kind == "multilabel" and not names:
         names = tuple(str(index) for index in range(len(looked[0][1])))
     sources = {
-        split: Source(source.name, source.items, kind, len(names) or None, source.collate or collate_fn)
+        split: replace(
+            source,
+            kind=kind,
+            classes=len(names) or None,
+            collate=source.collate or collate_fn,
+            floats=_is_input(looked[0][0]),
+        )
         for split, source in given.items()
     }
     counts = {split: len(source.items) for split, source in sources.items()}
@@ -281,7 +304,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _by_split(datasets: Any, name: str) -> dict[str, Source]:
-    """Return split to data set; the only one is train."""
+    """Return split to data set; one without a name is train."""
     given = datasets if isinstance(datasets, Mapping) else {"train": datasets}
     if not given:
         raise InputError(f"{name}: no data set in it; give at least train.")
@@ -302,10 +325,14 @@ def _by_split(datasets: Any, name: str) -> dict[str, Source]:
                 f"{name}: {key} is a {type(items).__name__}, which has no length or no items; give a data set with "
                 "__len__ and __getitem__."
             )
-        if not len(items):
+        try:
+            count = len(items)
+        except Exception as error:  # somebody's own code: anything can come out of it
+            raise InputError(f"{name}: the length of {key} raises {type(error).__name__}: {error}.") from error
+        if not count:
             raise InputError(f"{name}: the data set {key} is empty; add items, or leave it out.")
         found[split] = Source(str(key), items, "none", None, collate)
-    return found if len(found) > 1 else {"train": next(iter(found.values()))}
+    return found
 
 
 def _own_classes(items: Any) -> tuple[str, ...]:

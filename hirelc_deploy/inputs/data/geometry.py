@@ -129,10 +129,14 @@ def moved_dense(values: Tensor, frame: Frame, fill: float) -> Tensor:
 
 
 def moved_points(points: Tensor, frame: Frame, pairs: Pairs = ()) -> Tensor:
-    """Return (k, 3) x, y, visible; pixels have their centres at integers, and what is cut away is 0, 0, 0."""
-    x, y, seen = points.double().unbind(1)
-    x = (x + 0.5) * (frame.canvas[1] / frame.picture[1]) - 0.5 - frame.start[1]
-    y = (y + 0.5) * (frame.canvas[0] / frame.picture[0]) - 0.5 - frame.start[0]
+    """Return (k, 3) x, y, visible; pixels have their centres at integers, and what is cut away is 0, 0, 0.
+
+    A fourth column, the size of what is seen, is resized as the root of an area is.
+    """
+    x, y, seen = points[:, :3].double().unbind(1)
+    across, down = frame.canvas[1] / frame.picture[1], frame.canvas[0] / frame.picture[0]
+    x = (x + 0.5) * across - 0.5 - frame.start[1]
+    y = (y + 0.5) * down - 0.5 - frame.start[0]
     height, width = frame.window
     inside = (seen > 0) & (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
     order = list(range(len(points)))
@@ -140,8 +144,8 @@ def moved_points(points: Tensor, frame: Frame, pairs: Pairs = ()) -> Tensor:
         x = width - 1 - x
         for one, other in pairs:
             order[one], order[other] = other, one
-    placed = torch.stack([x, y, torch.ones_like(x)], 1)
-    return torch.where(inside[:, None], placed, 0.0).float()[order]
+    placed = torch.where(inside[:, None], torch.stack([x, y, torch.ones_like(x)], 1), 0.0)
+    return torch.cat([placed, points[:, 3:] * (across * down) ** 0.5], 1).float()[order]
 
 
 def _sources(frame: Frame, axis: int) -> Tensor:

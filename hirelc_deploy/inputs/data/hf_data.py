@@ -190,6 +190,9 @@ def _truths(
         raise InputError(
             f"{where}: a target of type {type(first).__name__}; say which column it is with ,label=COLUMN."
         )
+    for value, row in zip(values, rows, strict=True):
+        if wrong := [word for word in value if not isinstance(word, int | float | str)]:
+            raise InputError(f"{row[2]}: {wrong[0]!r:.40} is no class and no number; say which column is the label.")
     words = {word for value in values for word in value}
     if any(isinstance(word, float) for word in words):
         return "numbers", (), [checked_numbers(value, row[2]) for value, row in zip(values, rows, strict=True)]

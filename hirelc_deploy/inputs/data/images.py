@@ -52,6 +52,9 @@ class Images(Protocol):
         `targets.KINDS` says what a target of each kind of data is; all pixels are those of the model's input.
         """
 
+    def name_of(self, row: int) -> str:
+        """Return what to call an image in errors."""
+
     def preprocessed(self, preprocess: Preprocess) -> Images:
         """Return the same images for another model's input; the pixels are shared."""
 
@@ -120,6 +123,10 @@ class ArrayImages:
         """Return the class numbers, which are the same in every view."""
         rows = as_rows(indices).numpy()
         return [None] * len(rows) if self._labels is None else self._labels[rows].tolist()
+
+    def name_of(self, row: int) -> str:
+        """Return the number of the image in its array."""
+        return f"image {int(self._rows[row])}"
 
     def preprocessed(self, preprocess: Preprocess) -> ArrayImages:
         """Return the same images for another model's input."""
@@ -209,6 +216,10 @@ class FolderImages:
         if self._labels is not None:
             return list(self._labels[rows].tolist())
         return [None if self._targets is None else self._targets[row] for row in rows]
+
+    def name_of(self, row: int) -> str:
+        """Return the file."""
+        return str(self._files[row])
 
     def preprocessed(self, preprocess: Preprocess) -> FolderImages:
         """Return the same files for another model's input."""

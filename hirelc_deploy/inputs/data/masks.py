@@ -187,14 +187,14 @@ def _pairs(images: Path, masks: Path, *, lenient: bool) -> list[tuple[Path, Path
     mask_of = {
         file.relative_to(masks).with_suffix(""): file for file in masks.rglob("*") if file.suffix in MASK_SUFFIXES
     }
-    names = {picture.relative_to(images).with_suffix("") for picture in pictures}
-    if alone := sorted(set(mask_of) - names):
+    names = {picture.relative_to(images).with_suffix(""): picture for picture in pictures}
+    if alone := sorted(set(mask_of) - set(names)):
         raise InputError(
             f"{mask_of[alone[0]]}: there is no picture {alone[0]} in {images}; add it, or remove the mask."
         )
-    if (missing := sorted(names - set(mask_of))) and (not lenient or not mask_of):
+    if (missing := sorted(set(names) - set(mask_of))) and (not lenient or not mask_of):
         raise InputError(
-            f"{images / missing[0]}: has no mask in {masks} ({', '.join(MASK_SUFFIXES)} are read); add it, or remove "
+            f"{names[missing[0]]}: has no mask in {masks} ({', '.join(MASK_SUFFIXES)} are read); add it, or remove "
             "the picture."
         )
     found = [(picture, mask_of.get(picture.relative_to(images).with_suffix(""))) for picture in pictures]

@@ -6,12 +6,14 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from hirelc_deploy.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+JPEG_END = b"\xff\xd9"
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG chunk
 
 
@@ -55,10 +57,10 @@ def read_image(picture: Picture, channels: int = 3) -> Image.Image:
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
-    """Return (height, width); raises InputError where a picture is broken as far as can be told without decoding it."""
+    """Return (height, width); raises InputError where a picture is broken or cut short."""
     try:
         with _opened(picture) as image:
-            image.verify()
+            _check_whole(image)
             return _size(picture, image)
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
@@ -82,6 +84,27 @@ def _opened(picture: Picture) -> Image.Image:
     if isinstance(picture, Embedded):
         return Image.open(picture.open())
     return Image.open(picture.file if isinstance(picture, Region) else picture)
+
+
+def _check_whole(image: Image.Image) -> None:
+    """Raise one of UNREADABLE where a picture is not all there.
+
+    Decoding would tell, but takes milliseconds. A PNG has sums over its parts, and a JPEG ends with a mark of its own;
+    only where that is not at the end, and for other formats, is the picture decoded.
+    """
+    if image.format == "PNG":
+        image.verify()
+        return
+    stream: Any = getattr(image, "fp", None)
+    if image.format == "JPEG" and stream is not None:
+        place = stream.tell()
+        stream.seek(0, io.SEEK_END)
+        stream.seek(max(0, stream.tell() - 2))
+        is_whole = stream.read() == JPEG_END
+        stream.seek(place)
+        if is_whole:
+            return
+    image.load()
 
 
 def _size(picture: Picture, image: Image.Image) -> tuple[int, int]:

@@ -75,6 +75,10 @@ class PlacedImages:
             found.append(moved(self._kind, truth, self._frame(row, view), self._pairs))
         return found
 
+    def name_of(self, row: int) -> str:
+        """Return the file."""
+        return str(self._samples[row].picture)
+
     def preprocessed(self, preprocess: Preprocess) -> PlacedImages:
         """Return the same pictures for another model's input."""
         return PlacedImages(self._samples, self._kind, preprocess, self._seed, self._flips, self._pairs)

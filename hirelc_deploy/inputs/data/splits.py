@@ -66,6 +66,15 @@ class Data:
         self._seal.broken = True
         return self._test
 
+    def splits(self) -> Mapping[str, Images]:
+        """Return all splits by name, the test's too: to see that they can be read. Nothing may be chosen by it."""
+        return {
+            "train": self.train,
+            "calibration": self.calibration,
+            "selection": self.selection,
+            "test": self._test,
+        }
+
     def fingerprint(self) -> str:
         """Return a hash of the labels of what a search may see, and of the first images of each split.
 

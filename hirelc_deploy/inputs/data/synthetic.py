@@ -68,6 +68,10 @@ class RandomImages:
         """Return None for each: nothing is known to be true of noise."""
         return [None] * len(indices)
 
+    def name_of(self, row: int) -> str:
+        """Return its number."""
+        return f"random image {row}"
+
     def flipping(self, flips: bool, pairs: Pairs = ()) -> RandomImages:
         """Return the same inputs: noise has no sides."""
         return self

@@ -19,7 +19,7 @@ KINDS = ("classes", "multilabel", "numbers", "map", "masks", "boxes", "keypoints
 `classes`: a class number (int). `multilabel`: (classes,) float32 of 0 and 1. `numbers`: (k,) float32. `map`: (h, w) or
 (k, h, w) float32, NaN where unknown. `masks`: (h, w) int64 class numbers, 255 where void. `boxes`: a dict of `boxes`
 (k, 4) float32 corners x0, y0, x1, y1, `labels` (k,) int64 from 0 and `crowd` (k,) bool. `keypoints`: (k, 3) float32
-x, y, visible. `none`: nothing. All pixels are those of the model's input.
+x, y, visible, or (k, 4) with the size of what is seen. `none`: nothing. All pixels are those of the model's input.
 """
 
 PLACED = ("map", "masks", "boxes", "keypoints")
@@ -29,6 +29,17 @@ VOID = 255
 """Number of pixels of a mask that count nowhere."""
 
 
+WHAT_COUNTS = {
+    "boxes": "a box that counts (crowds and difficult ones do not)",
+    "masks": "a pixel that is not void",
+    "map": "a value that is not NaN",
+    "numbers": "a value that is not NaN",
+    "keypoints": "a visible point",
+    "multilabel": "a true label",
+}
+"""Kind to what at least one image must have, or there is nothing to judge by."""
+
+
 class Boxes(NamedTuple):
     """Boxes of one picture: (k, 4) corners x0, y0, x1, y1, in its pixels or in shares of its sides."""
 
@@ -36,6 +47,16 @@ class Boxes(NamedTuple):
     labels: NDArray[np.int64]
     crowd: NDArray[np.bool_]
     in_shares: bool = False
+
+
+def counts(kind: str, target: Any) -> bool:
+    """Return whether a target of the model's input has anything to judge by; see `WHAT_COUNTS`."""
+    if kind == "boxes":
+        return bool((~target["crowd"]).any())
+    if kind == "keypoints":
+        return bool((target[:, 2] > 0).any())
+    found = target != VOID if kind == "masks" else target == 1 if kind == "multilabel" else ~target.isnan()
+    return bool(found.any())
 
 
 def checked_boxes(
@@ -204,7 +225,8 @@ def truth_of(kind: str, target: Any, where: str, size: tuple[int, int] | None, c
     if kind in ("none", "boxes"):
         return None if kind == "none" else _boxes(target, where, size, classes)
     if kind == "keypoints" and isinstance(target, Mapping):
-        target = target.get("points", target.get("keypoints"))
+        points = _array(target.get("points", target.get("keypoints")), where)
+        return _scaled(checked_points(points, where, size), target.get("scale"), where)
     array = _array(target, where)
     placed: dict[str, Callable[[], Tensor]] = {
         "keypoints": lambda: checked_points(array, where, size),
@@ -225,7 +247,21 @@ def truth_of(kind: str, target: Any, where: str, size: tuple[int, int] | None, c
         return number
     if kind == "multilabel" and classes is not None and array.shape != (classes,):
         raise InputError(f"{where}: a target of shape {array.shape} for {classes} classes; give a 0 or 1 for each.")
+    if kind == "multilabel" and not (np.isin(array, (0, 1)) | np.isnan(array)).all():
+        raise InputError(
+            f"{where}: the labels {array.tolist()!r:.60} are not all 0, 1 or NaN (not known); correct them."
+        )
     return checked_numbers(array, where)
+
+
+def _scaled(points: Tensor, scale: Any, where: str) -> Tensor:
+    """Return (k, 4) points with the size of what is seen, in pixels; (k, 3) where it is not known."""
+    if scale is None:
+        return points
+    size = _array(scale, where)
+    if size.size != 1 or not 0 < size.item() < np.inf:
+        raise InputError(f"{where}: the scale of keypoints is {size.tolist()!r:.40}; give a number of pixels above 0.")
+    return torch.cat([points, torch.full_like(points[:, :1], size.item())], 1)
 
 
 def _boxes(target: Any, where: str, size: tuple[int, int] | None, classes: int | None) -> Boxes:

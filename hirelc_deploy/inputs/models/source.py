@@ -255,7 +255,7 @@ def preprocess_of(model: nn.Module, data: Data | None = None, overrides: Mapping
     if unknown := set(chosen) - set(names):
         raise InputError(f"preprocessing: unknown entry {sorted(unknown)[0]!r}; use {', '.join(names)}.")
     native = {"input_size": (3, 224, 224), "crop_pct": 1.0, "interpolation": "bicubic"}
-    if data is not None and data.labelled:
+    if data is not None:
         native |= {"input_size": data.preprocess.input_size, "geometry": data.preprocess.geometry}
     value = {**native, **known, **chosen}
     channels, *_ = value["input_size"]
