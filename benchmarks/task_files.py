@@ -104,6 +104,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     if options.search:
         job["progress"] = print
         effort = {"trials": options.trials, "options": options.options, "finalists": options.finalists}
+        effort |= {"jobs": options.jobs}
         result = api.search(
             options.model, options.data, out=options.run, task=options.task, limits=limits, **effort, **job
         )
@@ -152,6 +153,7 @@ def main() -> int:
     parser.add_argument("--limits", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--options", type=int, default=8, help="widths offered per unit, at most")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--finalists", type=int, default=3)
     parser.add_argument("--recovery-epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=0.01)

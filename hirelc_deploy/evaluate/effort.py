@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hirelc_deploy.compress import recovery
 from hirelc_deploy.measure.protocol import QUICK, TimingLimits
@@ -15,6 +15,8 @@ EQUALISING_BATCHES = 2
 GRADIENT_VALUES = 2**22
 """Values of the images of one batch where gradients are needed: 128 of 3 x 64 x 64, 27 of 3 x 224 x 224."""
 LEAST_BATCH = 8
+SENSITIVITY_VALUES, LEAST_SENSITIVITY = 2**25, 128
+NORM_VALUES, LEAST_NORM = 2**23, 64
 ANSWER_BYTES = 2**28
 """Answers of F1's images up to this size: 135 maps of 11 classes on 180 x 240 pixels."""
 KEPT_BYTES = 2**28
@@ -38,3 +40,14 @@ class Effort:
     search_images: int = 512
     recovery: recovery.Recovery | None = field(default_factory=recovery.Recovery)
     timing: TimingLimits = QUICK
+
+    def for_inputs(self, values: int) -> Effort:
+        """Return the effort for images of so many values: fewer large ones say as much, each has more positions.
+
+        Images of 3 x 64 x 64 and smaller ones are taken in full number; of 3 x 224 x 224 222 and 64, not 512 and 256.
+        """
+        return replace(
+            self,
+            sensitivity_images=max(LEAST_SENSITIVITY, min(self.sensitivity_images, SENSITIVITY_VALUES // values)),
+            norm_images=max(LEAST_NORM, min(self.norm_images, NORM_VALUES // values)),
+        )

@@ -124,7 +124,8 @@ def open_workplace(
     except HirelcError as error:
         run.__exit__(type(error), error, error.__traceback__)
         raise
-    effort = Effort(recovery=recovery_of(config, math.prod(data.preprocess.input_size)))
+    values = math.prod(data.preprocess.input_size)
+    effort = Effort(recovery=recovery_of(config, values)).for_inputs(values)
     pipeline = Pipeline(
         model,
         data,
