@@ -32,10 +32,10 @@ from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import configured_data
-from hirelc_deploy.inputs.models.user_code import parse_arguments
 from hirelc_deploy.jobs.workplace import Workplace, open_workplace
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks.decoding import decoded
+from hirelc_deploy.user_code import parse_arguments
 
 
 def files_of(workplace: Workplace, folder: Path, max_drop: float) -> tuple[dict[str, Path], dict[str, Any]]:

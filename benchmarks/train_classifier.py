@@ -28,7 +28,7 @@ from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.source import ModelSource
-from hirelc_deploy.inputs.models.user_code import parse_arguments
+from hirelc_deploy.user_code import parse_arguments
 
 BATCH = 128
 

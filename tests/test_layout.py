@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A room imports from itself and from those above it.
 ORDER = (
-    ("errors", "progress", "version", "_torchvision_guard"),
+    ("errors", "progress", "version", "user_code", "_torchvision_guard"),
     ("plan", "outcome", "config"),
     ("together",),
     ("graph",),

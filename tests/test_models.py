@@ -19,9 +19,9 @@ from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.checks import check_output
 from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
-from hirelc_deploy.inputs.models.user_code import parse_arguments
 from hirelc_deploy.inputs.models.weights import load_weights
 from hirelc_deploy.tasks.classification import CLASSIFICATION, Classification
+from hirelc_deploy.user_code import parse_arguments
 
 MODEL_FILE = """
 from dataclasses import dataclass

@@ -22,7 +22,6 @@ from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.deliver.finalists import Search
 from hirelc_deploy.errors import InputError, TargetUnavailable
 from hirelc_deploy.inputs.models.source import ModelSource
-from hirelc_deploy.inputs.models.user_code import factory_modules
 from hirelc_deploy.measure import ray_pipe
 from hirelc_deploy.measure.backend import only
 from hirelc_deploy.measure.remote import Board
@@ -33,6 +32,7 @@ from hirelc_deploy.testing.backend_contract import random_images, write_model
 from hirelc_deploy.together import ray_evaluators as ray_ahead
 from hirelc_deploy.together.ray_cluster import connect
 from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
+from hirelc_deploy.user_code import factory_modules
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: the extra `ray`")
 needs_sshd = pytest.mark.skipif(loopback.why_not() is not None, reason=str(loopback.why_not()))

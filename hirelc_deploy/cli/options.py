@@ -88,7 +88,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while wo
 
 def arguments_of(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
     """Return the values of an option that is given as name=value, each once; see `user_code.parse_arguments`."""
-    from hirelc_deploy.inputs.models.user_code import parse_arguments
+    from hirelc_deploy.user_code import parse_arguments
 
     return parse_arguments(pairs or [], option)
 

@@ -28,7 +28,6 @@ from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.source import ModelSource
-from hirelc_deploy.inputs.models.user_code import factory_modules
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
@@ -38,6 +37,7 @@ from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.together.processes import Ahead, Evaluators
 from hirelc_deploy.together.ray_cluster import connect
 from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
+from hirelc_deploy.user_code import factory_modules
 
 RESULT = "result.json"
 

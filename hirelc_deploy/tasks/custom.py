@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +19,7 @@ from torch import Tensor
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets, Task
+from hirelc_deploy.user_code import first_line, import_from, near_names, place_of
 
 OBJECT_METHODS = ("reset", "update", "compute")  # what an object like those of torchmetrics has
 IN_POINTS = 100.0  # scale of a share in [0, 1]
@@ -243,59 +237,13 @@ def load_function(spec: str, option: str) -> Any:
     target, _, name = spec.rpartition(":")
     if not target or not name or target.endswith(":"):
         raise InputError(f"{option} {spec}: name the function behind a colon, as in file.py:function.")
-    file = Path(target) if target.endswith(".py") else None
-    with _importing_from(file):
-        module = _import_file(file, option) if file is not None else _import_module(target, spec, option)
+    module = import_from(target, spec, option)
     found = getattr(module, name, None)
     if found is not None and not callable(found) and not all(hasattr(found, method) for method in OBJECT_METHODS):
         raise InputError(f"{option} {spec}: {name} is {found!r:.40}, which cannot be called; name a function.")
     if not callable(found) and not all(hasattr(found, method) for method in OBJECT_METHODS):
-        near = difflib.get_close_matches(name, [key for key in vars(module) if not key.startswith("_")], n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "check the name after the colon."
-        raise InputError(f"{option} {spec}: there is no function {name!r} in {target}; {hint}")
+        raise InputError(f"{option} {spec}: there is no function {name!r} in {target}; {near_names(name, module)}")
     return found
-
-
-@contextlib.contextmanager
-def _importing_from(file: Path | None) -> Iterator[None]:
-    """Let a file import its neighbours, and a module be found from the current folder; then forget the path."""
-    before = list(sys.path)
-    sys.path.append(str(file.resolve().parent if file is not None else Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _import_file(file: Path, option: str) -> ModuleType:
-    if not file.is_file():
-        raise InputError(f"{option} {file}: no such file.")
-    # A name of its own, so that a file called like an installed package hides nothing.
-    name = f"hirelc_function_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and typing look a class's module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise InputError(f"{_raised_at(error, str(file), f'{option} {file}')}: {_first_line(error)}.") from None
-    return module
-
-
-def _import_module(name: str, spec: str, option: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise InputError(
-                f"{option} {spec}: there is no module {error.name!r}; install it, or give FILE.py:FUNCTION."
-            ) from None
-        raise InputError(f"{option} {spec}: {name} cannot be imported ({error}).") from None
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{_raised_at(error, '', f'{option} {spec}')}: {_first_line(error)}.") from None
 
 
 def _as_given(outputs: Mapping[str, Tensor]) -> Any:
@@ -312,10 +260,10 @@ def _called(role: str, function: Any, *arguments: Any, of: Any = None) -> Any:
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        place = _raised_at(error, _file(named), _at(named))
+        place = place_of(error, Path(_file(named)) if _file(named) else None, _at(named))
         given = " and ".join(_shape(argument) for argument in arguments)
         raise InputError(
-            f"{place}: {role} {_name(named)} raises {_first_line(error)}; "
+            f"{place}: {role} {_name(named)} raises {first_line(error)}; "
             + (f"it is given {given}." if arguments else "let it take no arguments.")
         ) from None
 
@@ -383,20 +331,3 @@ def _at(function: Any) -> str:
     with contextlib.suppress(TypeError, OSError):
         return f"{inspect.getsourcefile(_code(function))}, line {inspect.getsourcelines(_code(function))[1]}"
     return str(getattr(function, "__module__", None) or type(function).__module__)
-
-
-def _raised_at(error: BaseException, file: str, otherwise: str) -> str:
-    """Return `file, line n` of the innermost line in `file`, or else in no installed package, that led to an error."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    theirs = [frame for frame in frames if file and Path(frame.filename) == Path(file)] or [
-        frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__
-    ]
-    return f"{theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else otherwise
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else "no message"
-    return f"{type(error).__name__}: {text[:200].rstrip('.')}"

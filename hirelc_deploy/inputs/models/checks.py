@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.inputs.models.user_code import first_line
 from hirelc_deploy.tasks.contract import Targets, Task
+from hirelc_deploy.user_code import first_line
 
 SAME_ANSWER = 1e-3  # of the largest output: batches of other sizes are summed in another order
 

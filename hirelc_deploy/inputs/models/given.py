@@ -17,7 +17,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.models import hugging_face
 from hirelc_deploy.inputs.models.checks import check_finite
 from hirelc_deploy.inputs.models.source import ModelSource, ready
-from hirelc_deploy.inputs.models.user_code import first_line
+from hirelc_deploy.user_code import first_line
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.models.plain import ChannelsReversed, answering, marked
-from hirelc_deploy.inputs.models.user_code import first_line
 from hirelc_deploy.inputs.models.weights import read_state_dict
+from hirelc_deploy.user_code import first_line
 
 TASKS = {
     "ForImageClassificationWithTeacher": ("classification", "logits"),

@@ -32,8 +32,8 @@ from hirelc_deploy.inputs.data.preprocess import INTERPOLATIONS, Preprocess
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models import hugging_face, torchvision_models, ultralytics_models
 from hirelc_deploy.inputs.models.checks import check_finite
-from hirelc_deploy.inputs.models.user_code import first_line, import_file, import_module, importing_from, place_of
 from hirelc_deploy.inputs.models.weights import load_weights
+from hirelc_deploy.user_code import first_line, import_from, importing_from, near_names, place_of
 
 PREFIXES = ("hf", "torchvision", "ultralytics")
 """Libraries that a spec may name before its colon."""
@@ -218,11 +218,10 @@ class ModelSource:
             file = Path(self.spec.rstrip(":"))
             raise InputError(f"--model {self.spec}: name the function that builds the model, {file}:FACTORY.")
         with importing_from(file):
-            module = import_file(file) if file is not None else import_module(target, self.spec)
+            module = import_from(target, self.spec)
             factory = getattr(module, name, None)
             if not callable(factory):
-                near = difflib.get_close_matches(name, [key for key in vars(module) if not key.startswith("_")], n=3)
-                hint = f"did you mean {' or '.join(near)}?" if near else "check the name after the colon."
+                hint = near_names(name, module)
                 raise InputError(f"--model {self.spec}: there is no function {name!r} in {target}; {hint}")
             try:
                 inspect.signature(factory).bind(**self.arguments)
@@ -236,7 +235,7 @@ class ModelSource:
             try:
                 model = factory(**self.arguments)
             except (Exception, SystemExit) as error:
-                raise InputError(f"{place_of(error, file, self.spec)}: {first_line(error)}.") from None
+                raise InputError(f"{place_of(error, file, f'--model {self.spec}')}: {first_line(error)}.") from None
         return _as_module(model, self.spec)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.models.plain import answering, marked
-from hirelc_deploy.inputs.models.user_code import first_line
+from hirelc_deploy.user_code import first_line
 
 TWO_STAGE = ("fasterrcnn", "maskrcnn", "keypointrcnn")
 ONE_STAGE = ("ssd", "retinanet", "fcos")

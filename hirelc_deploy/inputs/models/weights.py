@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.inputs.models.user_code import first_line
+from hirelc_deploy.user_code import first_line
 
 WRAPPING_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
 WRAPPING_PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, training frameworks

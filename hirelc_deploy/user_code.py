@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -18,7 +19,8 @@ from typing import Any
 
 from hirelc_deploy.errors import InputError
 
-# The user's own code
+OURS = str(Path(__file__).parent)
+"""No line of this package led to an error of the user's."""
 
 
 def parse_arguments(pairs: Sequence[str], option: str = "--model-arg") -> dict[str, Any]:
@@ -52,10 +54,23 @@ def importing_from(file: Path | None) -> Iterator[None]:
         sys.path[:] = before
 
 
-def import_file(file: Path) -> ModuleType:
-    """Return the module that a file of the user's defines; raises InputError with the line that failed."""
+def import_from(target: str, spec: str, option: str = "--model") -> ModuleType:
+    """Return the module of a user's `file.py`, or one that is installed or in the current folder.
+
+    Args:
+        spec, option: What the user wrote, and behind which option.
+
+    Raises:
+        InputError: It is not there, or fails; with the line of the user's that led to it.
+    """
+    file = Path(target) if target.endswith(".py") else None
+    with importing_from(file):
+        return _import_file(file, option) if file is not None else _import_module(target, spec, option)
+
+
+def _import_file(file: Path, option: str) -> ModuleType:
     if not file.is_file():
-        raise InputError(f"--model {file}: no such file.")
+        raise InputError(f"{option} {file}: no such file.")
     name = _module_name(file)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
@@ -66,7 +81,7 @@ def import_file(file: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise InputError(f"{place_of(error, file, str(file))}: {first_line(error)}.") from None
+        raise InputError(f"{place_of(error, file, f'{option} {file}')}: {first_line(error)}.") from None
     return module
 
 
@@ -91,30 +106,34 @@ def factory_modules(spec: str) -> list[ModuleType]:
     return [sys.modules[name]] if name in sys.modules else []
 
 
-def import_module(name: str, spec: str) -> ModuleType:
-    """Return an installed module, or one in the current folder; raises InputError where it cannot be imported."""
+def _import_module(name: str, spec: str, option: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise InputError(
-                f"--model {spec}: there is no module {error.name!r}; install it, or give FILE.py:FACTORY."
+                f"{option} {spec}: there is no module {error.name!r}; install it, or give FILE.py:FUNCTION."
             ) from None
-        raise InputError(f"--model {spec}: {name} cannot be imported ({error}).") from None
+        raise InputError(f"{option} {spec}: {name} cannot be imported ({error}).") from None
     except (Exception, SystemExit) as error:
-        raise InputError(f"{place_of(error, None, spec)}: {first_line(error)}.") from None
+        raise InputError(f"{place_of(error, None, f'{option} {spec}')}: {first_line(error)}.") from None
 
 
-def place_of(error: BaseException, file: Path | None, spec: str) -> str:
-    """Return `file, line n` of the user's innermost line that led to an error."""
+def near_names(name: str, module: ModuleType) -> str:
+    """Return what a sentence says of a name that a module has not."""
+    near = difflib.get_close_matches(name, [key for key in vars(module) if not key.startswith("_")], n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "check the name after the colon."
+
+
+def place_of(error: BaseException, file: Path | None, otherwise: str) -> str:
+    """Return `file, line n` of the innermost line that led to an error: in `file`, or in no installed package."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     theirs = [frame for frame in frames if file is not None and Path(frame.filename) == file] or [
-        frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__
+        frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith(OURS)
     ]
-    theirs = [frame for frame in theirs if not frame.filename.startswith("<")]
-    return f"{theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else f"--model {spec}"
+    return f"{theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else otherwise
 
 
 def first_line(error: BaseException) -> str:
