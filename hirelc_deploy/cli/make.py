@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,25 +64,37 @@ def command_line() -> str:
     return shlex.join(["hirelc-deploy", *sys.argv[1:]])
 
 
-def job_options(**given: Any) -> JobOptions:
-    """Return the options that jobs have in common, as the Python calls take them."""
+AS_THEY_ARE = (
+    *("weights", "pretrained", "data_dir", "calibration_images", "selection_images", "geometry", "interpolation"),
+    *("recovery_epochs", "learning_rate", "threads", "seed"),
+)
+"""Options of the command line that the Python calls take by the same name."""
+
+
+def job_options(given: Mapping[str, Any]) -> JobOptions:
+    """Return the options that jobs have in common, as the Python calls take them.
+
+    Args:
+        given: The parameters of the command, by name.
+    """
     return {
-        **given,  # type: ignore[typeddict-item]
+        **{name: given[name] for name in AS_THEY_ARE},  # type: ignore[typeddict-item]
         "command": command_line(),
-        "model_args": arguments_of("--model-arg", given["model_args"]),
-        "task_options": arguments_of("--task-arg", given["task_options"]),
+        "model_args": arguments_of("--model-arg", given["model_arg"]),
+        "task_options": arguments_of("--task-arg", given["task_arg"]),
         "input_size": numbers("--input-size", given["input_size"], int),
         "mean": numbers("--mean", given["mean"], float),
         "std": numbers("--std", given["std"], float),
         "lower_is_better": given["lower_is_better"] or None,
         "exclude": given["exclude"] or (),
         "include": given["include"] or (),
-        "progress": Progress(quiet=given["progress"]),
+        "progress": Progress(quiet=given["quiet"]),
     }
 
 
 @app.command()
 def search(
+    context: typer.Context,
     model: Model,
     data: DataSpec,
     out: Out,
@@ -169,34 +182,14 @@ def search(
         precisions=precisions,
         jobs=jobs,
         ray=ray,
-        **job_options(
-            weights=weights,
-            model_args=model_arg,
-            pretrained=pretrained,
-            data_dir=data_dir,
-            calibration_images=calibration_images,
-            selection_images=selection_images,
-            lower_is_better=lower_is_better,
-            task_options=task_arg,
-            input_size=input_size,
-            mean=mean,
-            std=std,
-            geometry=geometry,
-            interpolation=interpolation,
-            recovery_epochs=recovery_epochs,
-            learning_rate=learning_rate,
-            exclude=exclude,
-            include=include,
-            threads=threads,
-            seed=seed,
-            progress=quiet,
-        ),
+        **job_options(context.params),
     )
     shown(result, as_json)
 
 
 @app.command()
 def apply(
+    context: typer.Context,
     model: Model,
     data: DataSpec,
     out: Out,
@@ -249,28 +242,7 @@ def apply(
         target=target,
         metric=metric,
         loss=loss,
-        **job_options(
-            weights=weights,
-            model_args=model_arg,
-            pretrained=pretrained,
-            data_dir=data_dir,
-            calibration_images=calibration_images,
-            selection_images=selection_images,
-            lower_is_better=lower_is_better,
-            task_options=task_arg,
-            input_size=input_size,
-            mean=mean,
-            std=std,
-            geometry=geometry,
-            interpolation=interpolation,
-            recovery_epochs=recovery_epochs,
-            learning_rate=learning_rate,
-            exclude=exclude,
-            include=include,
-            threads=threads,
-            seed=seed,
-            progress=quiet,
-        ),
+        **job_options(context.params),
     )
     shown(result, as_json)
 
