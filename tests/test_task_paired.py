@@ -10,10 +10,10 @@ import torch
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.tasks.classification import Classification
-from hirelc_deploy.tasks.custom import WithMetric
+from hirelc_deploy.tasks.custom import WithLoss, WithMetric
 from hirelc_deploy.tasks.embedding import Embedding
 from hirelc_deploy.tasks.multilabel import MultiLabel
-from hirelc_deploy.tasks.paired import paired_drop, student_95
+from hirelc_deploy.tasks.paired import paired_drop, resamples_of, student_95
 from hirelc_deploy.tasks.regression import Regression
 
 ACCURACY = Classification((), {})
@@ -88,6 +88,21 @@ def test_equal_answers_have_no_drop_and_no_doubt_under_a_bootstrap():
     parts = task.parts({"o": vectors}, task.collate([k % 3 for k in range(12)]))
     drop = paired_drop(task, parts, parts)
     assert (drop.points, drop.low, drop.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("images", "numbers"), [(2, 3), (40, 3), (200, 2), (200, 8)])
+def test_an_embedding_answers_resamples_as_its_metric_does(images, numbers):
+    task = Embedding((), {})
+    generator = np.random.default_rng(images)
+    vectors = np.round(generator.standard_normal((images, numbers)), 1 if numbers == 2 else 6) + 0.01  # with ties
+    parts = task.parts({"o": vectors.astype(np.float32)}, task.collate([k % 3 for k in range(images)]))
+    fast = resamples_of(WithLoss(task, lambda *_: 0.0), parts)
+    for size in (images, 2 * images, 3):
+        drawn = generator.integers(images, size=size)
+        drawn[:2] = 0, 1
+        assert fast(drawn) == pytest.approx(task.value([parts[i] for i in drawn]), abs=1e-9)
+    with pytest.raises(InputError, match="no other to be near to"):
+        fast(np.zeros(5, int))
 
 
 def test_resamples_of_which_the_metric_says_nothing_are_left_out():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -115,6 +115,14 @@ class Task(Protocol):
 
     def draw(self, picture: Image.Image, result: Mapping[str, Any]) -> Image.Image:
         """Return a picture of the model's input size with what the decoder said of it on it."""
+
+
+@runtime_checkable
+class Resampling(Protocol):
+    """A task that answers many resamples of the same images faster than `value` would; not every task needs this."""
+
+    def resamples(self, parts: Sequence[Any]) -> Callable[[NDArray[np.int64]], float]:
+        """Return a function from (n,) indices of the parts to what `value` returns of those parts."""
 
 
 TaskFactory = Callable[[tuple[str, ...], Mapping[str, Any]], Task]

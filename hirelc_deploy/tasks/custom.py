@@ -19,6 +19,7 @@ from torch import Tensor
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets, Task
+from hirelc_deploy.tasks.paired import resamples_of
 from hirelc_deploy.user_code import first_line, import_from, near_names, place_of
 
 OBJECT_METHODS = ("reset", "update", "compute")  # what an object like those of torchmetrics has
@@ -211,6 +212,10 @@ class WithLoss(_Around):
         if not callable(function):
             raise InputError(f"loss {function!r:.60} cannot be called; give a function of outputs and targets.")
         self.function = function
+
+    def resamples(self, parts: Sequence[Any]) -> Callable[[NDArray[np.int64]], float]:
+        """Return a function from (n,) indices of the parts to the metric of those parts."""
+        return resamples_of(self.task, parts)
 
     def loss(self, answers: Answers, targets: Targets) -> Tensor:
         """Return (n,) losses; a loss of one number is that of every image."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,12 @@ TEMPERATURE = 0.1
 TIE = 1e-6
 """Cosines that differ by less are equal: float32 sums of another order differ by about 1e-7."""
 
+TOO_FEW = "recall@1: 1 image has no other to be near to; give at least 2."
+
 ROWS = 1024  # of the table of cosines that are in memory at once
+
+LISTED = 32
+"""Nearest images that are listed for resamples: a share of exp(-32) of the images finds none of its list in one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +126,39 @@ class Embedding:
         A part that comes twice, as under a bootstrap, counts twice but is no neighbour of itself. Of several nearest
         ones (see TIE) the share of those of the same class counts. An image alone in its class is a miss.
         """
-        hits, counts, _ = _nearest(parts)
-        return float(hits @ counts / counts.sum())
+        images = _Images(parts)
+        return float(images.all_hits() @ images.counts / images.counts.sum())
+
+    def resamples(self, parts: Sequence[Any]) -> Callable[[NDArray[np.int64]], float]:
+        """Return a function from (n,) indices of the parts to the recall@1 of those parts.
+
+        Cosines are computed once, and each image's nearest others listed. A resample asks for the first of the list
+        that it holds; where ties may reach beyond the list, cosines are computed again.
+        """
+        images = _Images(parts)
+        order, cosines = images.nearest(min(LISTED, len(images.labels) - 1))
+        alike = images.labels[order] == images.labels[:, None]
+
+        def recall(drawn: NDArray[np.int64]) -> float:
+            counts = np.bincount(images.places[drawn], minlength=len(images.labels))
+            rows = np.flatnonzero(counts)
+            if len(rows) < 2:
+                raise InputError(TOO_FEW)
+            near = np.where(counts[order[rows]] > 0, cosines[rows], -np.inf)
+            first = near.max(1, keepdims=True)
+            nearest = near >= first - TIE
+            hits = (nearest & alike[rows]).sum(1) / nearest.sum(1)
+            unsure = cosines[rows, -1] >= first[:, 0] - TIE
+            hits[unsure] = images.hits(rows[unsure], rows)
+            return float(hits @ counts[rows] / counts.sum())
+
+        return recall
 
     def by_class(self, parts: Sequence[Any]) -> Mapping[str, float]:
         """Return recall@1 of the images of each class, among the images of all classes."""
-        hits, counts, labels = _nearest(parts)
-        ours = {name: labels == k for k, name in enumerate(self.classes)}
+        images = _Images(parts)
+        ours = {name: images.labels == k for k, name in enumerate(self.classes)}
+        hits, counts = images.all_hits(), images.counts
         return {name: float(hits[own] @ counts[own] / counts[own].sum()) for name, own in ours.items() if own.any()}
 
     def draw(self, picture: Image.Image, result: Mapping[str, Any]) -> Image.Image:
@@ -135,20 +166,60 @@ class Embedding:
         return captioned(picture, decoder.line(dict(result)))
 
 
-def _nearest(parts: Sequence[Embedded]) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return of each image that is there: whether its nearest other is of its class, how often it comes, its label."""
-    images = {id(part): part for part in parts}
-    if len(images) < 2:
-        raise InputError(f"recall@1: {len(images)} image has no other to be near to; give at least 2.")
-    places = {key: place for place, key in enumerate(images)}
-    counts = np.bincount([places[id(part)] for part in parts])
-    vectors = np.stack([part.vector for part in images.values()])
-    labels = np.array([part.label for part in images.values()])
-    hits = np.empty(len(images))
-    for start in range(0, len(images), ROWS):
-        rows = np.arange(start, min(start + ROWS, len(images)))
-        cosines = vectors[rows] @ vectors.T
-        cosines[rows - start, rows] = -np.inf
-        nearest = cosines >= cosines.max(1, keepdims=True) - TIE
-        hits[rows] = (nearest & (labels[rows, None] == labels)).sum(1) / nearest.sum(1)
-    return hits, counts, labels
+class _Images:
+    """The n images behind parts, each once.
+
+    Attributes:
+        places: (number of parts,) which image each part is of.
+        counts: (n,) parts of each image.
+        vectors: (n, d) of length 1.
+        labels: (n,).
+    """
+
+    def __init__(self, parts: Sequence[Embedded]) -> None:
+        images = {id(part): part for part in parts}
+        if len(images) < 2:
+            raise InputError(TOO_FEW)
+        numbers = {key: number for number, key in enumerate(images)}
+        self.places = np.array([numbers[id(part)] for part in parts])
+        self.counts = np.bincount(self.places)
+        self.vectors = np.stack([part.vector for part in images.values()])
+        self.labels = np.array([part.label for part in images.values()])
+
+    def all_hits(self) -> NDArray[np.float64]:
+        """Return (n,) the share of each image's nearest others that are of its class; 1 or 0 where there is no tie."""
+        everything = np.arange(len(self.labels))
+        return self.hits(everything, everything)
+
+    def hits(self, rows: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the same for some images, among some."""
+        found = np.empty(len(rows))
+        for start, own, cosines in self._cosines(rows, others):
+            nearest = cosines >= cosines.max(1, keepdims=True) - TIE
+            alike = self.labels[own, None] == self.labels[others]
+            found[start : start + len(own)] = (nearest & alike).sum(1) / nearest.sum(1)
+        return found
+
+    def nearest(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return (n, count) the nearest others of each image, nearest first, and their cosines."""
+        everything = np.arange(len(self.labels))
+        order = np.empty((len(everything), count), np.int64)
+        found = np.empty((len(everything), count), np.float32)
+        for start, own, cosines in self._cosines(everything, everything):
+            top = np.argpartition(-cosines, count - 1)[:, :count]
+            near = np.take_along_axis(cosines, top, 1)
+            by_cosine = np.argsort(-near)
+            order[start : start + len(own)] = np.take_along_axis(top, by_cosine, 1)
+            found[start : start + len(own)] = np.take_along_axis(near, by_cosine, 1)
+        return order, found
+
+    def _cosines(
+        self, rows: NDArray[np.int64], others: NDArray[np.int64]
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
+        """Yield first place in rows, the next rows, and their cosines with the others; -inf with themselves."""
+        theirs = self.vectors[others].T
+        for start in range(0, len(rows), ROWS):
+            own = rows[start : start + ROWS]
+            cosines = self.vectors[own] @ theirs
+            cosines[own[:, None] == others] = -np.inf
+            yield start, own, cosines

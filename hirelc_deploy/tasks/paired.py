@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.contract import Resampling, Task
 
 Z_95 = 1.959964
 """The normal quantile that 95 % of the mass lies within, on both sides."""
@@ -84,12 +84,20 @@ def _of_means(differences: NDArray[np.float64], unit: float) -> PairedDrop:
     return PairedDrop(unit * mean, unit * mean - half_width, unit * mean + half_width)
 
 
+def resamples_of(task: Task, parts: Sequence[Any]) -> Callable[[NDArray[np.int64]], float]:
+    """Return a function from (n,) indices of the parts to the metric of those parts."""
+    if isinstance(task, Resampling):
+        return task.resamples(parts)
+    return lambda drawn: task.value([parts[i] for i in drawn.tolist()])
+
+
 def _by_bootstrap(task: Task, before: Sequence[Any], after: Sequence[Any], drop: float) -> PairedDrop:
     generator = np.random.default_rng(SEED)
+    value_before, value_after = resamples_of(task, before), resamples_of(task, after)
     drops = []
     for _ in range(RESAMPLES):
-        drawn = generator.integers(len(before), size=len(before)).tolist()
-        first, second = _tried(task.value, [before[i] for i in drawn]), _tried(task.value, [after[i] for i in drawn])
+        drawn = generator.integers(len(before), size=len(before))
+        first, second = _tried(value_before, drawn), _tried(value_after, drawn)
         if first is not None and second is not None:
             drops.append(task.metric.drop(first, second))
     if not drops:
@@ -98,9 +106,9 @@ def _by_bootstrap(task: Task, before: Sequence[Any], after: Sequence[Any], drop:
     return PairedDrop(drop, min(float(low), drop), max(float(high), drop))
 
 
-def _tried(value: Callable[[Sequence[Any]], float], parts: Sequence[Any]) -> float | None:
+def _tried(value: Callable[[NDArray[np.int64]], float], drawn: NDArray[np.int64]) -> float | None:
     try:
-        return value(parts)
+        return value(drawn)
     except InputError:
         return None
 
