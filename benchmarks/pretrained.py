@@ -33,6 +33,18 @@ def cifar_resnet18(num_classes: int = 10) -> nn.Module:
     return model
 
 
+def cifar_embedder(weights: str) -> nn.Module:
+    """The same network without its last layer: 512 numbers an image.
+
+    Args:
+        weights: `cifar_resnet18.safetensors`, whose last layer is left out.
+    """
+    network = cifar_resnet18()
+    network.load_state_dict(safetensors.torch.load_file(weights))
+    network.fc = nn.Identity()
+    return network
+
+
 def cifar_vit(num_classes: int = 10) -> nn.Module:
     """A plain vision transformer for 32 x 32 images: 64 tokens, 6 blocks, 6 heads, 2.69 M parameters."""
     from timm.models.vision_transformer import VisionTransformer

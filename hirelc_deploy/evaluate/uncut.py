@@ -26,6 +26,7 @@ from hirelc_deploy.inputs.data.batches import batches, two_images
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.progress import Progress
+from hirelc_deploy.tasks import guessing
 from hirelc_deploy.tasks.contract import Targets, Task
 
 
@@ -147,6 +148,22 @@ class UncutModel:
         """What each selection image brings to the metric of the uncut model; None without labels."""
         targets = self.selection[1]
         return None if targets is None else self.task.parts(arrays(self.answers), targets)
+
+    @cached_property
+    def doubt(self) -> str | None:
+        """A sentence where the uncut model does no better than guessing, as with classes in another order."""
+        images, task = self.data.selection, self.task
+        if self.parts is None or len(images) < guessing.LEAST_IMAGES:
+            return None
+        others = np.random.default_rng(0).permutation(len(images))
+        try:
+            value = task.value(self.parts)
+            guessed = task.value(task.parts(arrays(self.answers), task.collate(images.targets(others))))
+        except InputError:  # a metric that says nothing of such a set
+            return None
+        if not guessing.guesses(task, value, guessed, len(images)):
+            return None
+        return guessing.doubt(task, value, guessed, task.classes or self.data.classes)
 
     @cached_property
     def judged_images(self) -> int:

@@ -18,6 +18,8 @@ def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:
         return finished(run.directory)
     started = time.monotonic()
     plan = read_plan(plan_text, pipeline.graph)
+    if pipeline.uncut.doubt:
+        pipeline.progress.say(f"warning: {pipeline.uncut.doubt}")
     outcome = pipeline.outcome(plan, "F3")
     if isinstance(outcome, Failed):
         raise ExportError(f"apply: the plan could not be built; {outcome.stage} says: {outcome.reason}")

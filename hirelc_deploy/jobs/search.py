@@ -25,6 +25,8 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
     if (run.directory / RESULT).exists():
         return finished(run.directory)
     started = time.monotonic()
+    if pipeline.uncut.doubt:
+        pipeline.progress.say(f"warning: {pipeline.uncut.doubt}")
     path = table_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,9 @@ def deliver(
     candidate = Contender("ours", pipeline.files.file_of(plan, "F3"), plan) if plan is not None else None
     delivery = race(pipeline, candidate, always=always, max_drop=max_drop, keeps=keeps)
     shipped = delivery.shipped
-    warnings = [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
+    doubt = pipeline.uncut.doubt
+    warnings = [doubt] if doubt else []
+    warnings += [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
     if candidate is not None and shipped is not candidate:
         warnings.append(
             f"compression did not help: {shipped.name} is at least as fast as the best plan, so it is shipped."
