@@ -13,8 +13,6 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from pretrained import cifar_resnet18
-from safetensors.torch import load_file
 from torch import nn
 
 BOXES = 4
@@ -45,18 +43,6 @@ def ssd_coco(shared: str, graph: str) -> nn.Module:
 def ssd_bccd(shared: str) -> nn.Module:
     """The same network for three kinds of blood cells."""
     return _detector(_module(shared, "ssd_mobilenet_v2").SSDMobileNetV2(classes=4), shared, metric="AP50")
-
-
-def cifar_embedder(weights: str) -> nn.Module:
-    """ResNet-18 trained on CIFAR-10's classes, without its last layer: 512 numbers an image.
-
-    Args:
-        weights: `cifar_resnet18.safetensors` of import_weights.py.
-    """
-    network = cifar_resnet18()
-    network.load_state_dict(load_file(weights))
-    network.fc = nn.Identity()
-    return network
 
 
 def camvid(shared: str) -> nn.Module:

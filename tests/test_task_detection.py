@@ -179,6 +179,9 @@ def test_images_drawn_more_than_once_count_more_than_once() -> None:
     drawn = np.random.default_rng(0).integers(0, 12, 12)
     theirs = coco_precisions([found[k] for k in drawn], [true[k] for k in drawn])
     assert DECODED.value([parts[k] for k in drawn]) == pytest.approx(theirs.mean(), abs=1e-9)
+    assert DECODED.resamples(parts)(drawn) == pytest.approx(theirs.mean(), abs=1e-9)
+    half = Detection(NAMES, {"head": "decoded", "metric": "AP50"})
+    assert half.resamples(parts)(drawn) == pytest.approx(theirs[0].mean(), abs=1e-9)
 
 
 def test_a_hundred_boxes_of_a_class_count() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,42 +85,68 @@ def average_precisions(parts: Sequence[Matches]) -> NDArray[np.float64]:
     As COCOeval.accumulate: precision, made to fall with recall, at 101 recalls. Recall reaches each at some true box,
     so that the precision is needed at true boxes alone. Boxes of equal score count in the order of their images.
     """
-    truths = np.sum([part.truths for part in parts], 0)
-    labels = np.concatenate([part.labels for part in parts])
-    order = np.lexsort((-np.concatenate([part.scores for part in parts]), labels))
-    labels = labels[order]
-    outcomes = np.concatenate([part.outcomes for part in parts], 1)[:, order]
-    bounds = np.searchsorted(labels, np.arange(len(truths) + 1))
-    hits, misses = (_counted(outcomes == outcome, bounds[labels]) for outcome in (TRUE, FALSE))
-    precision = hits / (hits + misses + np.spacing(1))
-    worth = np.zeros((len(truths), truths.max(initial=0) + 1))
-    present = np.flatnonzero(truths)
-    for k in present:
-        worth[k, : truths[k] + 1] = _worth(int(truths[k]))
-    worth_here = worth[labels, hits] * (outcomes == TRUE)
-    result = np.full((len(truths), len(outcomes)), np.nan)
-    for k in present:
-        mine = slice(bounds[k], bounds[k + 1])
-        falling = np.maximum.accumulate(precision[:, mine][:, ::-1], 1)[:, ::-1]
-        result[k] = (falling * worth_here[:, mine]).sum(1)
-    return result
+    return resampled_precisions(parts)(np.ones(len(parts), np.int64))
 
 
-def _counted(happened: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return (thresholds, d) how often it has happened up to each place, from the start of its class."""
-    before = np.zeros((len(happened), happened.shape[1] + 1), dtype=np.int64)
-    np.cumsum(happened, 1, out=before[:, 1:])
-    return before[:, 1:] - before[:, starts]
+def resampled_precisions(
+    parts: Sequence[Matches], thresholds: int = len(THRESHOLDS)
+) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
+    """Return a function from (images,) how often each image counts to `average_precisions` of that many copies.
+
+    Boxes are sorted once. The copies of a true box follow each other, and each raises the precision: made to fall with
+    recall, it is that of the last copy for all of them.
+
+    Args:
+        thresholds: The first so many of THRESHOLDS.
+    """
+    truths_of = np.stack([part.truths for part in parts])
+    classes = np.arange(truths_of.shape[1])
+    all_labels = np.concatenate([part.labels for part in parts])
+    order = np.lexsort((-np.concatenate([part.scores for part in parts]), all_labels))
+    all_labels = all_labels[order]
+    images = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])[order]
+    all_outcomes = np.concatenate([part.outcomes[:thresholds] for part in parts], 1)[:, order]
+    is_false, ever_true = all_outcomes == FALSE, (all_outcomes == TRUE).any(0)
+    starts = np.searchsorted(all_labels, classes)
+
+    def precisions(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        all_misses = _summed(is_false * counts[images])
+        places = np.flatnonzero(ever_true & (counts[images] > 0))
+        labels, copies = all_labels[places], counts[images[places]]
+        is_true = all_outcomes[:, places] == TRUE
+        bounds = np.searchsorted(labels, [*classes, len(classes)])
+        all_hits = _summed(is_true * copies)
+        hits = all_hits[:, 1:] - all_hits[:, bounds[labels]]
+        misses = all_misses[:, places + 1] - all_misses[:, starts[labels]]
+        precision = hits / (hits + misses + np.spacing(1))
+        truths: NDArray[np.int64] = counts @ truths_of
+        result = np.full((len(classes), len(is_true)), np.nan)
+        for k in np.flatnonzero(truths):
+            mine = slice(bounds[k], bounds[k + 1])
+            reached = _reached(int(truths[k]))
+            worth = (reached[hits[:, mine]] - reached[np.maximum(hits[:, mine] - copies[mine], 0)]) * is_true[:, mine]
+            falling = np.maximum.accumulate(precision[:, mine][:, ::-1], 1)[:, ::-1]
+            result[k] = (falling * worth).sum(1)
+        return result
+
+    return precisions
 
 
-@functools.cache
-def _worth(truths: int) -> NDArray[np.float64]:
-    """Return (truths + 1,) the share of the recalls that are reached by finding the first, the second, ... true box.
+def _summed(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (thresholds, d + 1) sums of the first 0, 1, ... d counts."""
+    sums = np.zeros((len(counts), counts.shape[1] + 1), dtype=np.int64)
+    np.cumsum(counts, 1, out=sums[:, 1:])
+    return sums
+
+
+@functools.lru_cache(512)
+def _reached(truths: int) -> NDArray[np.float64]:
+    """Return (truths + 1,) the share of the recalls that is reached when 0, 1, 2, ... true boxes are found.
 
     Recall 0 is reached by any box, but the precision there is that of the first true one.
     """
     needed = np.searchsorted(np.arange(truths + 1) / truths, RECALLS)
-    return np.bincount(np.maximum(needed, 1), minlength=truths + 1) / len(RECALLS)
+    return np.cumsum(np.bincount(np.maximum(needed, 1), minlength=truths + 1)) / len(RECALLS)
 
 
 def _ious(boxes: NDArray[np.float64], true: NDArray[np.float64], crowd: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named, selected
 from hirelc_deploy.tasks import detection_losses
-from hirelc_deploy.tasks.average_precision import Matches, average_precisions, matches
+from hirelc_deploy.tasks.average_precision import Matches, average_precisions, matches, resampled_precisions
 from hirelc_deploy.tasks.classification import INPUT_SIZE, check_names, check_options
 from hirelc_deploy.tasks.colours import colour
 from hirelc_deploy.tasks.contract import Arrays, Metric
@@ -270,8 +270,18 @@ class Detection:
 
     def value(self, parts: Sequence[Matches]) -> float:
         """Return the mean average precision of the classes that have true boxes; 0 where none has."""
-        precisions = list(self.by_class(parts).values())
-        return float(np.mean(precisions)) if precisions else 0.0
+        return self.resamples(parts)(np.arange(len(parts)))
+
+    def resamples(self, parts: Sequence[Matches]) -> Callable[[NDArray[np.int64]], float]:
+        """Return a function from (n,) indices of the parts to the mean average precision of those parts."""
+        precisions = resampled_precisions(parts, THRESHOLD_COUNTS[self.metric.name])
+
+        def value(drawn: NDArray[np.int64]) -> float:
+            each = precisions(np.bincount(drawn, minlength=len(parts))).mean(1)
+            present = ~np.isnan(each)
+            return float(each[present].mean()) if present.any() else 0.0
+
+        return value
 
     def by_class(self, parts: Sequence[Matches]) -> dict[str, float]:
         """Return class name to average precision; without classes of which there is no true box."""
