@@ -179,9 +179,19 @@ def test_images_drawn_more_than_once_count_more_than_once() -> None:
     drawn = np.random.default_rng(0).integers(0, 12, 12)
     theirs = coco_precisions([found[k] for k in drawn], [true[k] for k in drawn])
     assert DECODED.value([parts[k] for k in drawn]) == pytest.approx(theirs.mean(), abs=1e-9)
-    assert DECODED.resamples(parts)(drawn) == pytest.approx(theirs.mean(), abs=1e-9)
+
+
+def test_resamples_are_those_of_pycocotools_where_no_two_scores_are_equal() -> None:
+    found, true = random_scenes(12, 3)
+    rng = np.random.default_rng(1)
+    found = [(boxes, rng.random(len(boxes)).astype(np.float32), labels) for boxes, _, labels in found]
+    parts = parts_of(found, true)
     half = Detection(NAMES, {"head": "decoded", "metric": "AP50"})
-    assert half.resamples(parts)(drawn) == pytest.approx(theirs[0].mean(), abs=1e-9)
+    for _ in range(3):
+        drawn = rng.integers(0, 12, 12)
+        theirs = coco_precisions([found[k] for k in drawn], [true[k] for k in drawn])
+        assert DECODED.resamples(parts)(drawn) == pytest.approx(np.nanmean(theirs[theirs > -1]), abs=1e-9)
+        assert half.resamples(parts)(drawn) == pytest.approx(theirs[0][theirs[0] > -1].mean(), abs=1e-9)
 
 
 def test_a_hundred_boxes_of_a_class_count() -> None:

@@ -94,7 +94,8 @@ def resampled_precisions(
     """Return a function from (images,) how often each image counts to `average_precisions` of that many copies.
 
     Boxes are sorted once. The copies of a true box follow each other, and each raises the precision: made to fall with
-    recall, it is that of the last copy for all of them.
+    recall, it is that of the last copy for all of them. Boxes of equal score, whose order COCO leaves to that of the
+    images, stand together by image.
 
     Args:
         thresholds: The first so many of THRESHOLDS.

@@ -17,7 +17,7 @@ from torch import Tensor
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named, selected
 from hirelc_deploy.tasks import detection_losses
-from hirelc_deploy.tasks.average_precision import Matches, average_precisions, matches, resampled_precisions
+from hirelc_deploy.tasks.average_precision import THRESHOLDS, Matches, average_precisions, matches, resampled_precisions
 from hirelc_deploy.tasks.classification import INPUT_SIZE, check_names, check_options
 from hirelc_deploy.tasks.colours import colour
 from hirelc_deploy.tasks.contract import Arrays, Metric
@@ -59,7 +59,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 HEADS = ("ssd", "detr", "yolo", "decoded")
-THRESHOLD_COUNTS = {"AP": None, "AP50": 1}
+THRESHOLD_COUNTS = {"AP": len(THRESHOLDS), "AP50": 1}
 """Metric to how many of the ten overlaps it takes, from 0.5 on; None for all."""
 
 
