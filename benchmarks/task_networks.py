@@ -42,7 +42,9 @@ def ssd_coco(shared: str, graph: str) -> nn.Module:
 
 def ssd_bccd(shared: str) -> nn.Module:
     """The same network for three kinds of blood cells."""
-    return _detector(_module(shared, "ssd_mobilenet_v2").SSDMobileNetV2(classes=4), shared, metric="AP50")
+    network = _module(shared, "ssd_mobilenet_v2").SSDMobileNetV2(classes=4)
+    network.__dict__["class_names"] = ["RBC", "WBC", "Platelets"]
+    return _detector(network, shared, metric="AP50")
 
 
 def camvid(shared: str) -> nn.Module:
