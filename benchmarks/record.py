@@ -18,7 +18,8 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COPIED = (
-    *("params", "macs", "size_bytes", "size_ratio", "accuracy", "latency", "best_unpruned", "candidates", "finalists"),
+    *("params", "macs", "size_bytes", "size_ratio", "metric", "accuracy", "by_class", "latency", "best_unpruned"),
+    *("candidates", "finalists"),
     *("search", "latency_model", "placement", "stages", "warnings"),
 )
 """Keys of a run's result that a record keeps."""
