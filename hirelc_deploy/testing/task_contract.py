@@ -35,7 +35,8 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers
-from hirelc_deploy.tasks.contract import Resampling, Task
+from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.paired import resamples_of
 
 IMAGES = 6
 STEPS = 30
@@ -222,11 +223,9 @@ class TaskContract:
             assert value == pytest.approx(float(np.mean(parts)), rel=1e-9)
 
     def test_resamples_are_what_the_metric_says_of_them(self, task: Task) -> None:
-        """Where the task has a way of its own to answer many of them."""
-        if not isinstance(task, Resampling):
-            pytest.skip("the task has no resamples of its own")
+        """Whether the task has a way of its own to answer many of them or not."""
         parts = self._parts(task, self.answers(IMAGES, 1), self.targets(IMAGES, 1))
-        resampled = task.resamples(parts)
+        resampled = resamples_of(task, parts)
         for seed in range(3):
             drawn = np.random.default_rng(seed).integers(IMAGES, size=IMAGES)
             assert resampled(drawn) == pytest.approx(task.value([parts[i] for i in drawn]), abs=1e-9)
