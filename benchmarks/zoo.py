@@ -42,8 +42,8 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer import calibration, quantize
+from hirelc_deploy.compress.norms import reestimate_norms
 from hirelc_deploy.compress.onnx_file import export
-from hirelc_deploy.compress.recovery import reestimate_norms
 from hirelc_deploy.errors import ExportError, HirelcError
 from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph

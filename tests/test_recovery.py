@@ -1,3 +1,4 @@
+import copy
 import io
 import math
 
@@ -8,23 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress.norms import correct_norms, reestimate_norms
 from hirelc_deploy.compress.recovery import (
     FeatureMatch,
     Recovery,
     Teacher,
     compensate,
-    correct_norms,
     distillation_loss,
     fine_tune,
     kept_inputs,
-    reestimate_norms,
+    norms_stand_still,
 )
 from hirelc_deploy.compress.slicing import slice_model
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.answers import Answers
 from hirelc_deploy.graph.sensitivity import input_grams
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.tasks.classification import CLASSIFICATION, Classification
 
 QUIET = Progress(quiet=True)
 CPU = torch.device("cpu")
@@ -246,6 +248,8 @@ def test_drop_out_stays_off_while_a_student_is_trained_and_running_statistics_do
 
     def trained(*behind: nn.Module) -> nn.Module:
         student = nn.Sequential(*small_net(), *behind)
+        with torch.no_grad():
+            student[7].weight.mul_(-90)  # far from the uncut model, or norms would stand still
         recipe = Recovery(epochs=2.5, batch_size=16)
         return fine_tune(student, Teacher(uncut, pictures, 2, CPU), recipe, seed=1, progress=QUIET)
 
@@ -254,6 +258,48 @@ def test_drop_out_stays_off_while_a_student_is_trained_and_running_statistics_do
         torch.equal(a, b) for a, b in zip(plain.state_dict().values(), with_drop_out.state_dict().values(), strict=True)
     )
     assert not torch.equal(plain.state_dict()["1.running_mean"], small_net().state_dict()["1.running_mean"])
+
+
+def test_norms_stand_still_where_batches_move_the_uncut_model_further_than_the_cut_did():
+    pictures, uncut = Pictures(), small_net()
+    with torch.no_grad():
+        uncut[1].running_mean.add_(3.0)  # of other pictures than these
+    near, far = copy.deepcopy(uncut), copy.deepcopy(uncut)
+    with torch.no_grad():
+        near[7].weight.mul_(0.99)
+        far[7].weight.mul_(-90)
+    recipe = Recovery(epochs=1, batch_size=16)
+    before = uncut[1].running_mean.clone()
+    for student, still in ((near, True), (far, False)):
+        teacher = Teacher(uncut, pictures, 2, CPU)
+        assert norms_stand_still(student, teacher, 16) is still
+        assert torch.equal(teacher.model[1].running_mean, before)
+        trained = fine_tune(student, teacher, recipe, seed=1, progress=QUIET)
+        assert torch.equal(trained[1].running_mean, before) is still
+
+
+def test_features_are_not_matched_where_answers_say_much_at_many_places():
+    pictures = Pictures()
+    torch.manual_seed(0)
+    uncut = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 1))
+    seen = {}
+
+    class Maps(Classification):
+        def divergence(self, wanted: Answers, found: Answers, temperature: float = 1.0) -> Tensor:
+            return (wanted["output"] - found["output"]).square().flatten(1).mean(1)
+
+    for weight in (0.0, 300.0):
+        student = copy.deepcopy(uncut)
+        with torch.no_grad():
+            student[0].weight.mul_(0.5)
+        pictures.labelled = False
+        teacher = Teacher(uncut, pictures, 2, CPU, Maps((), {}))
+        assert teacher.dense  # 16 numbers at each of 64 places
+        recipe = Recovery(epochs=1, batch_size=16, soft_weight=1.0, feature_weight=weight)
+        reads = {"2": np.arange(8)}
+        seen[weight] = fine_tune(student, teacher, recipe, seed=1, progress=QUIET, reads=reads).state_dict()
+    assert all(torch.equal(seen[0.0][key], seen[300.0][key]) for key in seen[0.0])
+    assert not Teacher(small_net(), pictures, 2, CPU).dense
 
 
 def test_kept_inputs_are_the_positions_that_stay_in_what_a_reader_reads():

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import recovery, slicing
+from hirelc_deploy.compress import norms, recovery, slicing
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.evaluate.effort import SMALL_BATCH
 from hirelc_deploy.graph.answers import Answers, named
@@ -59,7 +59,7 @@ def cut(uncut: Uncut, plan: CompressionPlan) -> nn.Module:
     kept = slicing.keep_indices(uncut.graph, plan, uncut.scores)
     model = slicing.slice_model(recovery.compensate(uncut.model, uncut.graph, kept, uncut.grams), uncut.graph, kept)
     with recovery.half_precision(torch.device("cpu")):
-        recovery.correct_norms(model, slicing.slice_model(uncut.restated, uncut.graph, kept), uncut.norm_batches)
+        norms.correct_norms(model, slicing.slice_model(uncut.restated, uncut.graph, kept), uncut.norm_batches)
     return model
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress import norms, recovery
 from hirelc_deploy.compress.branches import proven
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate import effort as sizes
@@ -116,7 +116,7 @@ class UncutModel:
         """The uncut model with batch-norm statistics from `norm_batches`: what a cut model's are compared with."""
         model = copy.deepcopy(self.model)
         with recovery.half_precision(torch.device("cpu")):
-            recovery.reestimate_norms(model, self.norm_batches)
+            norms.reestimate_norms(model, self.norm_batches)
         return model
 
     def calibration_batches(self) -> Iterable[Tensor]:
