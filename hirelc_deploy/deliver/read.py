@@ -22,11 +22,13 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import OUTPUT
 from hirelc_deploy.inputs.data.images import ArrayImages
 from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.backend import Outputs
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.registry import make_task
+from hirelc_deploy.user_code import usual_torch
 
 SCHEMA_VERSION = 2
 """1 knew classifiers only: one output called `logits` in the samples, no task."""
@@ -77,6 +79,7 @@ def sha256_of(path: Path) -> str:
 # Loading
 
 
+@usual_torch()
 def load(bundle: Path | str, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Rebuild the sliced FP32 model of a bundle, in eval mode: it can be run, trained and exported.
 
@@ -84,7 +87,7 @@ def load(bundle: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
     needs its `factory`.
 
     Args:
-        factory: Builds the uncut model; not needed for timm names.
+        factory: Builds the uncut model, in whatever precision or wrapper; not needed for timm names.
 
     Raises:
         InputError: No bundle, altered files, or a source that does not build this model.
@@ -95,7 +98,7 @@ def load(bundle: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
         text for name in (WEIGHTS, SHAPES) for text in check_file(folder, name, manifest["files"].get(name))
     ]:
         raise InputError(f"{folder}: {problems[0]}")
-    uncut = factory() if factory is not None else _uncut(folder, manifest["source"])
+    uncut = source_of(factory).build() if factory is not None else _uncut(folder, manifest["source"])
     return rebuild(uncut, read_shapes(folder), read_weights(folder)).eval()
 
 

@@ -27,6 +27,7 @@ from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.given import Source
+from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_target
@@ -98,11 +99,13 @@ def open_workplace(
     data = given.data or configured_data(config)
     weights = Path(config.model.weights) if config.model.weights else None
     source = given.source or ModelSource(
-        config.model.spec, weights, dict(config.model.arguments), config.model.pretrained
+        config.model.spec, weights, dict(config.model.arguments), config.model.pretrained, config.model.weights_key
     )
     wanted = replace(config.task, options={**config.task.options, **(given.task_options or {})})
     fitted = fit(source, data, config.preprocess.overrides(), wanted, given.metric, given.loss)
     model, data, source, task = fitted.model, fitted.data, fitted.source, fitted.task
+    for text in (*data.notes, *notes_of(model)):
+        progress.say(f"note: {text}")
     config.limits.check_against(task.metric.scale)
     if source.is_untrained and data.labelled:
         raise InputError(

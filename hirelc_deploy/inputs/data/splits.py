@@ -44,6 +44,7 @@ class Data:
         test_count: Number of test images.
         kind: Of the targets, from which the task follows; see `targets.KINDS`.
         options: What else the format says, as options of the task: `flip_pairs` of keypoints.
+        notes: Sentences for the user, as of files that were left out.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Data:
     _seal: _Seal = dataclasses.field(default_factory=_Seal)
     kind: str = "classes"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def take_test(self) -> Images:
         """Return the test images. They can be had once, for the final report; a second call is a bug."""
