@@ -16,6 +16,10 @@ class InputError(HirelcError):
     """A model, data set, plan, option or file that cannot be used as given."""
 
 
+class WidthError(InputError):
+    """A model has another number of outputs than the data has classes."""
+
+
 class SliceError(HirelcError):
     """A plan asks for a cut that this model cannot take."""
 

@@ -6,13 +6,15 @@ Exit codes: 0 done, 2 bad input, 3 target not available, 4 constraint cannot be 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -44,17 +46,40 @@ DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, 
 
 
 def main() -> None:
-    """Run the command line of this process."""
+    """Run the command line of this process.
+
+    With --json the standard output holds the JSON alone: whatever else writes there, in C too or when the process ends,
+    writes to the standard error.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries warn their own developers, between our lines
+    answers = sys.stdout
     try:
-        sys.exit(run(sys.argv[1:]))
+        if "--json" in sys.argv:
+            answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        code = run(sys.argv[1:], answers)
+        answers.flush()
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not complain while it flushes the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
+        code = 0
+    sys.exit(code)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; the one place where errors become a sentence on standard error."""
+def run(arguments: Sequence[str], answers: TextIO | None = None) -> int:
+    """Run one command and return its exit code; the one place where errors become a sentence on standard error.
+
+    Args:
+        answers: Where the JSON of --json goes; the standard output if nothing is said, which holds nothing else then.
+    """
+    if "--json" not in arguments:
+        return _run(arguments)
+    with answering_on(answers or sys.stdout), contextlib.redirect_stdout(sys.stderr):
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments), prog_name=app.info.name, standalone_mode=False)
     except HirelcError as error:
@@ -83,9 +108,22 @@ def fail(sentence: str, code: int) -> int:
     return code
 
 
+_answers: list[TextIO] = []
+
+
+@contextlib.contextmanager
+def answering_on(stream: TextIO) -> Iterator[None]:
+    """Let `show` write to this stream and not to the standard output."""
+    _answers.append(stream)
+    try:
+        yield
+    finally:
+        _answers.pop()
+
+
 def show(value: dict[str, Any], as_json: bool, text: str) -> None:
     """Print what a program reads, or what a person does."""
-    print(json.dumps(value, indent=2, default=float) if as_json else text)
+    print(json.dumps(value, indent=2, default=float) if as_json else text, file=_answers[-1] if _answers else None)
 
 
 @app.callback(invoke_without_command=True)

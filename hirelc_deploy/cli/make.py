@@ -66,7 +66,16 @@ def command_line() -> str:
 
 
 AS_THEY_ARE = (
-    *("weights", "weights_key", "pretrained", "data_dir", "calibration_images", "selection_images", "geometry", "interpolation"),
+    *(
+        "weights",
+        "weights_key",
+        "pretrained",
+        "data_dir",
+        "calibration_images",
+        "selection_images",
+        "geometry",
+        "interpolation",
+    ),
     *("recovery_epochs", "learning_rate", "threads", "seed"),
 )
 """Options of the command line that the Python calls take by the same name."""

@@ -199,8 +199,9 @@ def _per_image(layer: nn.Module, values: Tensor, images: int) -> Tensor:
 def _feature_rows(layer: nn.Module, x: Tensor, stride: int) -> Tensor:
     """Return (rows, features) of a convolution's or linear layer's input."""
     if isinstance(layer, nn.modules.conv._ConvNd):
-        steps = (slice(None, None, stride),) * len(layer.kernel_size)
-        x = _features_last(layer, x[(..., *steps)])
+        for dim in range(-len(layer.kernel_size), 0):
+            x = x.index_select(dim, torch.arange(0, x.shape[dim], stride, device=x.device)) if stride > 1 else x
+        x = _features_last(layer, x)
         return x.reshape(-1, x.shape[-1])
     return x.reshape(len(x), -1, x.shape[-1])[:, ::stride].reshape(-1, x.shape[-1])
 

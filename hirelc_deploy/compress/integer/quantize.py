@@ -55,6 +55,8 @@ BLANKET = "all"
 own ranges."""
 
 _SAME_VALUES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+_PARTS = ("Gather", "Slice", "Split", "Expand", "MaxPool")
+"""What hands on some of its values, or each of them several times."""
 _ACTIVATIONS = frozenset({"Relu", "Clip"})  # folded into the layer before them, so they go where it goes
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "Flatten"})
 
@@ -350,12 +352,32 @@ def _float_outputs(proto: ModelProto, integer: set[str]) -> frozenset[str]:
 
 
 def _known_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, tuple[float, float]]:
-    """Return tensor name to range; a reshaped tensor that calibration did not see has its source's range."""
+    """Return tensor name to range; a tensor that calibration did not see has what follows from those it is made of.
+
+    The static file moves transpositions about, which gives moved, joined and summed values other names.
+    """
     known = {name: (ranges.low[name], ranges.high[name]) for name in ranges.low}
     same_values = [(node.input[0], node.output[0]) for node in proto.graph.node if node.op_type in _SAME_VALUES]
     for source, result in (*same_values, *((b, a) for a, b in reversed(same_values))):
         if source in known and result not in known:
             known[result] = known[source]
+    ends = dict(known)
+    for constant in proto.graph.initializer:
+        values = numpy_helper.to_array(constant)
+        if values.dtype == np.float32 and values.size:
+            ends[constant.name] = float(values.min()), float(values.max())
+    for node in proto.graph.node:
+        parts = [node.input[0]] if node.op_type in (*_SAME_VALUES, *_PARTS) else list(node.input)
+        if not all(tensor in ends for tensor in parts):
+            continue
+        lows, highs = zip(*(ends[tensor] for tensor in parts), strict=True)
+        for result in node.output:
+            if result in known:
+                continue
+            if node.op_type in ("Concat", *_SAME_VALUES, *_PARTS):
+                known[result] = ends[result] = min(lows), max(highs)
+            elif node.op_type == "Add":
+                known[result] = ends[result] = sum(lows), sum(highs)
     return known
 
 

@@ -30,7 +30,7 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
             outputs = task.answers(answer)
             task.check(outputs, targets)
         except InputError as error:
-            raise InputError(str(error).replace("the model", name, 1)) from None
+            raise type(error)(str(error).replace("the model", name, 1)) from None
     for output, values in outputs.items():
         if values.ndim == 0 or len(values) != len(images):
             raise InputError(

@@ -69,9 +69,7 @@ def build(folder: Path, arguments: Mapping[str, Any]) -> nn.Module:
     return _as_plain(model, _settings(transformers, folder))
 
 
-def load(
-    folder: Path, arguments: Mapping[str, Any], weights: Path | None = None, key: str | None = None
-) -> nn.Module:
+def load(folder: Path, arguments: Mapping[str, Any], weights: Path | None = None, key: str | None = None) -> nn.Module:
     """Return the network of a folder with its weights, or with those of another file, or of an entry of that file.
 
     transformers reads no file here: it gets tensors, and brings the names that older versions gave them up to date.

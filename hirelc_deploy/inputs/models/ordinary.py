@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -173,7 +174,7 @@ def _without_torchs_own(module: nn.Module) -> bool:
         changed = True
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
-            prune.remove(module, hook._tensor_name)  # type: ignore[attr-defined, no-untyped-call]
+            prune.remove(module, hook._tensor_name)
         elif isinstance(hook, WeightNorm):
             remove_weight_norm(module, hook.name)
         elif isinstance(hook, SpectralNorm):
@@ -185,22 +186,34 @@ def _without_torchs_own(module: nn.Module) -> bool:
 
 
 CONVOLUTIONS: Mapping[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
-STOCK = (*CONVOLUTIONS.values(), nn.Linear)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A convolution or matrix product as it ran."""
+
+    function: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def arg(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument wherever the caller put it."""
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
 
 
 class _Calls(TorchFunctionMode):
-    """Remembers the convolutions and matrix products that ran, with their arguments."""
+    """Remembers the convolutions and matrix products that ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, tuple[Any, ...], Mapping[str, Any]]] = []
+        self.found: list[_Call] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in CONVOLUTIONS or name == "linear":
-            self.found.append((name, args, kwargs or {}))
+            self.found.append(_Call(name, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -212,80 +225,62 @@ def _twin(module: nn.Module) -> nn.Module | None:
     parameter of its own.
     """
     own = list(module.parameters(recurse=False))
-    if not own or next(module.children(), None) is not None:
+    is_torchs = type(module).__module__.startswith("torch.nn.modules") and not module._forward_pre_hooks
+    if not own or is_torchs or next(module.children(), None) is not None:
         return None
-    if type(module).__module__.startswith("torch.nn.modules") and not module._forward_pre_hooks:
+    noises = _noises(module, max(own, key=lambda parameter: parameter.ndim))
+    try:
+        ran = [_run(module, noise) for noise in noises]
+    except Exception:  # not made for such an input; code of somebody's own raises anything
         return None
-    weight = max(own, key=lambda parameter: parameter.ndim)
-    for noises in _noises(module, weight):
-        try:
-            ran = [_run(module, noise) for noise in noises]
-        except Exception:  # noqa: S112  # not made for such an input; code of somebody's own raises anything
-            continue
-        (first, answer), (second, _) = ran
-        if len(first) != 1 or len(second) != 1:
-            return None
-        (name, *one), (_, *other) = first[0], second[0]
-        used, again = _argument(*one, 1, "weight"), _argument(*other, 1, "weight")
-        if any(used is parameter for parameter in own) or not torch.equal(used, again):
-            return None
-        for twin in _candidates(module, name, one[0], one[1]):
-            twin.train(module.training)
-            twin._forward_hooks = module._forward_hooks
-            if all(_alike(_answer_of(twin, x), y) for x, (_, y) in zip(noises, ran, strict=True)):
-                return twin
-        del answer
+    if [len(calls) for calls, _ in ran] != [1, 1]:
+        return None
+    call, again = (calls[0] for calls, _ in ran)
+    weight = call.arg(1, "weight")
+    if any(weight is parameter for parameter in own) or not torch.equal(weight, again.arg(1, "weight")):
+        return None
+    for twin in _candidates(call):
+        twin.train(module.training)
+        twin._forward_hooks = module._forward_hooks
+        if all(_alike(_run(twin, noise)[1], answer) for noise, (_, answer) in zip(noises, ran, strict=True)):
+            return twin
     return None
 
 
-def _noises(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pairs of inputs for which a layer with this weight may be made."""
+def _noises(module: nn.Module, weight: Tensor) -> list[Tensor]:
+    """Return two inputs for which a layer with this weight should be made; none for other weights."""
     generator = torch.Generator().manual_seed(0)
-    if weight.ndim == 2:
-        features = getattr(module, "in_features", weight.shape[1])
-        yield (torch.randn(3, features, generator=generator), torch.randn(3, features, generator=generator))
-    elif weight.ndim > 2:
-        groups = getattr(module, "groups", 1)
-        channels = getattr(module, "in_channels", weight.shape[1] * (groups if isinstance(groups, int) else 1))
-        sizes = [8 * size + 1 for size in weight.shape[2:]]
-        shape = (2, channels, *sizes)
-        yield (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+    if weight.ndim < 2:
+        return []
+    groups = getattr(module, "groups", 1)
+    channels = weight.shape[1] * (groups if isinstance(groups, int) else 1)
+    shape = (3, channels) if weight.ndim == 2 else (2, channels, *(8 * size + 1 for size in weight.shape[2:]))
+    return [torch.randn(shape, generator=generator) for _ in range(2)]
 
 
-def _run(module: nn.Module, noise: Tensor) -> tuple[list[tuple[str, tuple[Any, ...], Mapping[str, Any]]], Tensor]:
+def _run(module: nn.Module, noise: Tensor) -> tuple[list[_Call], Tensor]:
     calls = _Calls()
     with calls:
-        answer = module(noise)
+        answer: Tensor = module(noise)
     return calls.found, answer
-
-
-def _answer_of(module: nn.Module, noise: Tensor) -> Tensor:
-    answer: Tensor = module(noise)
-    return answer
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= SAME * wanted.abs().max())
 
 
-def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str, default: Any = None) -> Any:
-    return args[place] if place < len(args) else kwargs.get(name, default)
-
-
-def _candidates(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[nn.Module]:
+def _candidates(call: _Call) -> Iterator[nn.Module]:
     """Yield plain layers with the arguments of a call; for convolutions that pad by themselves timm's too."""
-    weight, bias = _argument(args, kwargs, 1, "weight"), _argument(args, kwargs, 2, "bias")
-    if name == "linear":
+    weight, bias = call.arg(1, "weight"), call.arg(2, "bias")
+    if call.function == "linear":
         twins: list[nn.Module] = [nn.Linear(weight.shape[1], weight.shape[0], bias is not None)]
     else:
-        options = {
-            key: _argument(args, kwargs, place, key, default)
-            for place, key, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
-        }
+        names = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+        options = {name: call.arg(place, name, default) for place, (name, default) in enumerate(names, 3)}
         size = weight.shape[1] * options["groups"], weight.shape[0], tuple(weight.shape[2:])
-        kind: Any = CONVOLUTIONS[name]
+        kind: Any = CONVOLUTIONS[call.function]
         twins = [kind(*size, bias=bias is not None, **options)]
-        if name == "conv2d":
+        if call.function == "conv2d":
             from timm.layers import Conv2dSame
 
             twins.append(Conv2dSame(*size, bias=bias is not None, **options))

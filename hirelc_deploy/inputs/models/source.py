@@ -185,6 +185,8 @@ class ModelSource:
         import timm
 
         name, elsewhere = self.spec, ":" in self.spec
+        if "pretrained" in self.arguments:
+            raise InputError(f"--model {name}: pretrained is no --model-arg; give --pretrained, or --weights FILE.")
         if not elsewhere and not timm.is_model(name):
             near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
             hint = (
