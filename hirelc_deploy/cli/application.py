@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from hirelc_deploy.errors import COMMAND, HirelcError
+from hirelc_deploy.errors import COMMAND, HirelcError, fullest
 from hirelc_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -93,11 +96,20 @@ def _run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
-        where = error.filename or "the disk"
-        return fail(f"{where}: {error.strerror}; what was finished is kept: make room, and run the same again.", 2)
+        return fail(f"{_trouble(error, arguments)}; what was finished is kept: make room, and run the same again.", 2)
     if code == INTERRUPTED:
         return fail("interrupted; what was finished is kept, and the same command resumes.", INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _trouble(error: OSError, arguments: Sequence[str]) -> str:
+    """Return what is wrong with which disk. The file that an error names may be the one that was only read."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename2 or error.filename or 'the disk'}: {error.strerror}"
+    outs = [Path(value) for option, value in itertools.pairwise(arguments) if option == "--out"]
+    folder, free = fullest([*outs, Path(tempfile.gettempdir()), Path.cwd()])
+    what = " (files that are needed for a while; TMPDIR names another folder)" if folder not in outs else ""
+    return f"the disk of {folder}{what} is full, {free / 1e6:.1f} MB are free"
 
 
 def fail(sentence: str, code: int) -> int:

@@ -46,6 +46,8 @@ MODEL, WEIGHTS, SHAPES, PREPROCESS, LABELS, SAMPLES, SCRIPT = FILES = (
 TASK, INPUTS, DECODER, ARRAYS = "task.json", "inputs.py", "decode.py", "decode.npz"
 """Since version 2: what the answers are for; how a picture becomes an input; what an answer means to people; the arrays
 that this needs, where it needs any."""
+STORED = "stored_weights"
+"""Entry of a source: the weights are those that are used. In older bundles they are as the model's code keeps them."""
 OUTPUT_KEY = "output."
 """Starts the names of outputs in the samples."""
 
@@ -98,11 +100,15 @@ def load(bundle: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
         text for name in (WEIGHTS, SHAPES) for text in check_file(folder, name, manifest["files"].get(name))
     ]:
         raise InputError(f"{folder}: {problems[0]}")
-    uncut = source_of(factory).build() if factory is not None else _uncut(folder, manifest["source"])
+    stored = manifest["source"].get(STORED) is True
+    if factory is None:
+        uncut = _uncut(folder, manifest["source"], stored)
+    else:
+        uncut = source_of(factory).build() if stored else factory().float()
     return rebuild(uncut, read_shapes(folder), read_weights(folder)).eval()
 
 
-def _uncut(folder: Path, source: Mapping[str, Any]) -> nn.Module:
+def _uncut(folder: Path, source: Mapping[str, Any], stored: bool) -> nn.Module:
     spec, arguments = source.get("spec"), source.get("arguments", {})
     if not isinstance(spec, str) or not isinstance(arguments, dict):
         raise InputError(f"{folder / MANIFEST}: the source needs a spec (text) and arguments (an object).")
@@ -119,7 +125,7 @@ def _uncut(folder: Path, source: Mapping[str, Any]) -> nn.Module:
         raise InputError(
             f"{folder}: its model comes from {spec}, which is not run unasked; give that function to load as factory."
         )
-    return model.build()
+    return model.build() if stored else model.made()
 
 
 def check_file(folder: Path, name: str, claim: Any) -> list[str]:

@@ -49,6 +49,7 @@ class Workplace:
 
     Attributes:
         task: What makes the task again; see `fitting.Fitted`.
+        notes: Sentences about how model and data were taken.
     """
 
     config: JobConfig
@@ -57,6 +58,7 @@ class Workplace:
     source: Source
     task: Mapping[str, Any]
     command: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def open_workplace(
     wanted = replace(config.task, options={**config.task.options, **(given.task_options or {})})
     fitted = fit(source, data, config.preprocess.overrides(), wanted, given.metric, given.loss)
     model, data, source, task = fitted.model, fitted.data, fitted.source, fitted.task
-    for text in (*data.notes, *notes_of(model)):
+    notes = (*data.notes, *notes_of(model))
+    for text in notes:
         progress.say(f"note: {text}")
     config.limits.check_against(task.metric.scale)
     if source.is_untrained and data.labelled:
@@ -145,7 +148,7 @@ def open_workplace(
         evaluators=evaluators,
         rounds=config.search.precisions,
     )
-    return Workplace(config, pipeline, run, source, fitted.record, command)
+    return Workplace(config, pipeline, run, source, fitted.record, command, notes)
 
 
 def evaluators_of(

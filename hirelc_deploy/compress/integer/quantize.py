@@ -304,6 +304,7 @@ def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], patter
             if precision not in LAYER_PRECISIONS:
                 raise InputError(f"{layers[node.name]}: precision {precision!r}; use int8, int4 or float.")
             is_integer = precision == "int8" and (pattern.depthwise or not _is_depthwise(node, shapes))
+            is_integer = is_integer and not _is_grouped_transposed(node)
         elif pattern.operators is None:
             wanted = node.op_type in supported and node.op_type not in pattern.floats
             is_integer = wanted and any(tensor in fed for tensor in node.input)
@@ -339,6 +340,14 @@ def _moved_as_bytes(proto: ModelProto, integer: set[str]) -> list[str]:
 def _is_depthwise(node: NodeProto, shapes: Mapping[str, list[int]]) -> bool:
     groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
     return node.op_type == "Conv" and groups > 1 and shapes[node.input[1]][1] == 1
+
+
+def _is_grouped_transposed(node: NodeProto) -> bool:
+    """Return whether a node has weights (inputs, outputs of a group, ...), which no scale per output fits.
+
+    ONNX Runtime on CPUs has no integer kernel of it, so that nothing is lost by float.
+    """
+    return node.op_type == "ConvTranspose" and any(a.name == "group" and a.i > 1 for a in node.attribute)
 
 
 def _float_outputs(proto: ModelProto, integer: set[str]) -> frozenset[str]:

@@ -35,6 +35,9 @@ CONSTANTS = ("DFL",)
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 """Tensors without a class of their own, which would know better how to copy themselves."""
 
+LARGEST_KERNEL = 32
+"""Parameters of more rows are no kernels but maps, such as positions."""
+
 NOTES = "load_notes"
 """Where a model keeps the sentences about how it was loaded."""
 
@@ -250,7 +253,7 @@ def _twin(module: nn.Module) -> nn.Module | None:
 def _noises(module: nn.Module, weight: Tensor) -> list[Tensor]:
     """Return two inputs for which a layer with this weight should be made; none for other weights."""
     generator = torch.Generator().manual_seed(0)
-    if weight.ndim < 2:
+    if weight.ndim < 2 or max(weight.shape[2:], default=0) > LARGEST_KERNEL:
         return []
     groups = getattr(module, "groups", 1)
     channels = weight.shape[1] * (groups if isinstance(groups, int) else 1)

@@ -102,10 +102,10 @@ class ModelSource:
 
     def build(self) -> nn.Module:
         """Return the model as `load` does, without reading `weights`."""
-        return all_trained(stored_weights(self._made()))
+        return all_trained(stored_weights(self.made()))
 
-    def _made(self) -> nn.Module:
-        """Return the model as its factory makes it, on the CPU in eval mode."""
+    def made(self) -> nn.Module:
+        """Return the model as its factory makes it, on the CPU in eval mode; weights may be computed in each pass."""
         if self.pretrained and not self.is_timm:
             raise InputError(f"--pretrained: {self.spec} is not a timm name; give its weights with --weights FILE.")
         match self.kind:
@@ -129,7 +129,7 @@ class ModelSource:
             found = hugging_face.load(Path(self._name), self.arguments, weights, self.weights_key)
             model = ready(found, f"--model {self.spec}")
         else:
-            model = self._made()
+            model = self.made()
             if weights is not None:
                 unused = torchvision_models.UNUSED_WEIGHTS if self.kind == "torchvision" else ()
                 load_weights(model, weights, unused, self.weights_key)
