@@ -291,12 +291,13 @@ def test_window_and_convolutional_attention_of_timm_at_a_small_size(name: str) -
     size = {"levit_128s": 224, "coat_lite_tiny": 64}.get(name, 64)
     options = {"img_size": size} if name.startswith(("swin", "coat", "maxvit")) else {}
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=4, **options).eval()
-    images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 1])
+    model = timm.create_model(name, num_classes=4, **options).double().eval()
+    images, labels = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([0, 1])
     graph = build_graph(model, images)
     assert graph.units
     together = importance(model, graph, [(images, against(labels))])
-    apart = [importance(model, graph, [(images[i : i + 1], against(labels[i : i + 1]))]) for i in range(2)]
+    twice = [[i, i] for i in range(2)]  # for a batch of one torch 2.13 gives levit wrong slopes
+    apart = [importance(model, graph, [(images[rows], against(labels[rows]))]) for rows in twice]
+    largest = max(values.max() for values in together.values())
     for unit, values in together.items():
-        wanted = (apart[0][unit] + apart[1][unit]) / 2
-        np.testing.assert_allclose(values, wanted, rtol=2e-2, atol=1e-3 * wanted.max())
+        np.testing.assert_allclose(values, (apart[0][unit] + apart[1][unit]) / 2, rtol=1e-6, atol=1e-9 * largest)

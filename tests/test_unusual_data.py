@@ -62,7 +62,7 @@ def counts(data: Data) -> tuple[int, int]:
     [
         ("Training", "Testing"), ("TRAIN", "TEST"), ("train", "validation"), ("train", "Valid"),
         ("training_set", "test_set"),
-        ("seg_train", "seg_test"), ("Train", "dev"), ("train_images", "val_images"), ("trainset", "testset"),
+        ("seg_train", "seg_test"), ("Train", "eval"), ("train_images", "val_images"), ("trainset", "testset"),
     ],
 )  # fmt: skip
 def test_split_folders_are_found_by_the_names_that_people_give(names: tuple[str, str], tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_three_splits_of_other_names(tmp_path: Path) -> None:
     assert data.test_count == 40
 
 
-@pytest.mark.parametrize("classes", [("Test", "Validation"), ("test", "valid", "dev"), ("Train", "Test")])
+@pytest.mark.parametrize("classes", [("Test", "Validation"), ("test", "valid", "eval"), ("Train", "Test")])
 def test_classes_that_are_named_like_splits_are_refused(classes: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are named like splits, and none is train") as caught:
         load_data(f"imagefolder:{folder(tmp_path, classes=classes)}")

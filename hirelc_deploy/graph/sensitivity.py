@@ -68,6 +68,8 @@ def importance(
         # A copy has a gradient of its own: what flows back through this reader, not through others of the same x. And
         # it keeps its values where the model writes into x later.
         seen = x.clone()
+        if not seen.requires_grad:  # no image has a part in it, as in a table of positions
+            seen.requires_grad_()
 
         def add(gradient: Tensor) -> None:
             per_feature = _per_image(layer, seen.detach() * gradient, at_once)
@@ -88,14 +90,11 @@ def importance(
             with _observed(model, list(rows_of), observe):
                 for start in range(0, len(images), at_once):
                     taylor.clear()
-                    answers = named(model(images[start : start + at_once].detach().clone().requires_grad_()))
+                    part = images[start : start + at_once]
                     if slopes is None:
-                        losses(answers).sum().backward()
+                        losses(named(model(part.detach().clone().requires_grad_()))).sum().backward()
                     else:
-                        torch.autograd.backward(
-                            [answers[name] for name in slopes],
-                            [slope[start : start + at_once] for slope in slopes.values()],
-                        )
+                        _one_backward(model, part, {name: slope[start : start + 1] for name, slope in slopes.items()})
                     for name, values in taylor.items():
                         totals[name] += values.double().square().sum(0).cpu().numpy()
             images_seen += len(images)
@@ -181,6 +180,18 @@ def _slopes(model: nn.Module, images: Tensor, losses: Losses) -> dict[str, Tenso
     answers = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
     losses(answers).sum().backward()
     return {name: answer.grad for name, answer in answers.items() if answer.grad is not None}
+
+
+def _one_backward(model: nn.Module, image: Tensor, slopes: Answers) -> None:
+    """Run one image forward and back from the slopes of its outputs.
+
+    It runs twice at half the slope, which sums to the same: for a batch of one torch 2.13 gives other slopes, which
+    finite differences deny (timm's levit_128s, in double precision).
+    """
+    answers = named(model(image.detach().repeat(2, *[1] * (image.ndim - 1)).requires_grad_()))
+    trained = [name for name in slopes if answers[name].requires_grad]
+    halves = [slopes[name].expand_as(answers[name]) / 2 for name in trained]
+    torch.autograd.backward([answers[name] for name in trained], halves)
 
 
 def _features_last(layer: nn.Module, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
 def _einops_anew() -> Iterator[None]:
     """Let einops compute shapes in each call: its cache takes numbers for equal that come from different places."""
     try:
-        einops = importlib.import_module("einops.einops")
+        einops: Any = importlib.import_module("einops.einops")
         cached, anew = einops._reconstruct_from_shape, einops._reconstruct_from_shape_uncached
     except (ImportError, AttributeError):  # not there, or without such a cache
         yield

@@ -85,7 +85,6 @@ SPLITS = {
     "validation": "val",
     "test": "test",
     "testing": "test",
-    "dev": "val",
     "eval": "val",
     "evaluation": "val",
     "calibration": "calibration",

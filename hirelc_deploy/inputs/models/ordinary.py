@@ -7,6 +7,7 @@ computed in the forward pass. Nothing here changes what the network computes.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -81,10 +83,10 @@ def with_plain_parts(model: nn.Module) -> nn.Module:
             if (inner := _inner(child)) is not child:
                 setattr(parent, name, inner)
         parent._compiled_call_impl = None  # what `model.compile()` sets
-        compiled = vars(parent).get("forward")
-        written = getattr(compiled, "_torchdynamo_orig_callable", None)
-        if written is not None:
-            parent.forward = MethodType(written.__func__, parent) if isinstance(written, MethodType) else written
+        own = vars(parent).get("forward")
+        if hasattr(own, "_torchdynamo_orig_callable"):  # bound to the module that it was compiled for, not to a copy
+            written: Any = inspect.unwrap(own)
+            parent.forward = MethodType(getattr(written, "__func__", written), parent)
     return model
 
 
@@ -120,7 +122,8 @@ def with_plain_tensors(model: nn.Module, where: str) -> nn.Module:
     """Return the model, or a copy where a tensor comes from inference mode or a module keeps one that is no float32."""
     others = (torch.half, torch.bfloat16, torch.double)
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    foreign = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers(), *kept))
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers(), *kept) if not is_lazy(tensor)]
+    foreign = any(tensor.is_inference() for tensor in tensors)
     return copied(model, where) if foreign or any(tensor.dtype in others for tensor in kept) else model
 
 
