@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.integer.equalisation import streams, wide_streams, write_equalised
 from hirelc_deploy.compress.onnx_file import export
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.evaluate.effort import Effort
+from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.models.checks import check_output, let_train
+from hirelc_deploy.outcome import Measured
+from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.runs import Run
 from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.testing.fake_backend import FakeBackend
 
 INT8 = next(precision for precision in OnnxRuntimeCpu().precisions() if precision.name == "int8")
 
@@ -203,6 +211,39 @@ def test_nothing_is_done_across_what_is_no_scaling(tmp_path: Path) -> None:
         assert streams(onnx.load(str(tmp_path / f"{number}.onnx")), across=True) == [], layer
 
 
+def pipeline_of(model: nn.Module, folder: Path) -> Pipeline:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in {"train": 32, "calibration": 16, "selection": 32, "test": 8}.items():
+        arrays |= {f"x_{split}": rng.integers(0, 256, (count, 16, 16, 3), np.uint8), f"y_{split}": np.arange(count) % 4}
+    np.savez(folder / "data.npz", **arrays)
+    run = Run.open(folder / "run", "seed = 0\n", {"cpu": "fake"})
+    return Pipeline(model.eval(), load_data(f"npz:{folder / 'data.npz'}"), FakeBackend(), run, effort=Effort())
+
+
+def test_a_run_makes_a_wide_channel_like_the_others_where_that_was_measured_to_be_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "worse").mkdir()
+    better, worse = pipeline_of(widened("relu"), tmp_path), pipeline_of(widened("relu"), tmp_path / "worse")
+    numbers = iter((0.1, 0.2))
+    monkeypatch.setattr(worse.files, "divergence", lambda path: next(numbers))
+    assert better.files.across_activations
+    assert not worse.files.across_activations
+    losses = [one.evaluate(CompressionPlan(default_precision="int8"), "F2") for one in (better, worse)]
+    assert isinstance(losses[0], Measured)
+    assert isinstance(losses[1], Measured)
+    assert losses[0].loss < losses[1].loss / 4
+    assert better.run.fact(f"channels alike across activations on {better.files.machine}") is True
+
+
+def test_a_run_without_a_wide_channel_measures_nothing_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    pipeline = pipeline_of(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), *head(16)), tmp_path)
+    monkeypatch.setattr(pipeline.files, "divergence", lambda path: pytest.fail("nothing is to be judged"))
+    assert not pipeline.files.across_activations
+
+
 # Tensors that are written into
 
 
@@ -251,8 +292,6 @@ def test_a_layer_reads_copies_where_its_input_is_written_into_later(make: Callab
 
 def test_copies_are_not_in_the_file_and_do_not_hide_units(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    plain, copying = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *head(8)).eval() for _ in range(2))
-    copying.load_state_dict(plain.state_dict())
     model = PartialConvolution(of_copy=True).eval()
     check_output(model, images(2), CLASSIFICATION)
     export.export_onnx(model, images(2), tmp_path / "m.onnx")
@@ -284,8 +323,6 @@ def test_a_model_that_cannot_be_trained_gets_one_sentence() -> None:
             return WithoutSlopes.apply(self.layers(x))  # type: ignore[no-any-return, no-untyped-call]
 
     let_train(Net(), images(1), CLASSIFICATION)
-    from hirelc_deploy.errors import InputError
-
     with pytest.raises(InputError, match="torch has no slopes of its weights") as caught:
         let_train(Last(), images(1), CLASSIFICATION)
     assert "\n" not in str(caught.value)

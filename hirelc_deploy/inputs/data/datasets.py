@@ -27,6 +27,7 @@ from hirelc_deploy.inputs.data.targets import KINDS, kind_of, truth_of
 from hirelc_deploy.inputs.data.text_files import SPLITS
 from hirelc_deploy.inputs.data.views import Indices, as_rows, draws, normalised
 from hirelc_deploy.tasks.custom import load_function
+from hirelc_deploy.user_code import settings_kept
 
 Collate = Callable[[list[Any]], Any]
 PLAIN = 2**62
@@ -264,7 +265,8 @@ def read_factory(spec: str, sizes: SplitSizes, seed: int) -> Data:
     """
     factory = load_function(spec, "--data")
     try:
-        made = factory()
+        with settings_kept():
+            made = factory()
     except InputError:
         raise
     except Exception as error:  # somebody's own code: anything can come out of it

@@ -24,7 +24,7 @@ from hirelc_deploy.inputs.models.ordinary import (
     with_plain_parts,
 )
 from hirelc_deploy.inputs.models.source import ModelSource, ready
-from hirelc_deploy.user_code import first_line
+from hirelc_deploy.user_code import first_line, settings_kept
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def source_of(
     if not callable(model):
         raise InputError(f"model {model!r:.80}: give a torch.nn.Module, a function that makes one, or a text.")
     try:
-        made = model(**given)
+        with settings_kept():
+            made = model(**given)
     except Exception as error:  # the user's function may raise anything
         raise InputError(f"model {_name_of(model)}: {first_line(error)}.") from None
     return _given(made, _name_of(model), given)
