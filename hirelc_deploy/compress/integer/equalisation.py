@@ -77,7 +77,9 @@ def streams(proto: ModelProto, *, across: bool = False) -> list[Stream]:
         return list(node.input[:1]) if across and (flat or node.op_type in LETS_FACTORS_THROUGH) else []
 
     def is_layer(node: NodeProto | None) -> bool:
-        return node is not None and node.op_type in operators and node.name in once
+        if node is None or node.op_type not in operators or node.name not in once:
+            return False
+        return len(node.input) < 3 or node.input[2] in constants  # a Gemm may add a shortcut in place of a bias
 
     def reads_channels(node: NodeProto) -> bool:
         weight = constants[node.input[1]].dims
