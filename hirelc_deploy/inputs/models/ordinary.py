@@ -83,7 +83,7 @@ def with_plain_parts(model: nn.Module) -> nn.Module:
             if (inner := _inner(child)) is not child:
                 setattr(parent, name, inner)
         parent._compiled_call_impl = None  # what `model.compile()` sets
-        own = vars(parent).get("forward")
+        own: Any = vars(parent).get("forward")
         if hasattr(own, "_torchdynamo_orig_callable"):  # bound to the module that it was compiled for, not to a copy
             written: Any = inspect.unwrap(own)
             parent.forward = MethodType(getattr(written, "__func__", written), parent)
