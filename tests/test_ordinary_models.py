@@ -118,6 +118,17 @@ def test_standardised_convolutions_of_timm_are_stored_those_that_pad_by_themselv
         torch.testing.assert_close(found(images()), model(images()), rtol=1e-5, atol=1e-6)
 
 
+def test_a_layer_that_is_there_twice_is_stored_once_and_stays_shared() -> None:
+    torch.manual_seed(0)
+    shared = ScaledLinear(8, 8)
+    model = net(nn.Conv2d(3, 8, 3))[:-1].extend([shared, nn.ReLU(), shared]).eval()
+    found = source_of(model).build()
+    assert type(found[-1]) is nn.Linear
+    assert found[-1] is found[-3]
+    with torch.no_grad():
+        torch.testing.assert_close(found(images()), model(images()), rtol=1e-5, atol=1e-6)
+
+
 def test_a_layer_whose_weights_depend_on_its_input_stays_as_it_is() -> None:
     found = source_of(net(Conditional(3, 8, 3))).build()
     assert type(found[0]) is Conditional

@@ -79,7 +79,7 @@ def with_plain_parts(model: nn.Module) -> nn.Module:
     """Unwrap the parts of a network in place, and let its forward passes run uncompiled."""
     run_as_written()
     for parent in model.modules():
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # a module that is there twice under each of its names
             if (inner := _inner(child)) is not child:
                 setattr(parent, name, inner)
         parent._compiled_call_impl = None  # what `model.compile()` sets
@@ -160,7 +160,7 @@ def stored_weights(model: nn.Module) -> nn.Module:
             twins[id(module)] = twin
             found.append(path)
     for parent in model.modules():
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):
             if id(child) in twins:
                 setattr(parent, name, twins[id(child)])
     if found:
