@@ -48,6 +48,7 @@ from hirelc_deploy.outcome import Outcome, outcome_from_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
 from hirelc_deploy.runs import PARETO
+from hirelc_deploy.user_code import usual_torch
 
 __all__ = ["Inspection", "Result", "apply", "benchmark", "inspect", "load", "search", "verify"]
 
@@ -63,6 +64,7 @@ class JobOptions(TypedDict, total=False):
 
     Attributes:
         weights: A .safetensors file, or .pth read safely.
+        weights_key: Which of several state dicts in that file; without it averaged weights come first.
         model_args: Arguments of the factory.
         pretrained: Let timm fetch its own weights.
         data_dir: Folder of a torchvision data set, or of the pictures of COCO files.
@@ -83,6 +85,7 @@ class JobOptions(TypedDict, total=False):
     """
 
     weights: str | Path | None
+    weights_key: str | None
     model_args: Mapping[str, Any] | None
     pretrained: bool
     data_dir: str | Path | None
@@ -183,6 +186,7 @@ class Inspection:
         return inspection_text(self.record)
 
 
+@usual_torch()
 def search(
     model: Model,
     data: Splits,
@@ -228,6 +232,7 @@ def search(
     return _done(config, given, _folder(out), job, jobs=jobs, ray=ray)
 
 
+@usual_torch()
 def apply(
     model: Model,
     data: Splits,
@@ -264,10 +269,12 @@ def apply(
         raise
 
 
+@usual_torch()
 def inspect(
     model: Model,
     *,
     weights: str | Path | None = None,
+    weights_key: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     pretrained: bool = False,
     input_size: Sequence[int] | None = None,
@@ -279,7 +286,7 @@ def inspect(
     Raises:
         InputError: The model cannot be had, or cannot run on such an input.
     """
-    source = source_of(model, weights, model_args, pretrained)
+    source = source_of(model, weights, model_args, pretrained, weights_key)
     overrides = PreprocessConfig(_several("input_size", input_size)).overrides()
     patterns = [_several(*named) or () for named in (("exclude", exclude), ("include", include))]
     return Inspection(inspected(source, overrides, *patterns))
@@ -312,6 +319,7 @@ def timed(
     return describe(backend), compare(paths, backend, threads=threads or profile.threads, limits=limits)
 
 
+@usual_torch()
 def verify(
     bundle: str | Path,
     data: Splits | None = None,
@@ -407,6 +415,7 @@ def _config(
             str(Path(weights).resolve()) if weights else None,
             _named("model_args", job.get("model_args")),
             job.get("pretrained", False),
+            job.get("weights_key"),
         ),
         data=DataConfig(
             data if isinstance(data, str) else f"datasets:{splits.name if splits else ''}",

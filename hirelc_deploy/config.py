@@ -38,6 +38,7 @@ class ModelConfig:
     weights: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    weights_key: str | None = None
 
 
 @dataclass(frozen=True)

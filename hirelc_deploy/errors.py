@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+LEAST_ROOM = 2**20
+"""Bytes below which a disk counts as full: libraries say of a file that did not fit that it is broken."""
+
 COMMAND = "\n  "
 """What stands in a message before a command that helps; the command line shows it on a line of its own."""
 
@@ -14,6 +23,10 @@ class HirelcError(Exception):
 
 class InputError(HirelcError):
     """A model, data set, plan, option or file that cannot be used as given."""
+
+
+class WidthError(InputError):
+    """A model has another number of outputs than the data has classes."""
 
 
 class SliceError(HirelcError):
@@ -34,3 +47,19 @@ class ConstraintError(HirelcError):
     """No file can meet the limits the user set."""
 
     exit_code = 4
+
+
+def fullest(folders: Iterable[Path]) -> tuple[Path, int]:
+    """Return the folder on whose disk least is free, and how many bytes; one that is not there yet may be given."""
+    free = {}
+    for folder in folders:
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        free[folder] = shutil.disk_usage(there).free
+    folder = min(free, key=lambda one: free[one])
+    return folder, free[folder]
+
+
+def check_room(folder: Path) -> None:
+    """Raise OSError where the disk of a folder is full, for libraries that write and do not say so."""
+    if fullest([folder])[1] < LEAST_ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))

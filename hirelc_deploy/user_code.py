@@ -44,12 +44,63 @@ def _parse_value(text: str) -> Any:
 
 
 @contextlib.contextmanager
+def usual_torch() -> Iterator[None]:
+    """Work with torch's own settings, whatever a caller chose, and put theirs back; compiled code runs as written.
+
+    They are the default dtype and device, whether gradients and autocast are on, and inference mode.
+    """
+    import torch
+
+    with settings_kept(), contextlib.ExitStack() as stack:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        try:
+            yield
+        finally:
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.set_stance("default")
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """Undo what code of a user's switches for all of torch: the default dtype and device, and gradients."""
+    import torch
+
+    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+
+
+def run_as_written() -> None:
+    """Let functions under torch.compile run as they are written, where any may have been compiled."""
+    import torch
+
+    if "torch._dynamo" in sys.modules:  # comes with the first call of torch.compile; to import it takes seconds
+        torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
 def importing_from(file: Path | None) -> Iterator[None]:
-    """Let a model file import its neighbours, and a module be found from the current folder; then forget the path."""
+    """Let a model file import its neighbours, and a module be found from the current folder; then forget the path.
+
+    What its code switches for all of torch is switched back.
+    """
     before = list(sys.path)
     sys.path.append(str(file.resolve().parent if file is not None else Path.cwd()))
     try:
-        yield
+        with settings_kept():
+            yield
     finally:
         sys.path[:] = before
 

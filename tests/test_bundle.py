@@ -446,6 +446,42 @@ def test_a_loaded_model_computes_what_the_sliced_one_did(made: Made) -> None:
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in tiny_net().parameters())
 
 
+FACTORIES: dict[str, Callable[[], nn.Module]] = {
+    "half": lambda: tiny_net().half(),
+    "bfloat16": lambda: tiny_net().bfloat16(),
+    "double": lambda: tiny_net().double(),
+    "compiled": lambda: torch.compile(tiny_net()),  # type: ignore[dict-item, return-value]
+    "parallel": lambda: nn.DataParallel(tiny_net()),
+    "frozen": lambda: tiny_net().requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_a_loaded_model_is_float32_and_ordinary_whatever_the_factory_makes(made: Made, kind: str) -> None:
+    model = load(made.directory, factory=FACTORIES[kind])
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert model.state_dict().keys() == made.contents.model.state_dict().keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    images = torch.from_numpy(made.contents.sample_inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), made.contents.model(images))
+
+
+def test_a_bundle_from_before_weights_were_stored_as_they_are_used_loads_as_then(made: Made, bundle: Path) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(input, 2 * self.weight, self.bias)
+
+    def scaled_net() -> nn.Module:
+        model = tiny_net()
+        model.fc = Scaled(model.fc.in_features, model.fc.out_features)  # type: ignore[arg-type, union-attr]
+        return model
+
+    assert type(load(bundle, factory=scaled_net).fc) is nn.Linear
+    edit_manifest(bundle, lambda manifest: manifest["source"].pop("stored_weights"))
+    assert type(load(bundle, factory=scaled_net).fc) is Scaled
+
+
 def test_loading_runs_no_code_that_the_bundle_names(bundle: Path, tmp_path: Path) -> None:
     for spec in ("os:system", "tiny.py:tiny_net", f"{tmp_path}/evil.py:make"):
         claim("source", value={"spec": spec, "arguments": {"command": f"touch {tmp_path}/ran"}})(bundle)

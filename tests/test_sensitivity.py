@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from hirelc_deploy.compress.slicing import mask_model
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Losses, importance, input_grams
 from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 
 
 def against(labels: Tensor) -> Losses:
@@ -142,3 +145,159 @@ def test_no_images_is_an_input_error():
         importance(model, graph, [])
     with pytest.raises(InputError, match="no images were given"):
         input_grams(model, graph, [])
+
+
+# Inputs whose leading dimension is not the batch
+
+
+class TokensFirst(nn.Module):
+    """(tokens, images, features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.up, self.down, self.out = (
+            nn.Conv2d(3, 16, 4, 4),
+            nn.Linear(16, 32),
+            nn.Linear(32, 16),
+            nn.Linear(16, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).permute(2, 0, 1)
+        return self.out((x + self.down(self.up(x).relu())).mean(0))
+
+
+class Windows(TokensFirst):
+    """(images x windows, tokens, features), or with `windows_first` windows before images."""
+
+    def __init__(self, *, windows_first: bool) -> None:
+        super().__init__()
+        self.windows_first = windows_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        count, _, features = x.shape
+        x = x.reshape(count, 2, -1, features)
+        x = x.transpose(0, 1) if self.windows_first else x
+        x = x.reshape(2 * count, -1, features)
+        x = x + self.down(self.up(x).relu())
+        x = x.reshape(2, count, -1, features).transpose(0, 1) if self.windows_first else x
+        return self.out(x.reshape(count, -1, features).mean(1))
+
+
+class ImagesTimesTokens(TokensFirst):
+    """(images x tokens, features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        rows = x.reshape(-1, x.shape[-1])
+        return self.out((rows + self.down(self.up(rows).relu())).reshape(x.shape).mean(1))
+
+
+class Shared(TokensFirst):
+    """A table of positions that no image has a part in runs through layers of its own, as in Swin V2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        table = torch.linspace(-1, 1, x.shape[1] * 16).reshape(x.shape[1], 16)
+        return self.out((x + self.down(self.up(table).relu())).mean(1))
+
+
+class Frames(nn.Module):
+    """(images x halves, channels, height, width) through a convolution."""
+
+    def __init__(self, *, halves_first: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 4)
+        self.halves_first = halves_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = len(x)
+        halves = torch.stack(x.chunk(2, 3), 0 if self.halves_first else 1).flatten(0, 1)
+        y = self.second(self.first(halves).relu()).relu().mean((2, 3))
+        y = y.reshape(2, count, -1).mean(0) if self.halves_first else y.reshape(count, 2, -1).mean(1)
+        return self.out(y)
+
+
+class Lines(nn.Module):
+    """Convolutions of one dim whose rows are lines of the images, images first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Conv1d(3, 16, 3), nn.Conv1d(16, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lines = x.permute(0, 2, 1, 3).flatten(0, 1)
+        y = self.second(self.first(lines).relu()).relu().mean(2)
+        return self.out(y.reshape(len(x), -1, 16).mean(1))
+
+
+LAYOUTS = {
+    "tokens first": TokensFirst,
+    "windows": lambda: Windows(windows_first=False),
+    "windows first": lambda: Windows(windows_first=True),
+    "images times tokens": ImagesTimesTokens,
+    "shared positions": Shared,
+    "frames": lambda: Frames(halves_first=False),
+    "frames first": lambda: Frames(halves_first=True),
+    "lines": Lines,
+}
+
+
+def slow_importance(model: nn.Module, graph: ModelGraph, images: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+    """Return what `importance` does, by one image and one reader at a time: the slope of a factor on its features."""
+    found = {unit.name: np.zeros(unit.size) for unit in graph.units}
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
+        for unit in graph.units:
+            total = np.zeros(unit.size)
+            for reader in unit.readers:
+                layer = model.get_submodule(reader.layer)
+                dim = -1 if isinstance(layer, nn.Linear) else 1
+                size = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+                factor = torch.ones(size, requires_grad=True)
+
+                def scaled(_: nn.Module, given: tuple[Tensor, ...], factor: Tensor = factor, dim: int = dim) -> Tensor:
+                    shape = [1] * given[0].ndim
+                    shape[dim] = -1
+                    return given[0] * factor.reshape(shape)
+
+                handle = layer.register_forward_pre_hook(scaled)
+                F.cross_entropy(model(image), label).backward()
+                handle.remove()
+                assert factor.grad is not None
+                total += factor.grad[torch.from_numpy(reader.index)].sum(1).numpy()
+            found[unit.name] += total**2 / len(images)
+    return found
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_sums_are_over_what_belongs_to_an_image_in_every_layout(kind: str) -> None:
+    torch.manual_seed(0)
+    model = LAYOUTS[kind]().eval()
+    images, labels = torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 3, 0])
+    graph = build_graph(model, images)
+    parts = [(images[:3], against(labels[:3])), (images[3:], against(labels[3:]))]
+    found, wanted = importance(model, graph, parts), slow_importance(model, graph, images, labels)
+    if graph.units:
+        assert max(value.max() for value in wanted.values()) > 0
+    for name, values in wanted.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-4 * values.max())
+
+
+@pytest.mark.parametrize(
+    "name", ["levit_128s", "swin_tiny_patch4_window7_224", "maxvit_rmlp_pico_rw_256", "coat_lite_tiny"]
+)
+def test_window_and_convolutional_attention_of_timm_at_a_small_size(name: str) -> None:
+    size = {"levit_128s": 224, "coat_lite_tiny": 64}.get(name, 64)
+    options = {"img_size": size} if name.startswith(("swin", "coat", "maxvit")) else {}
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **options).double().eval()
+    images, labels = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([0, 1])
+    graph = build_graph(model, images)
+    assert graph.units
+    together = importance(model, graph, [(images, against(labels))])
+    twice = [[i, i] for i in range(2)]  # for a batch of one torch 2.13 gives levit wrong slopes
+    apart = [importance(model, graph, [(images[rows], against(labels[rows]))]) for rows in twice]
+    largest = max(values.max() for values in together.values())
+    for unit, values in together.items():
+        np.testing.assert_allclose(values, (apart[0][unit] + apart[1][unit]) / 2, rtol=1e-6, atol=1e-9 * largest)

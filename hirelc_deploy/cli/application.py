@@ -6,17 +6,22 @@ Exit codes: 0 done, 2 bad input, 3 target not available, 4 constraint cannot be 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from hirelc_deploy.errors import COMMAND, HirelcError
+from hirelc_deploy.errors import COMMAND, HirelcError, fullest
 from hirelc_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -44,17 +49,40 @@ DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, 
 
 
 def main() -> None:
-    """Run the command line of this process."""
+    """Run the command line of this process.
+
+    With --json the standard output holds the JSON alone: whatever else writes there, in C too or when the process ends,
+    writes to the standard error.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries warn their own developers, between our lines
+    answers = sys.stdout
     try:
-        sys.exit(run(sys.argv[1:]))
+        if "--json" in sys.argv:
+            answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        code = run(sys.argv[1:], answers)
+        answers.flush()
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not complain while it flushes the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
+        code = 0
+    sys.exit(code)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; the one place where errors become a sentence on standard error."""
+def run(arguments: Sequence[str], answers: TextIO | None = None) -> int:
+    """Run one command and return its exit code; the one place where errors become a sentence on standard error.
+
+    Args:
+        answers: Where the JSON of --json goes; the standard output if nothing is said, which holds nothing else then.
+    """
+    if "--json" not in arguments:
+        return _run(arguments)
+    with answering_on(answers or sys.stdout), contextlib.redirect_stdout(sys.stderr):
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments), prog_name=app.info.name, standalone_mode=False)
     except HirelcError as error:
@@ -68,11 +96,20 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
-        where = error.filename or "the disk"
-        return fail(f"{where}: {error.strerror}; what was finished is kept: make room, and run the same again.", 2)
+        return fail(f"{_trouble(error, arguments)}; what was finished is kept: make room, and run the same again.", 2)
     if code == INTERRUPTED:
         return fail("interrupted; what was finished is kept, and the same command resumes.", INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _trouble(error: OSError, arguments: Sequence[str]) -> str:
+    """Return what is wrong with which disk. The file that an error names may be the one that was only read."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename2 or error.filename or 'the disk'}: {error.strerror}"
+    outs = [Path(value) for option, value in itertools.pairwise(arguments) if option == "--out"]
+    folder, free = fullest([*outs, Path(tempfile.gettempdir()), Path.cwd()])
+    what = " (files that are needed for a while; TMPDIR names another folder)" if folder not in outs else ""
+    return f"the disk of {folder}{what} is full, {free / 1e6:.1f} MB are free"
 
 
 def fail(sentence: str, code: int) -> int:
@@ -83,9 +120,22 @@ def fail(sentence: str, code: int) -> int:
     return code
 
 
+_answers: list[TextIO] = []
+
+
+@contextlib.contextmanager
+def answering_on(stream: TextIO) -> Iterator[None]:
+    """Let `show` write to this stream and not to the standard output."""
+    _answers.append(stream)
+    try:
+        yield
+    finally:
+        _answers.pop()
+
+
 def show(value: dict[str, Any], as_json: bool, text: str) -> None:
     """Print what a program reads, or what a person does."""
-    print(json.dumps(value, indent=2, default=float) if as_json else text)
+    print(json.dumps(value, indent=2, default=float) if as_json else text, file=_answers[-1] if _answers else None)
 
 
 @app.callback(invoke_without_command=True)

@@ -22,6 +22,7 @@ from hirelc_deploy.cli.options import (
     Target,
     Threads,
     Weights,
+    WeightsKey,
     arguments_of,
     numbers,
 )
@@ -33,6 +34,7 @@ def inspect(
     model: Model,
     model_arg: ModelArg = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
     exclude: Exclude = None,
@@ -51,6 +53,7 @@ def inspect(
     found = api.inspect(
         model,
         weights=weights,
+        weights_key=weights_key,
         model_args=arguments_of("--model-arg", model_arg),
         pretrained=pretrained,
         input_size=numbers("--input-size", input_size, int),
@@ -96,6 +99,7 @@ def profile(
     target: Target = "cpu",
     model_arg: ModelArg = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
     exclude: Exclude = None,
@@ -122,7 +126,7 @@ def profile(
 
     device = find_target(target)
     backend = open_target(device)
-    network = ModelSource(model, weights, arguments_of("--model-arg", model_arg), pretrained).load().eval()
+    network = ModelSource(model, weights, arguments_of("--model-arg", model_arg), pretrained, weights_key).load().eval()
     size = preprocess_of(network, None, {"input_size": numbers("--input-size", input_size, int)}).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
     graph = proven(network, build_graph(network, images, exclude=tuple(exclude or ())), images)

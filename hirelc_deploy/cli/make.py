@@ -47,6 +47,7 @@ from hirelc_deploy.cli.options import (
     TaskName,
     Threads,
     Weights,
+    WeightsKey,
     arguments_of,
     numbers,
 )
@@ -65,7 +66,16 @@ def command_line() -> str:
 
 
 AS_THEY_ARE = (
-    *("weights", "pretrained", "data_dir", "calibration_images", "selection_images", "geometry", "interpolation"),
+    *(
+        "weights",
+        "weights_key",
+        "pretrained",
+        "data_dir",
+        "calibration_images",
+        "selection_images",
+        "geometry",
+        "interpolation",
+    ),
     *("recovery_epochs", "learning_rate", "threads", "seed"),
 )
 """Options of the command line that the Python calls take by the same name."""
@@ -101,6 +111,7 @@ def search(
     target: Target = "cpu",
     model_arg: ModelArg = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
     data_dir: DataDir = None,
     task: TaskName = None,
@@ -203,6 +214,7 @@ def apply(
     target: Target = "cpu",
     model_arg: ModelArg = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
     data_dir: DataDir = None,
     task: TaskName = None,

@@ -17,6 +17,10 @@ ModelArg = Annotated[
     list[str] | None, typer.Option("--model-arg", help="Argument of the factory, as key=value; may be repeated.")
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Trained weights: .safetensors, or .pth read safely.")]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option("--weights-key", help="Which of several state dicts in that file; averaged weights come first."),
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm fetch its own trained weights.")]
 DataSpec = Annotated[
     str,

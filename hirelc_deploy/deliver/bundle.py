@@ -32,6 +32,7 @@ from hirelc_deploy.deliver.read import (
     SCHEMA_VERSION,
     SCRIPT,
     SHAPES,
+    STORED,
     TASK,
     WEIGHTS,
     files_of,
@@ -147,7 +148,7 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
         "created": contents.created.isoformat(timespec="seconds"),
         "tool": {"name": "hirelc-deploy", "version": __version__},
         "command": contents.command,
-        "source": dict(contents.source),
+        "source": {**contents.source, STORED: True},
         "plan": contents.plan.to_dict(),
         "measurements": {
             **contents.measurements,

@@ -22,11 +22,13 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import OUTPUT
 from hirelc_deploy.inputs.data.images import ArrayImages
 from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.backend import Outputs
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.registry import make_task
+from hirelc_deploy.user_code import usual_torch
 
 SCHEMA_VERSION = 2
 """1 knew classifiers only: one output called `logits` in the samples, no task."""
@@ -44,6 +46,8 @@ MODEL, WEIGHTS, SHAPES, PREPROCESS, LABELS, SAMPLES, SCRIPT = FILES = (
 TASK, INPUTS, DECODER, ARRAYS = "task.json", "inputs.py", "decode.py", "decode.npz"
 """Since version 2: what the answers are for; how a picture becomes an input; what an answer means to people; the arrays
 that this needs, where it needs any."""
+STORED = "stored_weights"
+"""Entry of a source: the weights are those that are used. In older bundles they are as the model's code keeps them."""
 OUTPUT_KEY = "output."
 """Starts the names of outputs in the samples."""
 
@@ -77,6 +81,7 @@ def sha256_of(path: Path) -> str:
 # Loading
 
 
+@usual_torch()
 def load(bundle: Path | str, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Rebuild the sliced FP32 model of a bundle, in eval mode: it can be run, trained and exported.
 
@@ -84,7 +89,7 @@ def load(bundle: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
     needs its `factory`.
 
     Args:
-        factory: Builds the uncut model; not needed for timm names.
+        factory: Builds the uncut model, in whatever precision or wrapper; not needed for timm names.
 
     Raises:
         InputError: No bundle, altered files, or a source that does not build this model.
@@ -95,11 +100,15 @@ def load(bundle: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
         text for name in (WEIGHTS, SHAPES) for text in check_file(folder, name, manifest["files"].get(name))
     ]:
         raise InputError(f"{folder}: {problems[0]}")
-    uncut = factory() if factory is not None else _uncut(folder, manifest["source"])
+    stored = manifest["source"].get(STORED) is True
+    if factory is None:
+        uncut = _uncut(folder, manifest["source"], stored)
+    else:
+        uncut = source_of(factory).build() if stored else factory().float()
     return rebuild(uncut, read_shapes(folder), read_weights(folder)).eval()
 
 
-def _uncut(folder: Path, source: Mapping[str, Any]) -> nn.Module:
+def _uncut(folder: Path, source: Mapping[str, Any], stored: bool) -> nn.Module:
     spec, arguments = source.get("spec"), source.get("arguments", {})
     if not isinstance(spec, str) or not isinstance(arguments, dict):
         raise InputError(f"{folder / MANIFEST}: the source needs a spec (text) and arguments (an object).")
@@ -116,7 +125,7 @@ def _uncut(folder: Path, source: Mapping[str, Any]) -> nn.Module:
         raise InputError(
             f"{folder}: its model comes from {spec}, which is not run unasked; give that function to load as factory."
         )
-    return model.build()
+    return model.build() if stored else model.made()
 
 
 def check_file(folder: Path, name: str, claim: Any) -> list[str]:

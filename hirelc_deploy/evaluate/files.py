@@ -43,7 +43,7 @@ class Files:
         self.folder = run.directory / "files"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = fingerprint(describe(backend))
-        self.writer = Writer(uncut, backend, self.folder)
+        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations)
         self._uncut, self._progress = uncut, progress
         self._scratch = tempfile.TemporaryDirectory()
 
@@ -77,6 +77,31 @@ class Files:
                 return found.to_dict()
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
+
+    @cached_property
+    def across_activations(self) -> bool:
+        """Whether channels are made alike across activations: where one is far wider, and integers then answer better.
+
+        Judged by the uncut model's file with all layers integer, beside the same one without it.
+        """
+
+        def measure() -> bool:
+            with tempfile.TemporaryDirectory() as place:
+                folder = Path(place)
+                if not self.writer.has_wide_channels(self._uncut.model, folder):
+                    return False
+                divergences = []
+                for across in (False, True):
+                    exported = self.writer.exported(self._uncut.model, folder, across=across)
+                    static, ranges, path = exported.static, exported.ranges, folder / f"{across}.onnx"
+                    pattern, layers = self.writer.form.patterns[0], _integer_but(frozenset())
+                    self.writer.form.write_integer(static, ranges, layers, self.writer.integer, pattern, path)
+                    divergences.append(self.divergence(path))
+            return divergences[1] < divergences[0]
+
+        if all(precision.name != "int8" for precision in self.backend.precisions()):
+            return False
+        return bool(self.run.remember(f"channels alike across activations on {self.machine}", measure))
 
     @cached_property
     def reference_ms(self) -> float:

@@ -9,11 +9,14 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from hirelc_deploy.compress.integer import calibration, quantize
-from hirelc_deploy.compress.integer.equalisation import write_equalised
+from hirelc_deploy.compress.integer.equalisation import wide_streams, write_equalised
 from hirelc_deploy.compress.integer.forms import Form, form_of
 from hirelc_deploy.compress.onnx_file.refill import Exporter
 from hirelc_deploy.errors import TargetUnavailable
@@ -42,9 +45,9 @@ class Exported:
 class Writer:
     """Writes models as the files of one target."""
 
-    def __init__(self, uncut: UncutModel, backend: Backend, folder: Path) -> None:
-        """Args: `folder` receives which node of a file belongs to which layer."""
-        self._uncut, self._backend, self._folder = uncut, backend, folder
+    def __init__(self, uncut: UncutModel, backend: Backend, folder: Path, across: Callable[[], bool]) -> None:
+        """Args: `folder` receives which node of a file belongs to which layer; `across` is asked by `exported`."""
+        self._uncut, self._backend, self._folder, self._across = uncut, backend, folder, across
 
     @cached_property
     def integer(self) -> Precision:
@@ -66,21 +69,34 @@ class Writer:
         """Writes float files; it learns from each export how to do without the next."""
         return Exporter(self._uncut.example)
 
-    def exported(self, model: nn.Module, folder: Path, *, equalise: bool = True) -> Exported:
+    def exported(
+        self, model: nn.Module, folder: Path, *, equalise: bool = True, across: bool | None = None
+    ) -> Exported:
         """Export a model, checked against torch, and take its ranges on the calibration images.
 
         Args:
             equalise: Not for weights that are rounded already: with other factors they would be rounded again.
+            across: Whether channels are made alike across activations; else as was measured to be better.
         """
         batched, static = folder / "batched.onnx", folder / "static.onnx"
         self.exporter.write(model, batched, static)
         equal, equal_static = batched, static
         if equalise:
-            few = [batch.numpy() for batch in islice(self._uncut.calibration_batches(), EQUALISING_BATCHES)]
-            equal, equal_static = write_equalised(batched, static, few)
+            few = self._few_images()
+            wanted = self._across() if across is None else across
+            equal, equal_static = write_equalised(batched, static, few, across=wanted)
         images = (batch.numpy() for batch in self._uncut.calibration_batches())
         ranges = calibration.calibrate(equal, images, threads=torch.get_num_threads())
         return Exported(static, equal, equal_static, ranges)
+
+    def has_wide_channels(self, model: nn.Module, folder: Path) -> bool:
+        """Return whether a channel before an activation is far wider than the others of its tensor."""
+        batched, static = folder / "batched.onnx", folder / "static.onnx"
+        self.exporter.write(model, batched, static)
+        return bool(wide_streams(onnx.load(str(batched)), self._few_images()))
+
+    def _few_images(self) -> list[NDArray[np.float32]]:
+        return [batch.numpy() for batch in islice(self._uncut.calibration_batches(), EQUALISING_BATCHES)]
 
     def write(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
         """Write the file that is shipped and timed, and beside it which of its nodes belong to which layer."""

@@ -20,6 +20,10 @@ Losses = Callable[[Answers], Tensor]
 """The (n,) losses of images, from a model's answers to them."""
 
 
+UNMOVED = 1e-3
+"""What may change in the rows of one image when another one changes, as a share of the change in that one's own."""
+
+
 @dataclass(frozen=True)
 class Gram:
     """First and second moments of a layer's inputs over images and positions.
@@ -44,6 +48,9 @@ def importance(
     and L the loss of one image in eval mode. It is the per-sample Fisher of Theis et al. (2018), 'Faster
     gaze prediction with dense networks and Fisher pruning', without their factor of 1/2.
 
+    Sums are over all that belongs to an image, wherever a layer's input keeps it. Where that is not image after image
+    (tokens first, rows that images share) images run one by one.
+
     Args:
         batches: Pairs of (n, channels, height, width) images and their losses.
 
@@ -58,11 +65,14 @@ def importance(
     taylor: dict[str, Tensor] = {}
 
     def observe(layer: nn.Module, name: str, x: Tensor) -> Tensor:
-        # An alias has a gradient of its own: what flows back through this reader, not through others of the same x.
-        seen = x.view_as(x)
+        # A copy has a gradient of its own: what flows back through this reader, not through others of the same x. And
+        # it keeps its values where the model writes into x later.
+        seen = x.clone()
+        if not seen.requires_grad:  # no image has a part in it, as in a table of positions
+            seen.requires_grad_()
 
         def add(gradient: Tensor) -> None:
-            per_feature = _per_image(layer, seen.detach() * gradient)
+            per_feature = _per_image(layer, seen.detach() * gradient, at_once)
             for unit, index in rows_of[name]:
                 part = per_feature[:, torch.from_numpy(index).to(x.device)].sum(2)
                 taylor[unit] = taylor[unit] + part if unit in taylor else part
@@ -70,14 +80,24 @@ def importance(
         seen.register_hook(add)
         return seen
 
-    images_seen = 0
-    with _weights_frozen(model), _observed(model, list(rows_of), observe), torch.enable_grad():
+    images_seen, at_once, together = 0, 1, False
+    with _weights_frozen(model), torch.enable_grad():
         for images, losses in batches:
-            taylor.clear()
-            losses(named(model(images.detach().clone().requires_grad_()))).sum().backward()
+            if not images_seen:
+                together = _image_after_image(model, list(rows_of), images)
+            at_once = len(images) if together else 1
+            slopes = None if together else _slopes(model, images, losses)
+            with _observed(model, list(rows_of), observe):
+                for start in range(0, len(images), at_once):
+                    taylor.clear()
+                    part = images[start : start + at_once]
+                    if slopes is None:
+                        losses(named(model(part.detach().clone().requires_grad_()))).sum().backward()
+                    else:
+                        _one_backward(model, part, {name: slope[start : start + 1] for name, slope in slopes.items()})
+                    for name, values in taylor.items():
+                        totals[name] += values.double().square().sum(0).cpu().numpy()
             images_seen += len(images)
-            for name, values in taylor.items():
-                totals[name] += values.double().square().sum(0).cpu().numpy()
     if not images_seen:
         raise InputError("importance: no images were given; at least one is needed.")
     return {unit: total / images_seen for unit, total in totals.items()}
@@ -124,17 +144,76 @@ def input_grams(model: nn.Module, graph: ModelGraph, batches: Iterable[Tensor], 
     }
 
 
-def _per_image(layer: nn.Module, values: Tensor) -> Tensor:
-    """Return (images, features): sums over positions of a convolution's or linear layer's input."""
-    if isinstance(layer, nn.Conv2d):
-        return values.sum((2, 3))
-    return values.reshape(len(values), -1, values.shape[-1]).sum(1)
+def _image_after_image(model: nn.Module, names: Sequence[str], images: Tensor) -> bool:
+    """Return whether every layer keeps the rows of its input by image: those of the first, then those of the second.
+
+    Seen by running three copies of an image and three of which the second is another: the second third of the rows
+    changes, and nothing else. What the image does not touch (positions) is no image's own.
+    """
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def observe(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+        inputs[name].append(_features_last(layer, x.detach()))
+        return x
+
+    alike = images[:1].expand(3, *images.shape[1:]).clone()
+    other = alike.clone()
+    other[1] = other[1].flip(-1, -2) * 0.5 + torch.randn(other.shape[1:], generator=torch.Generator().manual_seed(0))
+    with _observed(model, names, observe), torch.no_grad():
+        model(alike)
+        model(other)
+    for seen in inputs.values():
+        for before, after in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+            rows = before.shape[:-1].numel()
+            if before.shape != after.shape or rows % 3:
+                return False
+            first, second, third = (before - after).reshape(3, -1).abs().amax(1).tolist()
+            if not max(first, third) <= UNMOVED * second or not second:
+                return False
+    return True
+
+
+def _slopes(model: nn.Module, images: Tensor, losses: Losses) -> dict[str, Tensor]:
+    """Return output to the slope of its images' losses, for outputs that the losses depend on."""
+    with torch.no_grad():
+        parts = [named(model(image)) for image in images.split(1)]
+    answers = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+    losses(answers).sum().backward()
+    return {name: answer.grad for name, answer in answers.items() if answer.grad is not None}
+
+
+def _one_backward(model: nn.Module, image: Tensor, slopes: Answers) -> None:
+    """Run one image forward and back from the slopes of its outputs.
+
+    It runs twice at half the slope, which sums to the same: for a batch of one torch 2.13 gives other slopes, which
+    finite differences deny (timm's levit_128s, in double precision).
+    """
+    answers = named(model(image.detach().repeat(2, *[1] * (image.ndim - 1)).requires_grad_()))
+    trained = [name for name in slopes if answers[name].requires_grad]
+    halves = [slopes[name].expand_as(answers[name]) / 2 for name in trained]
+    torch.autograd.backward([answers[name] for name in trained], halves)
+
+
+def _features_last(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return (..., features) of the input of a convolution of any number of dims, or of a linear layer."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return x.movedim(-1 - len(layer.kernel_size), -1)
+    return x
+
+
+def _per_image(layer: nn.Module, values: Tensor, images: int) -> Tensor:
+    """Return (images, features): sums over all rows of each image in an input that has them image after image."""
+    values = _features_last(layer, values)
+    return values.reshape(images, -1, values.shape[-1]).sum(1)
 
 
 def _feature_rows(layer: nn.Module, x: Tensor, stride: int) -> Tensor:
     """Return (rows, features) of a convolution's or linear layer's input."""
-    if isinstance(layer, nn.Conv2d):
-        return x[:, :, ::stride, ::stride].movedim(1, -1).reshape(-1, x.shape[1])
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        for dim in range(-len(layer.kernel_size), 0):
+            x = x.index_select(dim, torch.arange(0, x.shape[dim], stride, device=x.device)) if stride > 1 else x
+        x = _features_last(layer, x)
+        return x.reshape(-1, x.shape[-1])
     return x.reshape(len(x), -1, x.shape[-1])[:, ::stride].reshape(-1, x.shape[-1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -66,7 +67,14 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     recorder = _Recorder(model)
     drop_caches(model)
     try:
-        with eval_mode(model), torch.no_grad(), traced_numbers(model), recorder.module_names(), recorder:
+        with (
+            eval_mode(model),
+            torch.no_grad(),
+            traced_numbers(model),
+            _einops_anew(),
+            recorder.module_names(),
+            recorder,
+        ):
             output = model(images)
     except Exception as error:  # the model is the user's code and may raise anything
         shape = "x".join(str(size) for size in example.shape[1:])
@@ -76,6 +84,22 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             "Give the image size the model was made for."
         ) from error
     return Trace(tuple(recorder.ops), recorder.refs_in(output))
+
+
+@contextmanager
+def _einops_anew() -> Iterator[None]:
+    """Let einops compute shapes in each call: its cache takes numbers for equal that come from different places."""
+    try:
+        einops: Any = importlib.import_module("einops.einops")
+        cached, anew = einops._reconstruct_from_shape, einops._reconstruct_from_shape_uncached
+    except (ImportError, AttributeError):  # not there, or without such a cache
+        yield
+        return
+    einops._reconstruct_from_shape = anew
+    try:
+        yield
+    finally:
+        einops._reconstruct_from_shape = cached
 
 
 def check_one_input(model: nn.Module) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.config import TaskConfig
-from hirelc_deploy.errors import InputError
+from hirelc_deploy.errors import InputError, WidthError
 from hirelc_deploy.graph.answers import Answers, named
-from hirelc_deploy.inputs.data.splits import Data
+from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.splits import Data, empty_classes
 from hirelc_deploy.inputs.models.checks import check_output
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.source import preprocess_of
@@ -36,6 +38,9 @@ KINDS_OF_TASK = {"embedding": ("classes",)} | {
     task: tuple(kind for kind, other in TASK_OF_KIND.items() if other == task) for task in TASK_OF_KIND.values()
 }
 """The labels that a built-in task can use."""
+
+PIXEL_BATCH = 64
+"""Images that are looked at together."""
 
 SAYS_THE_TASK = "task"
 """Entry of a model's `task_options` that names the task; the others are options of that task."""
@@ -93,13 +98,19 @@ def fit(
     """
     wanted = wanted or TaskConfig()
     source = source.with_classes(len(data.classes))
-    model = source.load()
-    data = data.preprocessed(preprocess_of(model, data, overrides))
+    try:
+        model = source.load()
+    except InputError as error:
+        raise _of_classes(error, data) from None
+    data = stated(data.preprocessed(preprocess_of(model, data, overrides)), overrides or {})
     task, record = task_for(model, data, wanted, metric, loss)
     rows = np.arange(min(2, len(data.calibration)))
     targets = task.collate(data.calibration.targets(rows)) if data.calibration.labelled else None
     data = data.flipping(task.flips, tuple(data.options.get("flip_pairs", ())))
-    answer = check_output(model, data.calibration.batch(rows), task, targets)
+    try:
+        answer = check_output(model, data.calibration.batch(rows), task, targets)
+    except WidthError as error:
+        raise _of_classes(error, data) from None
     answering(model, task, answer)
     check_targets(data, task, task.answers(answer))
     if record["metric"] or record["loss"]:
@@ -107,6 +118,45 @@ def fit(
             raise InputError(f"{data.name}: has no labels, which a metric or loss is taken against; leave it out.")
         check_functions(model, data, task)
     return Fitted(model, data, source, task, record)
+
+
+def _of_classes(error: InputError, data: Data) -> InputError:
+    """Return an error on a number of classes with the classes that no image has, which may be why."""
+    empty = empty_classes(data)
+    if not empty:
+        return error
+    return InputError(f"{error} No image is of class {_some(empty)}: class numbers count from 0, without gaps.")
+
+
+PIXELS = (-0.02, 1.02)
+"""Where pixels lie that were scaled to [0, 1]; interpolation in floats reaches a little beyond."""
+
+LEAST_CONTRAST = 0.5
+"""Pixels of a calibration set reach over at least half of [0, 1]: less says that another normalisation was meant."""
+
+
+def stated(data: Data, overrides: Mapping[str, Any]) -> Data:
+    """Return data of floats with a preprocessing that says whether pictures can be made into such floats.
+
+    They can where mean and std, undone, lead back to pixels in [0, 1]: those of the user's (`overrides`), the model's,
+    or none at all.
+    """
+    if not data.floats:
+        return data
+    preprocess, parts = data.preprocess, list(batches(data.calibration, PIXEL_BATCH))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
+    undone = [part * std + mean for part in parts]
+    low, high = float(min(part.min() for part in undone)), float(max(part.max() for part in undone))
+    said = overrides.get("mean") is not None and overrides.get("std") is not None
+    if PIXELS[0] <= low and high <= PIXELS[1] and (said or high - low >= LEAST_CONTRAST):
+        return data
+    least, most = float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
+    sentence = (
+        f"{data.name} holds floats from {least:.3g} to {most:.3g}, prepared by code that is not here; the bundle's "
+        "run.py takes such floats (.npy) and refuses pictures. If they are pixels in [0, 1] that were normalised, say "
+        "how with --mean and --std"
+    )
+    return replace(data.preprocessed(replace(preprocess, from_pictures=False)), notes=(*data.notes, sentence))
 
 
 def answering(model: nn.Module, task: Task, answer: Any) -> nn.Module:

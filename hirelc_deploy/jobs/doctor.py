@@ -35,7 +35,9 @@ def examine() -> list[dict[str, Any]]:
                 )
                 findings.append(_finding(f"backend {entry.name}, precision {precision.name}", True, says.strip()))
             machine = describe(entry.backend)
-            findings.append(_finding("processor", True, f"{machine.get('cpu')}, {os.cpu_count()} cores."))
+            findings.append(
+                _finding("processor", True, f"{machine['cpu_model'] or 'of unknown model'}, {os.cpu_count()} cores.")
+            )
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     findings.append(
         _finding(

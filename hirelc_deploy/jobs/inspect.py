@@ -13,6 +13,7 @@ from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph, Unit
 from hirelc_deploy.graph.units import build_graph, matches
 from hirelc_deploy.inputs.models.given import Source
+from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import preprocess_of
 
 
@@ -36,6 +37,7 @@ def inspected(
     graph = proven(network, graph, images)
     return {
         "model": source.spec,
+        "notes": list(notes_of(network)),
         "input_size": list(size),
         "params": graph.params,
         "macs": graph.macs,
@@ -69,6 +71,7 @@ def inspection_text(record: Mapping[str, Any]) -> str:
     size = "x".join(map(str, record["input_size"]))
     lines = [
         f"{record['model']}: {record['params']:,} parameters, {record['macs']:,} multiply-accumulates at {size}",
+        *(f"note: {text}" for text in record["notes"]),
         f"{len(record['blocks'])} blocks, {len(units)} units that can be cut (size, parameters, operations):",
         *(
             f"  {u['name']:<40} {u['kind']:<18} {u['size']:>5} {u['params']:>11,} {u['macs']:>14,}  in {u['block']}"

@@ -44,7 +44,7 @@ def deliver(
     delivery = race(pipeline, candidate, always=always, max_drop=max_drop, keeps=keeps)
     shipped = delivery.shipped
     doubt = pipeline.uncut.doubt
-    warnings = [doubt] if doubt else []
+    warnings = [*workplace.notes, *([doubt] if doubt else [])]
     warnings += [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
     if candidate is not None and shipped is not candidate:
         warnings.append(

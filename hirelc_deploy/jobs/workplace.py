@@ -27,6 +27,7 @@ from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.given import Source
+from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_target
@@ -48,6 +49,7 @@ class Workplace:
 
     Attributes:
         task: What makes the task again; see `fitting.Fitted`.
+        notes: Sentences about how model and data were taken.
     """
 
     config: JobConfig
@@ -56,6 +58,7 @@ class Workplace:
     source: Source
     task: Mapping[str, Any]
     command: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,14 @@ def open_workplace(
     data = given.data or configured_data(config)
     weights = Path(config.model.weights) if config.model.weights else None
     source = given.source or ModelSource(
-        config.model.spec, weights, dict(config.model.arguments), config.model.pretrained
+        config.model.spec, weights, dict(config.model.arguments), config.model.pretrained, config.model.weights_key
     )
     wanted = replace(config.task, options={**config.task.options, **(given.task_options or {})})
     fitted = fit(source, data, config.preprocess.overrides(), wanted, given.metric, given.loss)
     model, data, source, task = fitted.model, fitted.data, fitted.source, fitted.task
+    notes = (*data.notes, *notes_of(model))
+    for text in notes:
+        progress.say(f"note: {text}")
     config.limits.check_against(task.metric.scale)
     if source.is_untrained and data.labelled:
         raise InputError(
@@ -142,7 +148,7 @@ def open_workplace(
         evaluators=evaluators,
         rounds=config.search.precisions,
     )
-    return Workplace(config, pipeline, run, source, fitted.record, command)
+    return Workplace(config, pipeline, run, source, fitted.record, command, notes)
 
 
 def evaluators_of(

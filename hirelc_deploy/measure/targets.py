@@ -380,7 +380,7 @@ def read_targets(path: Path) -> dict[str, Target]:
         InputError: naming file and line, for a missing or broken file, an unknown key or backend, a wrong value.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # editors on Windows begin with a mark
         tables = tomllib.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path}: no such targets file; create it or unset ${ENVIRONMENT_VARIABLE}.") from None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from hirelc_deploy.errors import InputError
+from hirelc_deploy.errors import InputError, WidthError
 from hirelc_deploy.graph.answers import Answers, named, selected
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import classification as decoder
@@ -197,7 +197,7 @@ def check_rows(answer: Tensor, targets: Targets | None, dimensions: int | Sequen
 def check_width(outputs: int, classes: Sequence[str], words: str = "classes") -> None:
     """Raise InputError unless there are as many outputs as names, where there are names."""
     if classes and outputs != len(classes):
-        raise InputError(
+        raise WidthError(
             f"the model has {outputs} outputs, but the data has {len(classes)} {words}; "
             f"use a model and weights for {len(classes)} {words} (timm: --model-arg num_classes={len(classes)})."
         )

@@ -56,8 +56,8 @@ def correct_biases(
     for node in integer.graph.node:
         mean = means.get(layers.get(node.name, ""))
         pairs = [makers[tensor].input[:2] for tensor in node.input[1:3] if tensor in makers]
-        if mean is None or node.name not in weights or len(pairs) < 2:
-            continue
+        if mean is None or node.name not in weights or len(pairs) < 2 or pairs[1][0] not in constants:
+            continue  # a Gemm may add a tensor, such as a shortcut, in place of a bias
         weight, bias = ([numpy_helper.to_array(constants[name]).astype(np.float64) for name in pair] for pair in pairs)
         shift = mean_shift(node, weights[node.name], weight, np.array(mean), sizes.get(node.name, ()))
         if shift is None:

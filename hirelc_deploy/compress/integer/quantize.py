@@ -55,6 +55,8 @@ BLANKET = "all"
 own ranges."""
 
 _SAME_VALUES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+_PARTS = ("Gather", "Slice", "Split", "Expand", "MaxPool")
+"""What hands on some of its values, or each of them several times."""
 _ACTIVATIONS = frozenset({"Relu", "Clip"})  # folded into the layer before them, so they go where it goes
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "Flatten"})
 
@@ -302,6 +304,7 @@ def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], patter
             if precision not in LAYER_PRECISIONS:
                 raise InputError(f"{layers[node.name]}: precision {precision!r}; use int8, int4 or float.")
             is_integer = precision == "int8" and (pattern.depthwise or not _is_depthwise(node, shapes))
+            is_integer = is_integer and not _is_grouped_transposed(node)
         elif pattern.operators is None:
             wanted = node.op_type in supported and node.op_type not in pattern.floats
             is_integer = wanted and any(tensor in fed for tensor in node.input)
@@ -339,6 +342,14 @@ def _is_depthwise(node: NodeProto, shapes: Mapping[str, list[int]]) -> bool:
     return node.op_type == "Conv" and groups > 1 and shapes[node.input[1]][1] == 1
 
 
+def _is_grouped_transposed(node: NodeProto) -> bool:
+    """Return whether a node has weights (inputs, outputs of a group, ...), which no scale per output fits.
+
+    ONNX Runtime on CPUs has no integer kernel of it, so that nothing is lost by float.
+    """
+    return node.op_type == "ConvTranspose" and any(a.name == "group" and a.i > 1 for a in node.attribute)
+
+
 def _float_outputs(proto: ModelProto, integer: set[str]) -> frozenset[str]:
     """Return outputs of integer Gemm and MatMul nodes that no integer node reads."""
     read = {tensor for node in proto.graph.node if node.name in integer for tensor in node.input}
@@ -350,12 +361,32 @@ def _float_outputs(proto: ModelProto, integer: set[str]) -> frozenset[str]:
 
 
 def _known_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, tuple[float, float]]:
-    """Return tensor name to range; a reshaped tensor that calibration did not see has its source's range."""
+    """Return tensor name to range; a tensor that calibration did not see has what follows from those it is made of.
+
+    The static file moves transpositions about, which gives moved, joined and summed values other names.
+    """
     known = {name: (ranges.low[name], ranges.high[name]) for name in ranges.low}
     same_values = [(node.input[0], node.output[0]) for node in proto.graph.node if node.op_type in _SAME_VALUES]
     for source, result in (*same_values, *((b, a) for a, b in reversed(same_values))):
         if source in known and result not in known:
             known[result] = known[source]
+    ends = dict(known)
+    for constant in proto.graph.initializer:
+        values = numpy_helper.to_array(constant)
+        if values.dtype == np.float32 and values.size:
+            ends[constant.name] = float(values.min()), float(values.max())
+    for node in proto.graph.node:
+        parts = [node.input[0]] if node.op_type in (*_SAME_VALUES, *_PARTS) else list(node.input)
+        if not all(tensor in ends for tensor in parts):
+            continue
+        lows, highs = zip(*(ends[tensor] for tensor in parts), strict=True)
+        for result in node.output:
+            if result in known:
+                continue
+            if node.op_type in ("Concat", *_SAME_VALUES, *_PARTS):
+                known[result] = ends[result] = min(lows), max(highs)
+            elif node.op_type == "Add":
+                known[result] = ends[result] = sum(lows), sum(highs)
     return known
 
 

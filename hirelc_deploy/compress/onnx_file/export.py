@@ -20,12 +20,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from hirelc_deploy.compress.onnx_file.folding import Arrays, Recipe, fold, tensors_of
-from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.errors import ExportError, InputError, check_room
 from hirelc_deploy.graph.answers import OUTPUT, Answers, answers, named
 
 OPSET = 20
@@ -395,8 +396,13 @@ def _optimised(proto: ModelProto) -> ModelProto:
         try:
             onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's exception classes share no base below Exception
+            check_room(Path(folder))
             raise ExportError(f"ONNX Runtime refuses the model ({_reason(error)})") from None
-        return onnx.load(str(target))
+        try:
+            return onnx.load(str(target))
+        except (DecodeError, OSError):  # ONNX Runtime does not say that a file did not fit
+            check_room(Path(folder))
+            raise
 
 
 def check_parity(file: bytes, probes: list[Probe]) -> None:

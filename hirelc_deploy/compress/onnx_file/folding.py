@@ -141,7 +141,8 @@ def _fold_norms(graph: GraphProto) -> None:
     folded = set()
     for node in graph.node:
         norm = norms.get(node.output[0]) if node.op_type == "Conv" else None
-        if norm is None or readers[node.output[0]] > 1 or any(name not in constants for name in norm.input[1:]):
+        fixed = norm is not None and all(name in constants for name in (node.input[1], *norm.input[1:]))
+        if norm is None or not fixed or readers[node.output[0]] > 1:
             nodes.append(node)
             continue
         folded.add(norm.name)

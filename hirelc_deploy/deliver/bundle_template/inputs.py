@@ -13,10 +13,21 @@ CHANNELS, HEIGHT, WIDTH = OPTIONS["input_size"]
 def read(path: str) -> "dict[str, np.ndarray]":
     """Return `images` (n, height, width, channels), and `labels` where the file has them."""
     if not path.endswith((".npy", ".npz")):
-        return {"images": np.array([import_module("PIL.Image").open(path).convert("L" if CHANNELS == 1 else "RGB")])}
+        return {"images": np.array([picture(path)])}
     data = np.load(path)
     data = dict(data) if path.endswith(".npz") else {"images": data if data.ndim == 4 else data[None]}
     return {"images": data["x_test"], "labels": data["y_test"]} if "x_test" in data else data
+
+
+def picture(path: str) -> "np.ndarray":
+    """Return (height, width, channels) uint8 pixels of a picture; 16 bits are scaled to 8."""
+    pillow = import_module("PIL.Image")
+    image = pillow.open(path)
+    if image.mode.startswith("I"):
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):
+            raise ValueError(f"{path}: 32-bit pixels, whose range nobody knows; save 8 or 16 bits")
+        image = pillow.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    return np.asarray(image.convert("L" if CHANNELS == 1 else "RGB"))
 
 
 def model_input(image: np.ndarray) -> np.ndarray:
@@ -24,6 +35,8 @@ def model_input(image: np.ndarray) -> np.ndarray:
     image = np.atleast_3d(image)
     if image.shape[2] != CHANNELS or image.dtype not in (np.uint8, np.float32):
         raise ValueError(f"images are uint8 (height, width, {CHANNELS}), found {image.dtype} {image.shape}")
+    if image.dtype == np.uint8 and not OPTIONS.get("from_pictures", True):
+        raise ValueError("it was made for floats that were prepared elsewhere; give them as .npy, and no pictures")
     if image.shape[:2] != (HEIGHT, WIDTH):  # resize, then cut or pad around the centre
         pillow, way = import_module("PIL.Image"), OPTIONS.get("geometry", "crop")
         need = [int(side / (OPTIONS["crop_pct"] if way == "crop" else 1)) for side in (HEIGHT, WIDTH)]

@@ -19,6 +19,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.canvas import resized
 from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, view_frame
 from hirelc_deploy.inputs.data.images import Images, Labels
+from hirelc_deploy.inputs.data.pictures import eight_bits
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.samples import GEOMETRY_OF
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes, check_labels, data_of, identity, share_out
@@ -26,6 +27,7 @@ from hirelc_deploy.inputs.data.targets import KINDS, kind_of, truth_of
 from hirelc_deploy.inputs.data.text_files import SPLITS
 from hirelc_deploy.inputs.data.views import Indices, as_rows, draws, normalised
 from hirelc_deploy.tasks.custom import load_function
+from hirelc_deploy.user_code import settings_kept
 
 Collate = Callable[[list[Any]], Any]
 PLAIN = 2**62
@@ -253,7 +255,7 @@ def data_from_datasets(
         split: DatasetImages(sources[source], rows, native, seed, flips, pairs)
         for split, (source, rows) in share_out(counts, labels, sizes or SplitSizes(), name).items()
     }
-    return data_of(name, names, splits, native, kind, options)
+    return data_of(name, names, splits, native, kind, options, floats=_is_input(looked[0][0]))
 
 
 def read_factory(spec: str, sizes: SplitSizes, seed: int) -> Data:
@@ -263,7 +265,8 @@ def read_factory(spec: str, sizes: SplitSizes, seed: int) -> Data:
     """
     factory = load_function(spec, "--data")
     try:
-        made = factory()
+        with settings_kept():
+            made = factory()
     except InputError:
         raise
     except Exception as error:  # somebody's own code: anything can come out of it
@@ -386,7 +389,7 @@ def _picture(image: Any, channels: int, where: str) -> Image.Image:
     if not isinstance(image, Image.Image):
         shown = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise InputError(f"{where}: the image is a {shown}; give a float or uint8 tensor, or a Pillow image.")
-    return image.convert("L" if channels == 1 else "RGB")
+    return eight_bits(image, channels, where, image.format)
 
 
 def _native(images: Sequence[Any], kind: str) -> Preprocess:

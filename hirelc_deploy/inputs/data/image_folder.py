@@ -10,27 +10,35 @@ import numpy as np
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.images import FolderImages, Labels
 from hirelc_deploy.inputs.data.native import native_input
-from hirelc_deploy.inputs.data.pictures import IMAGE_SUFFIXES, pictures_in
+from hirelc_deploy.inputs.data.pictures import left_out, none_in, pictures_in
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes, check_labels, data_of, share_out
+from hirelc_deploy.inputs.data.text_files import split_called
 
 
 def read_image_folder(folder: Path, sizes: SplitSizes, seed: int) -> Data:
-    """Read DIR/train/CLASS/* with DIR/val or DIR/test (or both), or DIR/CLASS/*, of which a fifth becomes the test."""
+    """Read DIR/train/CLASS/* with DIR/val or DIR/test (or both), or DIR/CLASS/*, of which a fifth becomes the test.
+
+    Splits may be called as people call them, in any case: see `text_files.SPLITS`.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; imagefolder: names a folder with one folder per class.")
     where = str(folder)
     parts: dict[str, tuple[list[Path], Labels]] = {}
-    if (folder / "train").is_dir():
-        classes = _class_folders(folder / "train")
-        parts["train"] = _listed(folder / "train", classes)
-        held = [name for name in ("val", "test") if (folder / name).is_dir()]
-        if not held:
+    places = _split_folders(folder)
+    if "train" in places:
+        classes = _class_folders(places["train"])
+        if not {"val", "test"} & places.keys():
             raise InputError(f"{folder}: has train, but neither val nor test; add one of them.")
-        parts["test"] = _listed(folder / held[-1], classes)
-        if len(held) == 2:
-            parts["val"] = _listed(folder / "val", classes)
+        parts = {split: _listed(place, classes) for split, place in places.items()}
+        if "test" not in parts:
+            parts["test"] = parts.pop("val")
     else:
         classes = _class_folders(folder)
+        if all(split_called(name) for name in classes):
+            raise InputError(
+                f"{folder}: its folders {', '.join(classes)} are named like splits, and none is train; name one train, "
+                "with a folder per class in it, or give the classes other names."
+            )
         parts["train"] = _listed(folder, classes)
     labels_of = {split: labels for split, (_, labels) in parts.items()}
     names = check_labels(labels_of, classes, where)
@@ -40,7 +48,21 @@ def read_image_folder(folder: Path, sizes: SplitSizes, seed: int) -> Data:
     for split, (source, rows) in chosen.items():
         files, labels = parts[source]
         splits[split] = FolderImages([files[row] for row in rows], labels[rows], native, seed)
-    return data_of(folder.name or where, names, splits, native)
+    notes = left_out([place / name for place in (places.values() or [folder]) for name in classes])
+    return data_of(folder.name or where, names, splits, native, notes=notes)
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """Return split to its folder. A class may be called `train` too: its folder holds pictures, a split's folders."""
+    found: dict[str, Path] = {}
+    for place in sorted(folder.iterdir()):
+        split = split_called(place.name) if place.is_dir() else None
+        if split is None or not any(entry.is_dir() for entry in place.iterdir()):
+            continue
+        if split in found:
+            raise InputError(f"{folder}: {found[split].name} and {place.name} are both {split}; keep one of them.")
+        found[split] = place
+    return found
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -65,7 +87,7 @@ def _listed(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Labels]:
     for label, name in enumerate(classes):
         images = pictures_in(folder / name)
         if not images:
-            raise InputError(f"{folder / name}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read).")
+            raise none_in(folder / name)
         files += images
         labels += [label] * len(images)
     return files, np.array(labels, np.int64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.native import checked
-from hirelc_deploy.inputs.data.pictures import IMAGE_SUFFIXES, UNREADABLE, Embedded, pictures_in, stated_size
+from hirelc_deploy.inputs.data.pictures import UNREADABLE, Embedded, none_in, pictures_in, stated_size
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
@@ -183,7 +183,7 @@ def _pairs(images: Path, masks: Path, *, lenient: bool) -> list[tuple[Path, Path
     """
     pictures = pictures_in(images)
     if not pictures:
-        raise InputError(f"{images}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read).")
+        raise none_in(images)
     mask_of = {
         file.relative_to(masks).with_suffix(""): file for file in masks.rglob("*") if file.suffix in MASK_SUFFIXES
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from hirelc_deploy.inputs.data.pictures import Picture, image_size
+from hirelc_deploy.inputs.data.pictures import Embedded, Picture, image_size
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.splits import identity
 
@@ -15,8 +16,14 @@ CHECKED_FILES = 5000  # image files whose headers are read before the work start
 
 
 def native_input(pictures: Sequence[Picture], geometry: str = "crop") -> Preprocess:
-    """Look into pictures spread over the whole set before the work starts; return their common size, or 224 x 224."""
-    sizes = {image_size(picture) for picture in checked(pictures)}
+    """Look into all pictures before the work starts; return their common size, or 224 x 224."""
+    # All of them, so that a broken one is named before hours of work. Files in threads, as most of it is waiting for
+    # them; tables keep the part that they read last, and are read in order.
+    if any(isinstance(picture, Embedded) for picture in pictures):
+        sizes = set(map(image_size, pictures))
+    else:
+        with ThreadPoolExecutor() as threads:
+            sizes = set(threads.map(image_size, pictures))
     height, width = sizes.pop() if len(sizes) == 1 else (224, 224)
     return dataclasses.replace(identity((3, height, width)), geometry=geometry)
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from hirelc_deploy.errors import InputError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+NO_PICTURES = {".bufr", ".eps", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".ps", ".emf", ".wmf"}
+"""Pillow names these, but reads them not at all, or only with other programs beside it."""
+
+JUNK = {"thumbs.db", "desktop.ini"}
+"""What file managers put into folders of pictures, beside hidden files. Nobody misses it."""
+
+DEEP_FORMATS = {"PNG", "PPM"}
+"""Formats whose whole numbers (mode I) are of 16 bits."""
+
 JPEG_END = b"\xff\xd9"
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG chunk
 
@@ -51,9 +62,35 @@ def read_image(picture: Picture, channels: int = 3) -> Image.Image:
     try:
         with _opened(picture) as image:
             part = image.crop(picture.box) if isinstance(picture, Region) else image
-            return part.convert("L" if channels == 1 else "RGB")
+            return eight_bits(part, channels, str(picture), image.format)
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
+
+
+def eight_bits(image: Image.Image, channels: int, where: str, kind: str | None = None) -> Image.Image:
+    """Return a picture as 8-bit RGB, or grey for one channel; one of 16 bits is scaled.
+
+    Args:
+        where: What to call it in errors.
+        kind: Its format, as Pillow calls it.
+
+    Raises:
+        InputError: The model takes another number of channels, or nobody knows what its numbers mean.
+    """
+    if channels not in (1, 3):
+        raise InputError(
+            f"{where}: a picture has 1 or 3 channels, but the model's input has {channels}; give such inputs as floats "
+            "(data sets of Python, or .npz), or --input-size with 1 or 3 channels."
+        )
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in DEEP_FORMATS):
+        values = np.asarray(image) / 257  # Pillow's `convert` would cut 16 bits off at 255
+        image = Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise InputError(
+            f"{where}: its pixels are {'32-bit whole numbers' if image.mode == 'I' else 'floats'}, whose range nobody "
+            "knows; save it with 8 or 16 bits, or give the data as .npz."
+        )
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
@@ -76,8 +113,46 @@ def stated_size(picture: Picture) -> tuple[int, int]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Return the image files in a folder and in those below it, sorted."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    """Return the files in a folder and in those below it that Pillow reads by their names, sorted."""
+    suffixes = picture_suffixes()
+    return [file for file in _files_in(folder) if file.suffix.lower() in suffixes]
+
+
+def left_out(folders: Sequence[Path], labels: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return one sentence on the files in folders that are no pictures by their names; none where all are.
+
+    Args:
+        labels: Suffixes of files beside pictures that are read otherwise.
+    """
+    suffixes = picture_suffixes()
+    others = Counter(
+        file.suffix.lower() or "without a suffix"
+        for folder in folders
+        for file in _files_in(folder)
+        if file.suffix.lower() not in suffixes and file.suffix.lower() not in labels
+    )
+    if not others:
+        return ()
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+    return (f"{sum(others.values())} files are left out, as Pillow reads no pictures by these names: {kinds}",)
+
+
+def none_in(folder: Path) -> InputError:
+    """Return the error for a folder without pictures."""
+    text = "".join(f" ({sentence})" for sentence in left_out([folder]))
+    return InputError(f"{folder}: no images in it{text}; add pictures of a format that Pillow reads, such as .png.")
+
+
+@functools.cache
+def picture_suffixes() -> frozenset[str]:
+    """Return the suffixes of all files that the installed Pillow decodes, in lower case."""
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN) - NO_PICTURES
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in files if not file.name.startswith(".") and file.name.lower() not in JUNK]
 
 
 def _opened(picture: Picture) -> Image.Image:

@@ -32,6 +32,8 @@ class Preprocess:
         geometry: `crop` resizes until the crop is covered and takes the centre; `stretch` resizes to the input's size
             and does not keep the shape; `letterbox` keeps it, and pads what is left, half of it on each side.
         pad_value: Of pixels beside the picture, 0 to 255 (114: the grey of YOLO's letterbox).
+        from_pictures: False where the data came as floats and nobody knows how they were made of pixels: then no
+            picture can be made into an input.
     """
 
     input_size: tuple[int, int, int]
@@ -41,6 +43,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     geometry: str = "crop"
     pad_value: int = 114
+    from_pictures: bool = True
 
     def __post_init__(self) -> None:
         if len(self.input_size) != 3 or min(self.input_size) < 1:
@@ -60,8 +63,8 @@ class Preprocess:
             raise InputError(f"pad_value {self.pad_value}: give a pixel value, 0 to 255.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values; a centre crop and the usual grey are not mentioned."""
-        usual = {"geometry": "crop", "pad_value": 114}
+        """Return the settings as JSON values; a centre crop, the usual grey and known pixels are not mentioned."""
+        usual = {"geometry": "crop", "pad_value": 114, "from_pictures": True}
         return {
             "input_size": list(self.input_size),
             "mean": list(self.mean),
@@ -81,7 +84,8 @@ class Preprocess:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"preprocess: {error!r} in {dict(value)!r}; it must be as this tool wrote it.") from None
         interpolation, geometry = str(value.get("interpolation", "bicubic")), str(value.get("geometry", "crop"))
-        return cls((channels, height, width), mean, std, crop_pct, interpolation, geometry, pad_value)
+        known = value.get("from_pictures", True) is True
+        return cls((channels, height, width), mean, std, crop_pct, interpolation, geometry, pad_value, known)
 
     def canvas_size(self, height: int, width: int) -> tuple[int, int]:
         """Return (height, width) to which an image is resized before it is cropped or padded.

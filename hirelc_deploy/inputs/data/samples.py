@@ -29,6 +29,7 @@ def samples_data(
     sizes: SplitSizes,
     seed: int,
     options: Mapping[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Data:
     """Make a data set of the lists that were found: train, val, test, calibration, selection, or a single one.
 
@@ -36,6 +37,7 @@ def samples_data(
         where: What the user named, for errors.
         kind: Of the targets; see `targets.KINDS`.
         options: `flip_pairs` of keypoints, without which they are not mirrored, and whatever else the format says.
+        notes: Sentences for the user.
     """
     if not lists or not any(lists.values()):
         raise InputError(f"{where}: no images in it; check that it is the right folder or file.")
@@ -66,7 +68,7 @@ def samples_data(
             splits[split] = FolderImages(
                 [sample.picture for sample in taken], known, native, seed, targets=truths, flips=flips
             )
-    return data_of(name, tuple(classes), splits, native, kind, options)
+    return data_of(name, tuple(classes), splits, native, kind, options, notes)
 
 
 def _check_pictures(lists: Mapping[str, Sequence[Sample]], where: str) -> None:

@@ -44,6 +44,8 @@ class Data:
         test_count: Number of test images.
         kind: Of the targets, from which the task follows; see `targets.KINDS`.
         options: What else the format says, as options of the task: `flip_pairs` of keypoints.
+        notes: Sentences for the user, as of files that were left out.
+        floats: Its images are inputs of the model already, made by code that is not here.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Data:
     _seal: _Seal = dataclasses.field(default_factory=_Seal)
     kind: str = "classes"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    floats: bool = False
 
     def take_test(self) -> Images:
         """Return the test images. They can be had once, for the final report; a second call is a bug."""
@@ -274,6 +278,15 @@ def check_labels(labels: Mapping[str, Labels], names: Sequence[str] | None, wher
     return tuple(names) if names is not None else tuple(str(index) for index in range(count))
 
 
+def empty_classes(data: Data) -> tuple[str, ...]:
+    """Return the classes without a name of their own that no image of any split has."""
+    labels = [split.labels for split in data.splits().values()] if data.kind == "classes" else []
+    if not data.labelled or data.classes != tuple(map(str, range(len(data.classes)))):
+        return ()
+    found = {str(label) for part in labels if part is not None for label in np.unique(part).tolist()}
+    return tuple(name for name in data.classes if name not in found) if found else ()
+
+
 def array_data(
     name: str,
     arrays: Mapping[str, tuple[NDArray[np.generic], Labels]],
@@ -295,7 +308,8 @@ def array_data(
     for split in set(arrays) - {"train"}:
         pixels, labels = arrays[split]
         splits[split] = ArrayImages(torch.from_numpy(pixels), labels, np.arange(len(labels)), preprocess, seed)
-    return data_of(name, classes, splits, preprocess)
+    floats = arrays["train"][0].dtype.kind == "f"
+    return data_of(name, classes, splits, preprocess, floats=floats)
 
 
 def data_of(
@@ -305,6 +319,8 @@ def data_of(
     preprocess: Preprocess,
     kind: str = "classes",
     options: Mapping[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
+    floats: bool = False,
 ) -> Data:
     """Return the data set of four splits; raises InputError where too few images are there for calibration."""
     if len(splits["calibration"]) < MINIMUM_CALIBRATION:
@@ -324,6 +340,8 @@ def data_of(
         _test=test,
         kind=kind,
         options=dict(options or {}),
+        notes=notes,
+        floats=floats,
     )
 
 

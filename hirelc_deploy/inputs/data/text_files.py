@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,19 @@ SPLITS = {
     "validation": "val",
     "test": "test",
     "testing": "test",
+    "eval": "val",
+    "evaluation": "val",
     "calibration": "calibration",
     "selection": "selection",
 }
 """What people call a split, to what it is called here."""
 
+BESIDE_SPLITS = {"set", "data", "dataset", "split", "images", "image", "imgs", "img", "pictures", "photos", "seg"}
+"""Words that stand beside the name of a split: training_set, val-images, seg_test."""
+
 
 def split_called(name: str) -> str | None:
     """Return the split that a folder, file or key is named after, such as `train2017`; None where it is none."""
-    return SPLITS.get(name.strip().lower().rstrip("0123456789_-"))
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word and word not in BESIDE_SPLITS]
+    joined = re.fullmatch(r"(train|training|val|valid|validation|test|testing)(set|data|images|imgs)", "".join(words))
+    return SPLITS.get(joined[1] if joined else words[0]) if len(words) == 1 else None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.native import checked
-from hirelc_deploy.inputs.data.pictures import IMAGE_SUFFIXES, pictures_in, stated_size
+from hirelc_deploy.inputs.data.pictures import none_in, pictures_in, stated_size
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
@@ -46,7 +46,7 @@ def read_voc(folder: Path, sizes: SplitSizes, seed: int, options: Mapping[str, s
         raise InputError(f"{folder}: has no folder Annotations; voc: names a folder with Annotations and JPEGImages.")
     pictures = {file.stem: file for file in pictures_in(root / "JPEGImages")}
     if not pictures:
-        raise InputError(f"{root / 'JPEGImages'}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read).")
+        raise none_in(root / "JPEGImages")
     stems = _lists(root, pictures)
     read = {
         stem: _objects(root / "Annotations" / f"{stem}.xml")

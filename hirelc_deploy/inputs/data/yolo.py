@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.inputs.data.pictures import IMAGE_SUFFIXES, pictures_in
+from hirelc_deploy.inputs.data.pictures import left_out, none_in, pictures_in
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
@@ -47,10 +47,7 @@ def read_yolo(path: Path, sizes: SplitSizes, seed: int, options: Mapping[str, st
     for split, places in sources.items():
         pictures = [picture for place in places for picture in _pictures(place)]
         if not pictures:
-            raise InputError(
-                f"{places[0]}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))} are read); add them, or leave "
-                f"{split} out."
-            )
+            raise none_in(places[0])
         label_files = [_label_file(picture, folder) for picture in pictures]
         if not any(file.is_file() for file in label_files):
             raise InputError(
@@ -61,7 +58,9 @@ def read_yolo(path: Path, sizes: SplitSizes, seed: int, options: Mapping[str, st
             Sample(picture, _boxes(file, len(names), with_points))
             for picture, file in zip(pictures, label_files, strict=True)
         ]
-    return samples_data(path.stem if path.is_file() else path.name, str(path), "boxes", names, lists, sizes, seed)
+    notes = left_out([place for places in sources.values() for place in places if place.is_dir()], (".txt",))
+    name = path.stem if path.is_file() else path.name
+    return samples_data(name, str(path), "boxes", names, lists, sizes, seed, notes=notes)
 
 
 def _description(folder: Path) -> Path | None:

@@ -18,7 +18,7 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
     """Run the model on (b, channels, height, width) images and return what it answers.
 
     Raises InputError unless its answer is one of the task, the same for an image alone as beside others, and unless it
-    leaves the images as they are and lets gradients through.
+    leaves the images as they are and lets gradients through; see `let_train` too.
 
     Args:
         targets: What is true of the images, collated.
@@ -30,7 +30,7 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
             outputs = task.answers(answer)
             task.check(outputs, targets)
         except InputError as error:
-            raise InputError(str(error).replace("the model", name, 1)) from None
+            raise type(error)(str(error).replace("the model", name, 1)) from None
     for output, values in outputs.items():
         if values.ndim == 0 or len(values) != len(images):
             raise InputError(
@@ -41,6 +41,7 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
         raise InputError(
             f"{name} changes the images it is given; let its forward work on a copy (x - 1, not x.sub_(1))."
         )
+    let_train(model, images[:1], task)
     with torch.enable_grad():
         one = images[:1].clone().requires_grad_()
         alone = task.answers(_answer(model, one))
@@ -59,6 +60,48 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
             "remove no_grad, detach and numpy from its forward."
         )
     return answer
+
+
+def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
+    """See that slopes of all weights can be had, as recovery needs them; raise InputError where they cannot.
+
+    Where the model writes into a tensor that a layer has read (a slice of it, as in partial convolutions), layers read
+    copies from then on, which the file does not have.
+
+    Args:
+        image: (1, channels, height, width).
+    """
+    if (error := _slope_error(model, image, task)) is not None and "inplace" in str(error):
+        for layer in model.modules():
+            if next(layer.children(), None) is None and next(layer.parameters(), None) is not None:
+                layer.register_forward_pre_hook(ReadsCopies())
+        error = _slope_error(model, image, task)
+    if error is not None:
+        raise InputError(
+            f"{type(model).__name__}: torch has no slopes of its weights, which recovery trains by "
+            f"({first_line(error)}); correct its forward pass."
+        )
+
+
+class ReadsCopies:
+    """A forward pre-hook: the layer reads a copy of its input."""
+
+    def __call__(self, _layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the inputs, tensors copied."""
+        return tuple(value.clone() if isinstance(value, Tensor) else value for value in given)
+
+
+def _slope_error(model: nn.Module, image: Tensor, task: Task) -> Exception | None:
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        answers = task.answers(_answer(model, image.clone()))
+        total = sum(values.sum() for values in answers.values() if values.requires_grad)
+        try:
+            if isinstance(total, Tensor) and weights:
+                torch.autograd.grad(total, weights, allow_unused=True)
+        except RuntimeError as error:
+            return error
+    return None
 
 
 def _answer(model: nn.Module, images: Tensor) -> Any:

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.models import hugging_face
 from hirelc_deploy.inputs.models.checks import check_finite
+from hirelc_deploy.inputs.models.ordinary import (
+    WITHOUT_CODE,
+    all_trained,
+    copied,
+    stored_weights,
+    unwrapped,
+    with_plain_parts,
+)
 from hirelc_deploy.inputs.models.source import ModelSource, ready
-from hirelc_deploy.user_code import first_line
-
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+from hirelc_deploy.user_code import first_line, settings_kept
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ def source_of(
     weights: str | Path | None = None,
     arguments: Mapping[str, Any] | None = None,
     pretrained: bool = False,
+    weights_key: str | None = None,
 ) -> Source:
     """Return where a model comes from.
 
@@ -85,7 +91,7 @@ def source_of(
         model: What `--model` takes, a module, a model of transformers, or a function or class that makes a module.
         weights: A file, beside a text.
         arguments: Of a function, or beside a text.
-        pretrained: See `ModelSource`.
+        pretrained, weights_key: See `ModelSource`.
 
     Raises:
         InputError: It is nothing of that, or a module that cannot be copied or worked with.
@@ -94,7 +100,7 @@ def source_of(
         return model
     given = dict(arguments or {})
     if isinstance(model, str):
-        return ModelSource(model, Path(weights) if weights is not None else None, given, pretrained)
+        return ModelSource(model, Path(weights) if weights is not None else None, given, pretrained, weights_key)
     if weights is not None or pretrained:
         raise InputError(
             f"model {_name_of(model)}: it has its weights; load others into it before, and give no weights."
@@ -102,75 +108,25 @@ def source_of(
     if isinstance(model, nn.Module):
         if given:
             raise InputError(f"model {_name_of(model)}: it is made already; arguments are for functions that make one.")
-        return _given(model, _name_of(_unwrapped(model)))
-    _refuse_compiled(model)
+        return _given(model, _name_of(unwrapped(model, f"model {type(model).__name__}")))
+    if isinstance(model, WITHOUT_CODE):
+        return _given(model, type(model).__name__)
     if not callable(model):
         raise InputError(f"model {model!r:.80}: give a torch.nn.Module, a function that makes one, or a text.")
     try:
-        made = model(**given)
+        with settings_kept():
+            made = model(**given)
     except Exception as error:  # the user's function may raise anything
         raise InputError(f"model {_name_of(model)}: {first_line(error)}.") from None
-    _refuse_compiled(made)
-    if not isinstance(made, nn.Module):
-        raise InputError(f"model {_name_of(model)}: returns {made!r:.80}, which is not a torch.nn.Module.")
     return _given(made, _name_of(model), given)
 
 
-def _given(model: nn.Module, spec: str, arguments: Mapping[str, Any] | None = None) -> GivenModel:
-    model = _unwrapped(model)
-    for module in model.modules():
-        _refuse_compiled(module)
-    own = _copied(model, f"model {spec}")
-    for path, module in list(own.named_modules()):
-        if hasattr(module, "_orig_mod") and path:  # a part that torch.compile was called on
-            parent, _, child = path.rpartition(".")
-            setattr(own.get_submodule(parent), child, _unwrapped(module))
+def _given(model: object, spec: str, arguments: Mapping[str, Any] | None = None) -> GivenModel:
+    where = f"model {spec}"
+    own = with_plain_parts(copied(unwrapped(model, where), where))
     if hugging_face.is_of_transformers(own):
         own = hugging_face.as_plain(own)
-    if not any(parameter.requires_grad for parameter in own.parameters()):
-        own.requires_grad_()  # frozen as a whole, as for inference: nothing could be recovered
-    return GivenModel(ready(own, f"model {spec}"), spec, arguments=dict(arguments or {}))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside of what torch.compile, data parallelism and weight averaging put around it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, WRAPPERS):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def _refuse_compiled(model: object) -> None:
-    if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction | torch.export.ExportedProgram):
-        raise InputError(
-            f"model {type(model).__name__}: a scripted, traced or exported model has no code that could be cut; give "
-            "the torch.nn.Module that it was made from."
-        )
-
-
-@torch.no_grad()
-def _copied(model: nn.Module, where: str) -> nn.Module:
-    """Return a copy on the CPU in float32 whose tensors are ordinary ones, also where those of the model came from
-    inference mode."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor) and id(value) not in memo and not value.is_meta and type(value) in PLAIN:
-                kind = torch.float32 if value.is_floating_point() else value.dtype
-                plain = torch.empty(value.shape, dtype=kind).copy_(value)
-                ours = nn.Parameter(plain, value.requires_grad) if isinstance(value, nn.Parameter) else plain
-                memo[id(value)] = ours
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # the user's attributes may not let themselves be copied
-        raise InputError(f"{where}: cannot be copied ({first_line(error)}); give a function that makes it.") from None
-
-
-PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-"""Tensors without a class of their own, which would know better how to copy themselves."""
+    return GivenModel(all_trained(stored_weights(ready(own, where))), spec, arguments=dict(arguments or {}))
 
 
 def _name_of(model: object) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.models.ordinary import note
 from hirelc_deploy.inputs.models.plain import ChannelsReversed, answering, marked
 from hirelc_deploy.inputs.models.weights import read_state_dict
 from hirelc_deploy.user_code import first_line
@@ -68,8 +69,8 @@ def build(folder: Path, arguments: Mapping[str, Any]) -> nn.Module:
     return _as_plain(model, _settings(transformers, folder))
 
 
-def load(folder: Path, arguments: Mapping[str, Any], weights: Path | None = None) -> nn.Module:
-    """Return the network of a folder with its weights, or with those of another file.
+def load(folder: Path, arguments: Mapping[str, Any], weights: Path | None = None, key: str | None = None) -> nn.Module:
+    """Return the network of a folder with its weights, or with those of another file, or of an entry of that file.
 
     transformers reads no file here: it gets tensors, and brings the names that older versions gave them up to date.
     """
@@ -78,8 +79,10 @@ def load(folder: Path, arguments: Mapping[str, Any], weights: Path | None = None
     network = _network_class(transformers, config, folder)
     state: dict[str, Tensor] = {}
     files = [weights] if weights is not None else _weight_files(folder)
+    said = ""
     for file in files:
-        state |= read_state_dict(file)
+        part, said = read_state_dict(file, key if weights is not None else None)
+        state |= part
     try:
         with _quiet(transformers):
             model, found = network.from_pretrained(
@@ -98,6 +101,8 @@ def load(folder: Path, arguments: Mapping[str, Any], weights: Path | None = None
             f"--model hf:{folder}: there is no preprocessor_config.json, so nobody knows the mean and size of its "
             "images; save its image processor there (processor.save_pretrained)."
         )
+    if said:
+        note(model, said)
     return _as_plain(model, settings)
 
 

@@ -32,6 +32,13 @@ from hirelc_deploy.inputs.data.preprocess import INTERPOLATIONS, Preprocess
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models import hugging_face, torchvision_models, ultralytics_models
 from hirelc_deploy.inputs.models.checks import check_finite
+from hirelc_deploy.inputs.models.ordinary import (
+    all_trained,
+    stored_weights,
+    unwrapped,
+    with_plain_parts,
+    with_plain_tensors,
+)
 from hirelc_deploy.inputs.models.weights import load_weights
 from hirelc_deploy.user_code import first_line, import_from, importing_from, near_names, place_of
 
@@ -54,12 +61,14 @@ class ModelSource:
         arguments: Keyword arguments of the factory, of `timm.create_model` or torchvision's function, or entries of the
             config of transformers.
         pretrained: Let timm fetch its own weights over the network; timm names only.
+        weights_key: Which of several state dicts in the file is meant; see `load_weights`.
     """
 
     spec: str
     weights: Path | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    weights_key: str | None = None
 
     @property
     def kind(self) -> str:
@@ -92,7 +101,11 @@ class ModelSource:
         return replace(self, arguments={**self.arguments, "num_classes": count})
 
     def build(self) -> nn.Module:
-        """Return the model as its factory makes it, on the CPU in eval mode, without reading `weights`."""
+        """Return the model as `load` does, without reading `weights`."""
+        return all_trained(stored_weights(self.made()))
+
+    def made(self) -> nn.Module:
+        """Return the model as its factory makes it, on the CPU in eval mode; weights may be computed in each pass."""
         if self.pretrained and not self.is_timm:
             raise InputError(f"--pretrained: {self.spec} is not a timm name; give its weights with --weights FILE.")
         match self.kind:
@@ -107,20 +120,21 @@ class ModelSource:
                 model = ultralytics_models.build(self._name)
             case _:
                 model = self._from_factory()
-        return ready(model, f"--model {self.spec}")
+        return ready(with_plain_tensors(model, f"--model {self.spec}"), f"--model {self.spec}")
 
     def load(self) -> nn.Module:
-        """Return the model with its weights, all of them finite."""
+        """Return the model with its weights, all of them finite, stored as they are used, and trained in recovery."""
         weights = self._weights
         if self.kind == "hf" and not self.pretrained:
-            model = ready(hugging_face.load(Path(self._name), self.arguments, weights), f"--model {self.spec}")
-            check_finite(model, str(weights or self.spec))
-            return model
-        model = self.build()
-        if weights is not None:
-            load_weights(model, weights, torchvision_models.UNUSED_WEIGHTS if self.kind == "torchvision" else ())
+            found = hugging_face.load(Path(self._name), self.arguments, weights, self.weights_key)
+            model = ready(found, f"--model {self.spec}")
+        else:
+            model = self.made()
+            if weights is not None:
+                unused = torchvision_models.UNUSED_WEIGHTS if self.kind == "torchvision" else ()
+                load_weights(model, weights, unused, self.weights_key)
         check_finite(model, str(weights or self.spec))
-        return model
+        return all_trained(stored_weights(model))
 
     def describe(self) -> dict[str, Any]:
         """Return the source as JSON values for a manifest, with hashes of the files it depends on."""
@@ -140,6 +154,8 @@ class ModelSource:
             value["spec_sha256"] = _sha256_of_all(files)
         if (weights := self._weights) is not None:
             value["weights"] = {"file": weights.name, "sha256": _sha256(weights)}
+            if self.weights_key is not None:
+                value["weights"]["key"] = self.weights_key
         return value
 
     @property
@@ -169,6 +185,8 @@ class ModelSource:
         import timm
 
         name, elsewhere = self.spec, ":" in self.spec
+        if "pretrained" in self.arguments:
+            raise InputError(f"--model {name}: pretrained is no --model-arg; give --pretrained, or --weights FILE.")
         if not elsewhere and not timm.is_model(name):
             near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
             hint = (
@@ -201,7 +219,7 @@ class ModelSource:
                     "with no network, give a file with --weights."
                 ) from None
             raise InputError(f"--model {name} with {_arguments_text(self.arguments)}: {first_line(error)}.") from None
-        model = _as_module(model, name)
+        model = unwrapped(model, f"--model {name}")
         known = model.pretrained_cfg.get("num_classes")  # type: ignore[union-attr, operator]
         if self.pretrained and elsewhere and wanted not in (None, known):
             raise InputError(
@@ -236,7 +254,7 @@ class ModelSource:
                 model = factory(**self.arguments)
             except (Exception, SystemExit) as error:
                 raise InputError(f"{place_of(error, file, f'--model {self.spec}')}: {first_line(error)}.") from None
-        return _as_module(model, self.spec)
+        return with_plain_parts(unwrapped(model, f"--model {self.spec}"))
 
 
 def preprocess_of(model: nn.Module, data: Data | None = None, overrides: Mapping[str, Any] | None = None) -> Preprocess:
@@ -299,12 +317,6 @@ def _quiet_hub() -> Iterator[None]:
         yield
     finally:
         hub.setLevel(before)
-
-
-def _as_module(value: Any, spec: str) -> nn.Module:
-    if isinstance(value, nn.Module):
-        return value
-    raise InputError(f"--model {spec}: returns {value!r:.80}, which is not a torch.nn.Module.")
 
 
 def _arguments_text(arguments: Mapping[str, Any]) -> str:
