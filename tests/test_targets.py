@@ -54,7 +54,7 @@ def test_the_users_file_adds_targets_and_may_redefine_built_in_ones(tmp_path: Pa
 def test_the_file_is_looked_for_where_the_system_keeps_configs(tmp_path: Path) -> None:
     assert targets_file({"XDG_CONFIG_HOME": str(tmp_path)}) == tmp_path / "hirelc-deploy" / "targets.toml"
     assert targets_file({}) == Path.home() / ".config" / "hirelc-deploy" / "targets.toml"
-    built_in = {"cpu", "gpu", "jetson", "raspberrypi4", "raspberrypi5", "arm"}
+    built_in = {"cpu", "openvino", "gpu", "jetson", "raspberrypi4", "raspberrypi5", "arm"}
     assert set(known_targets({"XDG_CONFIG_HOME": str(tmp_path)})) == built_in
     (tmp_path / "hirelc-deploy").mkdir()
     (tmp_path / "hirelc-deploy/targets.toml").write_text('[mine]\nbackend = "onnxruntime_cpu"\n')

@@ -69,6 +69,7 @@ class Target:
 
 BUILT_IN = (
     Target("cpu", "onnxruntime_cpu", description="this machine's CPU, one thread, ONNX Runtime"),
+    Target("openvino", "openvino_cpu", description="this machine's CPU, one thread, OpenVINO"),
     Target("gpu", "tensorrt_gpu", description="this machine's NVIDIA GPU, TensorRT"),
     Target(
         "jetson",
