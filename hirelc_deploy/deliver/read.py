@@ -44,6 +44,8 @@ MODEL, WEIGHTS, SHAPES, PREPROCESS, LABELS, SAMPLES, SCRIPT = FILES = (
 TASK, INPUTS, DECODER, ARRAYS = "task.json", "inputs.py", "decode.py", "decode.npz"
 """Since version 2: what the answers are for; how a picture becomes an input; what an answer means to people; the arrays
 that this needs, where it needs any."""
+RUNTIME = "runtime.py"
+"""How the runtime opens the file with the options that it was timed with; the first bundles of version 2 have none."""
 OUTPUT_KEY = "output."
 """Starts the names of outputs in the samples."""
 

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
-from hirelc_deploy.deliver.bundle import BundleContents, write_bundle
+from hirelc_deploy.deliver.bundle import RUNTIMES, BundleContents, write_bundle
 from hirelc_deploy.deliver.race import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
 from hirelc_deploy.deliver.samples import write_samples
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.workplace import PRINTED, RESULT, Workplace
 from hirelc_deploy.measure import accuracy
-from hirelc_deploy.measure.backend import Runner
+from hirelc_deploy.measure.backend import Configured, Runner
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.results.report import read_run, write_report
@@ -78,6 +78,8 @@ def deliver(
             operators=accuracy.operators(runner, samples[:1]),
             machine=run.machine,
             versions=pipeline.backend.versions(),
+            runtime=RUNTIMES.get(pipeline.backend.name, "onnxruntime"),
+            options=runner.options() if isinstance(runner, Configured) else {},
             command=workplace.command,
         ),
         overwrite=True,

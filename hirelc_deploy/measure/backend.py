@@ -153,7 +153,8 @@ class Portable(Protocol):
             `open_session(path, threads, cache)`, which raises anything to refuse a file and else returns an object with
             `infer(images)` (output name to array), `profile(image, runs)` (tuples of the fields of OperatorTime) and
             `timed_run()`, one synchronised inference of batch 1 that returns nanoseconds: wall time, and the
-            processor's own time. `cache` is a folder that lasts as long as the connection.
+            processor's own time. `cache` is a folder that lasts as long as the connection. Where files are opened with
+            options, the object also has `options`, a dictionary of JSON values.
     """
 
     name: str
@@ -161,6 +162,14 @@ class Portable(Protocol):
 
     def precisions_on(self, facts: Mapping[str, Any]) -> tuple[Precision, ...]:
         """Return what a device executes that says of itself `machine.describe`'s hardware and `facts()['runtime']`."""
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """What a Runner has whose runtime was told how to open the file."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the names and values, as the runtime calls them; JSON values."""
 
 
 @runtime_checkable
