@@ -14,6 +14,12 @@ from hirelc_deploy.measure.registry import installed_backends
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
+WHAT_FOR = {
+    "openvino_cpu": "It may be faster than ONNX Runtime on this CPU: pip install 'hirelc-deploy[openvino]', then "
+    "--target openvino."
+}
+"""What a person whose machine lacks the runtime of a backend would have of it."""
+
 
 def examine() -> list[dict[str, Any]]:
     """Return findings with the keys `what`, `ok` and `says`."""
@@ -27,7 +33,8 @@ def examine() -> list[dict[str, Any]]:
             findings.append(_finding(package, False, f"is not installed; `pip install {package}`."))
     for entry in installed_backends():
         problem = entry.problem if entry.backend is None else entry.backend.availability()
-        findings.append(_finding(f"backend {entry.name}", problem is None, problem or "can run here."))
+        missing = " ".join(filter(None, (problem, WHAT_FOR.get(entry.name))))
+        findings.append(_finding(f"backend {entry.name}", problem is None, missing if problem else "can run here."))
         if entry.backend is not None and problem is None:
             for precision in entry.backend.precisions():
                 says = (
