@@ -9,8 +9,8 @@ import shutil
 import sys
 from typing import Any
 
-from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.registry import installed_backends
+from hirelc_deploy.measure.worker import hardware
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
@@ -41,8 +41,7 @@ def examine() -> list[dict[str, Any]]:
                     f"{precision.activation_type} activations, {precision.weight_bits}-bit weights. {precision.remark}"
                 )
                 findings.append(_finding(f"backend {entry.name}, precision {precision.name}", True, says.strip()))
-            machine = describe(entry.backend)
-            findings.append(_finding("processor", True, f"{machine.get('cpu')}, {os.cpu_count()} cores."))
+    findings.append(_finding("processor", True, f"{hardware()['cpu_model']}, {os.cpu_count()} cores."))
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     findings.append(
         _finding(
