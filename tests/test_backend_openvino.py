@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.accuracy import operators
-from hirelc_deploy.measure.backend import Backend, Portable, only
+from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS, ONNX_FORM, Backend, Portable, only
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.testing import loopback
 from hirelc_deploy.testing.backend_contract import BackendContract, random_images, write_model
@@ -77,20 +77,22 @@ def test_a_missing_runtime_is_a_reason_with_the_remedy(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("features", "capabilities", "bits", "words"),
+    ("features", "capabilities", "bits", "words", "form"),
     [
-        (["avx512_vnni"], ["FP32", "INT8"], 8, ""),
-        (["avx2"], ["FP32", "INT8"], 7, "no VNNI"),
-        (["avx512_vnni"], ["FP32"], 8, "does not name INT8"),
+        (["avx512_vnni"], ["FP32", "INT8", "BF16"], 8, "", BFLOAT_FORM),
+        (["avx2"], ["FP32", "INT8"], 7, "no VNNI", ONNX_FORM),
+        (["avx512_vnni"], ["FP32"], 8, "does not name INT8", ONNX_FORM),
     ],
 )
-def test_int8_follows_the_cpu_and_what_openvino_says_of_it(
-    features: list[str], capabilities: list[str], bits: int, words: str
+def test_int8_and_bfloat_follow_the_cpu_and_what_openvino_says_of_it(
+    features: list[str], capabilities: list[str], bits: int, words: str, form: str
 ) -> None:
     facts = {"features": features, "architecture": "x86_64", "runtime": {"capabilities": capabilities}}
     in_float, in_integers = OpenvinoCpu.precisions_on(facts)
     assert (in_float.name, in_integers.name, in_integers.weight_bits) == ("float", "int8", bits)
     assert words in in_integers.remark
+    assert in_float.form == in_integers.form == form
+    assert ("bfloat16" in in_float.remark) == (form == BFLOAT_FORM)
 
 
 def test_words_of_an_exception_are_one_sentence_without_its_place() -> None:
@@ -127,6 +129,24 @@ def test_float_is_float32_also_where_the_cpu_multiplies_bf16(backend: OpenvinoCp
     kernels = [one.operator for one in runner.profile(random_images(1), 1)]
     assert any(kernel.endswith("f32") for kernel in kernels)
     assert not any("bf16" in kernel for kernel in kernels)
+
+
+@needs_openvino
+def test_a_file_that_asks_for_bfloat16_gets_it_where_the_cpu_multiplies_it(
+    backend: OpenvinoCpu, tmp_path: Path
+) -> None:
+    assert openvino_program.FLOAT_AS == FLOAT_AS
+    plain, asking = write_model(tmp_path / "plain.onnx"), write_model(tmp_path / "asking.onnx")
+    proto = onnx.load(str(asking))
+    helper.set_model_props(proto, {FLOAT_AS: "bf16"})
+    onnx.save(proto, asking)
+    runners = [backend.build(path) for path in (plain, asking)]
+    assert [runner.options()["INFERENCE_PRECISION_HINT"] for runner in runners] == ["f32", "bf16"]
+    if backend.precisions()[0].form != BFLOAT_FORM:
+        pytest.skip("this CPU does not multiply bfloat16")
+    assert any("bf16" in one.operator for one in runners[1].profile(random_images(1), 1))
+    wanted, found = (only(runner.infer(random_images(2))) for runner in runners)
+    assert 0 < np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
 
 
 @needs_openvino

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hirelc_backends import openvino_program
 from hirelc_backends.openvino_cpu import OpenvinoCpu
@@ -21,6 +22,7 @@ from hirelc_deploy.deliver.race import race
 from hirelc_deploy.deliver.verify import verify
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.jobs import doctor
+from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS
 from hirelc_deploy.measure.protocol import TimingLimits
 
 needs_openvino = pytest.mark.skipif(openvino_program.availability() is not None, reason="needs the extra openvino")
@@ -83,6 +85,19 @@ def test_apply_records_the_runtime_and_the_options_that_were_timed(applied: Path
 
 
 @needs_openvino
+@pytest.mark.usefixtures("brief")
+def test_a_plan_may_ask_for_bfloat16_and_the_bundle_says_so(tmp_path: Path) -> None:
+    if OpenvinoCpu().precisions()[0].form != BFLOAT_FORM:
+        pytest.skip("this CPU does not multiply bfloat16")
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"schema_version": 1, "default_precision": "float", "pattern": "float+bf16"}))
+    out = run("apply", tmp_path / "run", "--plan", str(plan))
+    assert read(out / "bundle/manifest.json")["runtime"]["options"]["INFERENCE_PRECISION_HINT"] == "bf16"
+    assert {one.key: one.value for one in onnx.load(out / "bundle/model.onnx").metadata_props} == {FLOAT_AS: "bf16"}
+    assert script(out / "bundle", "--check").stdout.splitlines()[-1] == "samples reproduced: True"
+
+
+@needs_openvino
 def test_its_bundle_runs_with_numpy_and_openvino_alone(applied: Path, tmp_path: Path) -> None:
     done = script(applied / "bundle", "--check")
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["samples reproduced: True"]), done.stderr
@@ -108,6 +123,7 @@ def test_a_search_ships_a_file_that_openvino_timed(tmp_path: Path) -> None:
     )
     names = [candidate["name"] for candidate in read(out / "result.json")["candidates"]]
     assert {"fp32", "int8 blanket"} <= {*names}
+    assert ("bf16" in names) == (OpenvinoCpu().precisions()[0].form == BFLOAT_FORM)
     assert read(out / "bundle/manifest.json")["runtime"]["name"] == "openvino"
     assert read(out / "machine.json")["backend"] == "openvino_cpu"
 

@@ -24,10 +24,13 @@ OPTIONS: dict[str, Any] = {
 }
 """What every file is compiled with, beside the number of threads.
 
-OpenVINO's own default rounds float layers to bf16 where the CPU multiplies it; here `float` means float32. A pinned
-thread could not leave a core on which another program works; on an idle one pinning was not faster (3.04 ms with it and
-3.03 ms without, two convolutions of 64 channels at 64x64, one thread).
+OpenVINO's own default rounds float layers to bf16 where the CPU multiplies it; here only a file that asks for it
+(FLOAT_AS) gets that, and `float` means float32. A pinned thread could not leave a core on which another program works;
+on an idle one pinning was not faster (3.04 ms with it and 3.03 ms without, two convolutions of 64 channels at 64x64).
 """
+
+FLOAT_AS = "hirelc_deploy.float_as"
+"""Key in the metadata of a file; the value is what its float layers are computed in, in OpenVINO's words."""
 
 INTEGER_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "Pooling"})
 """Kinds of nodes whose kernels multiply, add or compare the integers that they read. What else reads integers (sums,
@@ -86,6 +89,8 @@ class Session:
         self.options = {**OPTIONS, "INFERENCE_NUM_THREADS": threads}
         try:
             self._model = self._core.read_model(path)
+            if self._model.has_rt_info(["framework", FLOAT_AS]):
+                self.options["INFERENCE_PRECISION_HINT"] = self._model.get_rt_info(["framework", FLOAT_AS]).value
             if len(self._model.inputs) != 1:
                 raise ValueError(f"has {len(self._model.inputs)} inputs; a vision model with one input is needed")
             self._compiled = self._compile()

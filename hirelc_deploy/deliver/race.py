@@ -63,7 +63,7 @@ class Delivery:
 
 
 def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contender]:
-    """Return the files that can be had without cutting: float, blanket INT8, our placement, and that one guarded.
+    """Return the files that can be had without cutting: float, its 16-bit form, blanket INT8, our placement, guarded.
 
     The last is there when the drop is limited and the placed file exceeds it: trained while it is rounded, or with its
     worst layers float again, whichever is faster.
@@ -74,6 +74,11 @@ def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contende
         ),
         Contender("int8 blanket", pipeline.files.blanket, CompressionPlan(default_precision="int8")),
     ]
+    if pipeline.files.half is not None:
+        pattern = pipeline.files.writer.form.half_pattern
+        files.append(
+            Contender("bf16", pipeline.files.half, CompressionPlan(default_precision="float", pattern=pattern))
+        )
     if pipeline.files.placement.pattern != BLANKET or pipeline.files.placement.float_layers:
         files.append(Contender("int8 placed", pipeline.files.placed, CompressionPlan(default_precision="auto")))
     if max_drop is not None and pipeline.data.labelled:
