@@ -71,6 +71,17 @@ def test_importing_the_adapter_does_not_import_the_runtime() -> None:
     assert shown.stdout.strip() == "False"
 
 
+@needs_openvino
+def test_openvino_is_imported_without_telling_its_makers() -> None:
+    code = (
+        "import sys; from pathlib import Path; import hirelc_backends.openvino_program as p; p.versions()\n"
+        "children = [t.read_text() for t in Path('/proc/self/task').glob('*/children')]\n"
+        "print([n for n in sys.modules if n.startswith('openvino_telemetry.')], ''.join(children).split())"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert shown.stdout.strip() == "[] []"
+
+
 def test_a_missing_runtime_is_a_reason_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert "pip install openvino" in (openvino_program.availability() or "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +49,24 @@ HALF = 0.5
 """Microseconds: OpenVINO's counters are whole ones, cut off, so that half of one is missing in the mean."""
 
 
+def imported() -> Any:
+    """Return the package openvino, imported without its telemetry.
+
+    With it an import forks this process, to tell the makers of the import; without a network the child never ends.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
 def availability() -> str | None:
     """Return None where OpenVINO can be imported and has its CPU plugin, else the reason and the remedy."""
     try:
-        import openvino
+        ov = imported()
     except ImportError as error:
         return f"OpenVINO cannot be imported ({error}); install it with `pip install openvino`."
-    if "CPU" not in openvino.Core().available_devices:
+    if "CPU" not in ov.Core().available_devices:
         return "this OpenVINO has no CPU plugin; install it with `pip install openvino`."
     return None
 
@@ -62,16 +74,13 @@ def availability() -> str | None:
 def versions() -> dict[str, str]:
     """Return the versions of openvino and numpy."""
     import numpy as np
-    import openvino
 
-    return {"openvino": openvino.__version__, "numpy": np.__version__}
+    return {"openvino": imported().__version__, "numpy": np.__version__}
 
 
 def facts() -> dict[str, Any]:
     """Return what the CPU plugin says that this CPU multiplies."""
-    import openvino
-
-    return {"capabilities": list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))}
+    return {"capabilities": list(imported().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))}
 
 
 def open_session(path: str, threads: int, cache: str | None = None) -> Session:
@@ -83,9 +92,7 @@ class Session:
     """One ONNX file, compiled in this process."""
 
     def __init__(self, path: str, threads: int) -> None:
-        import openvino
-
-        self._core, self._threads = openvino.Core(), threads
+        self._core, self._threads = imported().Core(), threads
         self.options = {**OPTIONS, "INFERENCE_NUM_THREADS": threads}
         try:
             self._model = self._core.read_model(path)
@@ -107,14 +114,13 @@ class Session:
     def infer(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """Return all outputs for (n, ...) images; a file of a fixed batch runs as often as it takes."""
         import numpy as np
-        import openvino
 
         if len(images) == 0:
             one = self.infer(np.zeros((1, *images.shape[1:]), np.float32))
             return {name: output[:0] for name, output in one.items()}
         batch = self._shape[0].get_length() if self._shape[0].is_static else len(images)
         piece = [batch, *images.shape[1:]]
-        if not self._shape.compatible(openvino.PartialShape(piece)) or self._type() != np.float32:
+        if not self._shape.compatible(imported().PartialShape(piece)) or self._type() != np.float32:
             wanted = [size.get_length() if size.is_static else "any" for size in self._shape]
             raise ValueError(f"takes {self._type()} input of shape {wanted}, found float32 {list(images.shape)}")
         missing = -len(images) % batch
@@ -154,7 +160,6 @@ class Session:
     def _on_every_core(self, pieces: list[NDArray[np.float32]]) -> list[list[Any]]:
         """Return the answers to several inputs, side by side: one stream for each group of `threads` cores."""
         import numpy as np
-        import openvino
 
         streams = max(1, (os.cpu_count() or 1) // self._threads)
         wide = self._compile(NUM_STREAMS=streams, INFERENCE_NUM_THREADS=streams * self._threads)
@@ -163,7 +168,7 @@ class Session:
         def keep(request: openvino.InferRequest, index: int) -> None:
             answers[index] = [np.array(tensor.data, np.float32) for tensor in request.output_tensors]
 
-        queue = openvino.AsyncInferQueue(wide, streams)
+        queue = imported().AsyncInferQueue(wide, streams)
         queue.set_callback(keep)
         for index, images in enumerate(pieces):
             queue.start_async([images], index)
