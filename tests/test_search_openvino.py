@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hirelc_deploy.deliver.verify import verify
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.jobs import doctor
 from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS
-from hirelc_deploy.measure.protocol import TimingLimits
+from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
 
 needs_openvino = pytest.mark.skipif(openvino_program.availability() is not None, reason="needs the extra openvino")
 
@@ -48,9 +49,9 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def run(command: str, out: Path, *options: str) -> Path:
+def run(command: str, out: Path, *options: str, target: str = "openvino") -> Path:
     net = ("--model", "hirelc_deploy.demo.model:DemoNet", "--model-arg", "widths=[16,16]")
-    data = ("--model-arg", "blocks_per_stage=1", "--data", "synthetic:16", "--target", "openvino", "--quiet")
+    data = ("--model-arg", "blocks_per_stage=1", "--data", "synthetic:16", "--target", target, "--quiet")
     assert application.run([command, *net, *data, "--recovery-epochs", "0", "--out", str(out), *options]) == 0
     return out
 
@@ -126,6 +127,36 @@ def test_a_search_ships_a_file_that_openvino_timed(tmp_path: Path) -> None:
     assert ("bf16" in names) == (OpenvinoCpu().precisions()[0].form == BFLOAT_FORM)
     assert read(out / "bundle/manifest.json")["runtime"]["name"] == "openvino"
     assert read(out / "machine.json")["backend"] == "openvino_cpu"
+
+
+@needs_openvino
+@pytest.mark.usefixtures("brief")
+def test_the_last_race_of_a_cpu_has_the_files_of_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def openvino_wins(files: Any, clock: Any, **options: Any) -> list[Timing]:
+        found = compare(files, clock, **options)
+        return [replace(t, ratio=0.01 if "files-openvino_cpu" in str(t.file) else t.ratio) for t in found]
+
+    monkeypatch.setattr("hirelc_deploy.deliver.race.compare", openvino_wins)
+    out = run("apply", tmp_path / "run", "--plan", "uniform:keep=0.5", target="cpu")
+    result, manifest = read(out / "result.json"), read(out / "bundle/manifest.json")
+    names = {candidate["name"] for candidate in result["candidates"]}
+    assert {"fp32", "ours", "fp32, openvino_cpu", "int8 blanket, openvino_cpu", "ours, openvino_cpu"} <= names
+    assert (manifest["runtime"]["name"], manifest["machine"]["backend"]) == ("openvino", "openvino_cpu")
+    assert result["latency"]["ratio"] == 0.01
+    assert result["latency"]["reference"] == "uncut-float.onnx"
+    assert "ours, openvino_cpu" in (out / "report.html").read_text("utf-8")
+    assert verify(out / "bundle", None, OpenvinoCpu()).problems == ()
+    assert script(out / "bundle", "--check").stdout.splitlines()[-1] == "samples reproduced: True"
+
+
+@pytest.mark.usefixtures("brief")
+def test_without_openvino_a_cpu_has_the_files_of_one_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenvinoCpu, "availability", lambda self: "OpenVINO cannot be imported.")
+    out = run("apply", tmp_path / "run", "--plan", "uniform:keep=0.5", target="cpu")
+    names = [candidate["name"] for candidate in read(out / "result.json")["candidates"]]
+    assert {*names} <= {"fp32", "int8 blanket", "int8 placed", "ours"}
+    assert read(out / "bundle/manifest.json")["runtime"] == {"name": "onnxruntime", "options": {}}
+    assert not (out / "files-openvino_cpu").exists()
 
 
 def test_doctor_says_how_to_get_openvino_and_what_for(monkeypatch: pytest.MonkeyPatch) -> None:

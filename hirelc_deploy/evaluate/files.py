@@ -39,9 +39,17 @@ class Files:
         machine: Of the target: what was timed counts only there.
     """
 
-    def __init__(self, uncut: UncutModel, backend: Backend, run: Run, threads: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        uncut: UncutModel,
+        backend: Backend,
+        run: Run,
+        threads: int,
+        progress: Progress,
+        folder: str = "files",
+    ) -> None:
         self.backend, self.run, self.threads = backend, run, threads
-        self.folder = run.directory / "files"
+        self.folder = run.directory / folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = fingerprint(describe(backend))
         self.writer = Writer(uncut, backend, self.folder)

@@ -15,8 +15,8 @@ from hirelc_deploy.measure.worker import hardware
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
 WHAT_FOR = {
-    "openvino_cpu": "It may be faster than ONNX Runtime on this CPU: pip install 'hirelc-deploy[openvino]', then "
-    "--target openvino."
+    "openvino_cpu": "It may be faster than ONNX Runtime on this CPU: pip install 'hirelc-deploy[openvino]', and the "
+    "last race of --target cpu has its files; --target openvino searches in it."
 }
 """What a person whose machine lacks the runtime of a backend would have of it."""
 

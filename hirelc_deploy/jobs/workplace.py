@@ -30,7 +30,7 @@ from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.machine import describe
-from hirelc_deploy.measure.targets import find_target, open_target
+from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
@@ -142,6 +142,7 @@ def open_workplace(
         jobs=jobs,
         evaluators=evaluators,
         rounds=config.search.precisions,
+        others=open_others(target),
     )
     return Workplace(config, pipeline, run, source, fitted.record, command)
 

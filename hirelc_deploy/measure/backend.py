@@ -126,7 +126,14 @@ class TimingProcess(Protocol):
         """
 
 
-class Backend(Protocol):
+class Timer(Protocol):
+    """What can time files."""
+
+    def open_timing(self, files: Sequence[Path], threads: int, seed: int) -> AbstractContextManager[TimingProcess]:
+        """Start one timing process, warmed up (20 runs of each file), garbage collection off."""
+
+
+class Backend(Timer, Protocol):
     """A runtime on a device. One module, one entry point in the group `hirelc_deploy.backends`."""
 
     name: str
@@ -142,9 +149,6 @@ class Backend(Protocol):
 
     def build(self, model: Path, threads: int = 1) -> Runner:
         """Load a file; raises `ExportError` with the runtime's own words when it refuses."""
-
-    def open_timing(self, files: Sequence[Path], threads: int, seed: int) -> AbstractContextManager[TimingProcess]:
-        """Start one timing process, warmed up (20 runs of each file), garbage collection off."""
 
 
 @runtime_checkable
