@@ -27,8 +27,8 @@ class CompressionPlan:
         precision: Layer name to `int8`, `float` or, for Linear layers, `int4` (weights in four bits, float
             activations); a layer not named takes `default_precision`.
         default_precision: `int8`, `float`, or `auto` (placed by measurement on the target).
-        pattern: Which operators around integer layers are integer too, a key of `quantize.PATTERNS`; the measured
-            placement's where it is empty.
+        pattern: Which operators around integer layers are integer too, a key of `quantize.PATTERNS`, for some
+            targets with `+bf16` behind it; the measured placement's where it is empty.
         trained_rounding: The recovery rounds as the integer file does, so that the weights get used to it.
     """
 

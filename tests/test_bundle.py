@@ -24,7 +24,7 @@ from hirelc_deploy.compress.integer.quantize import quantize
 from hirelc_deploy.compress.onnx_file.export import export_onnx
 from hirelc_deploy.compress.slicing import keep_indices, slice_model, uniform_plan
 from hirelc_deploy.deliver.bundle import BundleContents, stored_images, targets_record, write_bundle
-from hirelc_deploy.deliver.read import MANIFEST, files_of, load
+from hirelc_deploy.deliver.read import MANIFEST, RUNTIME, files_of, load
 from hirelc_deploy.deliver.verify import verify
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
@@ -137,6 +137,15 @@ def script(bundle: Path, *arguments: object, cwd: Path | None = None) -> subproc
     )
 
 
+def imported_by(tree: ast.Module) -> set[str]:
+    return {
+        name.name if isinstance(node, ast.Import) else str(node.module)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+
+
 def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((bundle / MANIFEST).read_text())
     edit(manifest)
@@ -155,7 +164,7 @@ def rehash(bundle: Path, name: str) -> None:
 
 def test_a_bundle_holds_its_files_and_their_hashes(made: Made) -> None:
     manifest = json.loads((made.directory / MANIFEST).read_text())
-    assert {path.name for path in made.directory.iterdir()} == {*files_of(2), MANIFEST}
+    assert {path.name for path in made.directory.iterdir()} == {*files_of(2), RUNTIME, MANIFEST}
     for name, entry in manifest["files"].items():
         content = (made.directory / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -208,13 +217,9 @@ def test_the_script_is_short_and_needs_only_numpy_and_onnxruntime(made: Made) ->
     source = (made.directory / "run.py").read_text()
     assert len(source.splitlines()) < 60
     tree = ast.parse(source, feature_version=(3, 8))
-    imported = {
-        name.name if isinstance(node, ast.Import) else node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in node.names
-    }
-    assert imported == {"json", "sys", "importlib", "pathlib", "numpy", "onnxruntime"}
+    assert imported_by(tree) == {"json", "sys", "importlib", "pathlib", "numpy"}
+    runtime = ast.parse((made.directory / "runtime.py").read_text(), feature_version=(3, 8))
+    assert imported_by(runtime) == {"collections.abc", "numpy", "onnxruntime"}
 
 
 def test_the_script_gives_the_accuracy_and_predictions_of_the_runner(made: Made, tmp_path: Path) -> None:

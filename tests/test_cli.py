@@ -227,6 +227,8 @@ def test_targets_and_doctor_answer_programs_and_people(capsys: pytest.CaptureFix
     findings = answer(capsys, "doctor", "--json")["findings"]
     assert all(set(finding) == {"what", "ok", "says"} for finding in findings)
     assert next(finding for finding in findings if finding["what"] == "backend onnxruntime_cpu")["ok"]
+    (processor,) = (finding for finding in findings if finding["what"] == "processor")
+    assert not processor["says"].startswith("None")
     assert "cpu" in answer(capsys, "targets")
     assert "onnxruntime" in answer(capsys, "doctor")
 

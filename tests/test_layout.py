@@ -39,7 +39,8 @@ ADAPTERS = {
     "compress/onnx_file/export.py",
     "compress/integer/nncf_engine.py",
     "together/ray_cluster.py",
-    "deliver/bundle_template/run.py",
+    "deliver/bundle_template/runtime_onnxruntime.py",
+    "deliver/bundle_template/runtime_openvino.py",
 }
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 

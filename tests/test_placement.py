@@ -6,10 +6,12 @@ import onnx
 import pytest
 import torch
 
+from hirelc_deploy.compress.integer.forms import BFLOAT, FORMS
 from hirelc_deploy.compress.integer.placement import Placement, changes, place
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
+from hirelc_deploy.measure.backend import BFLOAT_FORM
 from tests.test_quantize import write
 
 CHANGES = {"a": frozenset("a"), "b": frozenset("bB"), "c": frozenset("c")}
@@ -36,8 +38,8 @@ class Clockwork:
         ratios = [ms(path) / ms(files[0]) for path in files]
         return [SimpleNamespace(ratio=r, ratio_low=r * 0.999, ratio_high=r * 1.001) for r in ratios]
 
-    def place(self):
-        return place(self.folder / "float", CHANGES, self.build, self.time)
+    def place(self, patterns=tuple(PATTERNS)):
+        return place(self.folder / "float", CHANGES, self.build, self.time, patterns)
 
 
 def test_the_fastest_pattern_wins_where_no_change_helps(tmp_path):
@@ -46,6 +48,20 @@ def test_the_fastest_pattern_wins_where_no_change_helps(tmp_path):
     assert (found.pattern, found.float_layers) == ("weights", ())
     assert found.ratio == pytest.approx(0.4)
     assert found.candidates["all"]["ratio"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("gain", "ends"), [(0.8, (SIGMOID_GELU, BFLOAT)), (1.1, ()), (0.998, ())])
+def test_coarser_floats_are_tried_on_the_fastest_pattern_and_stay_where_they_pay(tmp_path, gain, ends):
+    def milliseconds(pattern, floats):
+        base = {"float": 10.0, "weights": 4.0}.get(pattern.removesuffix(BFLOAT).removesuffix(SIGMOID_GELU), 5.0)
+        return base * gain ** sum(end in pattern for end in (SIGMOID_GELU, BFLOAT)) + len(floats)
+
+    clock = Clockwork(tmp_path, milliseconds)
+    found = clock.place(FORMS[BFLOAT_FORM].patterns)
+    assert found.pattern == "".join(("weights", *ends))
+    assert found.ratio == pytest.approx(0.4 * gain ** len(ends))
+    with_bfloat = {path.name for path in clock.timed if BFLOAT in path.name and path.name.endswith("-")}
+    assert with_bfloat == {f"weights{''.join(ends[:1])}{BFLOAT}-"}
 
 
 def test_layers_that_are_slow_as_integers_stay_float_together(tmp_path):

@@ -17,6 +17,7 @@ from hirelc_deploy.measure.targets import (
     find_target,
     known_targets,
     new_target,
+    open_others,
     open_target,
     power_mode,
     read_targets,
@@ -54,7 +55,7 @@ def test_the_users_file_adds_targets_and_may_redefine_built_in_ones(tmp_path: Pa
 def test_the_file_is_looked_for_where_the_system_keeps_configs(tmp_path: Path) -> None:
     assert targets_file({"XDG_CONFIG_HOME": str(tmp_path)}) == tmp_path / "hirelc-deploy" / "targets.toml"
     assert targets_file({}) == Path.home() / ".config" / "hirelc-deploy" / "targets.toml"
-    built_in = {"cpu", "gpu", "jetson", "raspberrypi4", "raspberrypi5", "arm"}
+    built_in = {"cpu", "openvino", "gpu", "jetson", "raspberrypi4", "raspberrypi5", "arm"}
     assert set(known_targets({"XDG_CONFIG_HOME": str(tmp_path)})) == built_in
     (tmp_path / "hirelc-deploy").mkdir()
     (tmp_path / "hirelc-deploy/targets.toml").write_text('[mine]\nbackend = "onnxruntime_cpu"\n')
@@ -76,6 +77,9 @@ def test_the_file_is_looked_for_where_the_system_keeps_configs(tmp_path: Path) -
         ('[a]\nbackend = "onnxruntime_cpu"\nhost = "-oProxyCommand=x"\n', "line 3", "SSH name of a board"),
         ('[a]\nbackend = "onnxruntime_cpu"\nhost = ["b", "b"]\n', "line 3", "same board twice"),
         ('[a]\nbackend = "onnxruntime_cpu"\nhost = [1]\n', "line 3", "SSH name of a board"),
+        ('[a]\nbackend = "onnxruntime_cpu"\nalso = "openvino_cpu"\n', "line 3", "list of other backends"),
+        ('[a]\nbackend = "onnxruntime_cpu"\nalso = ["onnxruntime_cpu"]\n', "line 3", "list of other backends"),
+        ('[a]\nbackend = "onnxruntime_cpu"\nhost = "b"\nalso = ["openvino_cpu"]\n', "line 4", "not raced on boards"),
         ('backend = "onnxruntime_cpu"\n', "line 1", "not a table"),
     ],
 )
@@ -87,6 +91,18 @@ def test_a_wrong_file_is_refused_with_its_line(text: str, line: str, said: str, 
     assert line in message
     assert said in message
     assert environ[ENVIRONMENT_VARIABLE] in message
+
+
+def test_other_backends_are_those_that_can_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = "hirelc_deploy.testing.fake_backend:FakeBackend"
+    install(monkeypatch, first=fake, second=fake, broken="nobody:Nothing")
+    environ = environ_with(tmp_path, '[a]\nbackend = "first"\nalso = ["broken", "second"]\n')
+    target = find_target("a", environ)
+    assert target.also == ("broken", "second")
+    assert len(open_others(target)) == 1
+    monkeypatch.setattr(FakeBackend, "availability", lambda self: "it is not there.")
+    assert open_others(target) == []
+    assert open_others(Target("b", "first")) == []
 
 
 def test_a_file_that_is_named_but_missing_or_unreadable_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from hirelc_deploy.deliver.read import (
     MODEL,
     OUTPUT_KEY,
     PREPROCESS,
+    RUNTIME,
     SAMPLES,
     SCHEMA_VERSION,
     SCRIPT,
@@ -49,6 +50,11 @@ from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.decoding import decoder_options
 from hirelc_deploy.version import __version__
 
+RUNTIMES = {"openvino_cpu": "openvino"}
+"""Backend to the runtime that its bundles need beside numpy; for all others that is ONNX Runtime, on any CPU."""
+NO_OPTIONS = 'OPTIONS: "dict[str, object]" = {}'
+"""The line of a runtime's file that becomes the options of the bundle."""
+
 
 @dataclass(frozen=True)
 class BundleContents:
@@ -67,6 +73,8 @@ class BundleContents:
         sample_labels: (n,) classes of the samples, or None.
         test: Number and digest of the test images behind `measurements["accuracy"]`, or None: lets `verify` tell
             whether it was given the same images.
+        runtime: The package that runs `model_onnx`; bundle_template has a file for it.
+        options: What that runtime was told when the file was timed; see `measure.backend.Configured`.
     """
 
     model_onnx: Path
@@ -86,6 +94,8 @@ class BundleContents:
     test: Mapping[str, Any] | None = None
     task: Task = CLASSIFICATION
     task_record: Mapping[str, Any] = field(default_factory=dict)
+    runtime: str = "onnxruntime"
+    options: Mapping[str, Any] = field(default_factory=dict)
     created: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
 
 
@@ -139,9 +149,11 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
     if contents.sample_labels is not None:
         samples["labels"] = contents.sample_labels
     np.savez_compressed(folder / SAMPLES, allow_pickle=False, **samples)
+    programs = resources.files("hirelc_deploy.deliver") / "bundle_template"
     for name in (SCRIPT, INPUTS):
-        program = resources.files("hirelc_deploy.deliver") / "bundle_template" / name
-        (folder / name).write_bytes(program.read_bytes())
+        (folder / name).write_bytes((programs / name).read_bytes())
+    runtime = (programs / f"runtime_{contents.runtime}.py").read_text("utf-8")
+    (folder / RUNTIME).write_text(runtime.replace(NO_OPTIONS, f"OPTIONS = {dict(contents.options)!r}"), "utf-8")
     files = _write_task(folder, contents)
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -157,6 +169,7 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
         },
         "machine": dict(contents.machine),
         "versions": dict(contents.versions),
+        "runtime": {"name": contents.runtime, "options": dict(contents.options)},
         "files": {
             name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in files
         },
@@ -177,10 +190,11 @@ def _write_task(folder: Path, contents: BundleContents) -> tuple[str, ...]:
     }
     _write_json(folder / TASK, value)
     shutil.copyfile(task.decoder, folder / DECODER)
+    files = (*files_of(SCHEMA_VERSION), RUNTIME)
     if not task.decoder_arrays:
-        return files_of(SCHEMA_VERSION)
+        return files
     np.savez_compressed(folder / ARRAYS, allow_pickle=False, **dict(task.decoder_arrays))
-    return (*files_of(SCHEMA_VERSION), ARRAYS)
+    return (*files, ARRAYS)
 
 
 def stored_images(inputs: NDArray[np.float32], preprocess: Preprocess) -> NDArray[Any]:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
+from torch import nn
 
 from hirelc_deploy.compress.integer.guard import Guarded
 from hirelc_deploy.compress.integer.quantize import BLANKET
 from hirelc_deploy.deliver.bundle import targets_record
-from hirelc_deploy.errors import ConstraintError
+from hirelc_deploy.errors import ConstraintError, ExportError, InputError
 from hirelc_deploy.evaluate.effort import BATCH
+from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.guarded import guarded, guarded_file
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.graph.costs import kept_features, kept_share
@@ -26,6 +29,7 @@ from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Runner
 from hirelc_deploy.measure.protocol import FULL, Timing, TimingLimits, compare
+from hirelc_deploy.measure.runtimes import SideBySide
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.paired import paired_drop
@@ -37,12 +41,18 @@ class Contender:
 
     Attributes:
         guard: What the accuracy guard turned back to float, where this is the file that it made.
+        files: Of the runtime that it is for; None for that of the pipeline.
     """
 
     name: str
     path: Path
     plan: CompressionPlan
     guard: Guarded | None = None
+    files: Files | None = None
+
+    def home(self, pipeline: Pipeline) -> Files:
+        """Return what runs this file."""
+        return self.files or pipeline.files
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Delivery:
         timings: Contender name to its final timing; the reference is the uncut float file.
         best_unpruned: Name of the fastest unpruned contender.
         guard: What the accuracy guard turned back to float in the unpruned file that it made, if it made one.
+        ours: The candidate in each runtime, the pipeline's own first; empty where there was none.
     """
 
     shipped: Contender
@@ -60,22 +71,16 @@ class Delivery:
     timings: Mapping[str, Timing]
     best_unpruned: str
     guard: Guarded | None = None
+    ours: tuple[Contender, ...] = ()
 
 
 def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contender]:
-    """Return the files that can be had without cutting: float, blanket INT8, our placement, and that one guarded.
+    """Return the files that can be had without cutting: float, its 16-bit form, blanket INT8, our placement, guarded.
 
     The last is there when the drop is limited and the placed file exceeds it: trained while it is rounded, or with its
     worst layers float again, whichever is faster.
     """
-    files = [
-        Contender(
-            pipeline.files.writer.form.float_name, pipeline.files.reference, CompressionPlan(default_precision="float")
-        ),
-        Contender("int8 blanket", pipeline.files.blanket, CompressionPlan(default_precision="int8")),
-    ]
-    if pipeline.files.placement.pattern != BLANKET or pipeline.files.placement.float_layers:
-        files.append(Contender("int8 placed", pipeline.files.placed, CompressionPlan(default_precision="auto")))
+    files = [contender for each in (pipeline.files, *pipeline.others) for contender in uncut_files(pipeline, each)]
     if max_drop is not None and pipeline.data.labelled:
         try:
             plan, found = guarded(pipeline, max_drop)
@@ -94,6 +99,49 @@ def unpruned(pipeline: Pipeline, max_drop: float | None = None) -> list[Contende
     return files
 
 
+def uncut_files(pipeline: Pipeline, files: Files) -> list[Contender]:
+    """Return what one runtime makes of the uncut model without any look at its accuracy; the float file comes first."""
+    form, own = files.writer.form, None if files is pipeline.files else files
+    plan = CompressionPlan
+    found = [
+        (form.float_name, files.reference, plan(default_precision="float")),
+        ("int8 blanket", files.blanket, plan(default_precision="int8")),
+    ]
+    if files.half is not None:
+        found.append(("bf16", files.half, plan(default_precision="float", pattern=form.half_pattern)))
+    if files.placement.pattern != BLANKET or files.placement.float_layers:
+        found.append(("int8 placed", files.placed, plan(default_precision="auto")))
+    return [Contender(named(name, own), path, made, files=own) for name, path, made in found]
+
+
+def named(name: str, files: Files | None) -> str:
+    """Return what the report calls a file; the pipeline's own runtime goes without saying."""
+    return name if files is None else f"{name}, {files.backend.name}"
+
+
+def in_every_runtime(pipeline: Pipeline, candidate: Contender) -> list[Contender]:
+    """Return the candidate, and its network with its weights in the files of the other runtimes that take it."""
+    found = [candidate]
+    for files in pipeline.others:
+        try:
+            path = files.build(shipped_model(pipeline, candidate), candidate.plan, "F3")
+            files.backend.build(path, files.threads)
+        except (ExportError, InputError) as error:
+            pipeline.progress.say(f"{files.backend.name} does not take the plan: {error}")
+        else:
+            found.append(Contender(named(candidate.name, files), path, candidate.plan, files=files))
+    return found
+
+
+def shipped_model(pipeline: Pipeline, shipped: Contender) -> nn.Module:
+    """Return the float model of which the shipped file is the export."""
+    model = pipeline.cut(shipped.plan)
+    weights = pipeline.files.weights_of(shipped.plan)
+    if weights.exists():
+        model.load_state_dict(load_file(str(weights)))
+    return model.eval()
+
+
 def race(
     pipeline: Pipeline,
     candidate: Contender | None,
@@ -107,25 +155,28 @@ def race(
 
     Args:
         candidate: None when the search found nothing that keeps the limits.
-        always: Ship the candidate even if an unpruned file is faster (`apply` builds what it is told to).
+        always: Ship the candidate, in the runtime where it is fastest, even if an unpruned file is faster (`apply`
+            builds what it is told to).
         max_drop: Points that an unpruned file may lose; where the placed one loses more, a guarded one takes part.
-        keeps: Whether an unpruned file may be shipped; the candidate was judged before.
+        keeps: Whether a file may be shipped; the candidate was judged before, in the pipeline's own runtime.
 
     Raises:
         ConstraintError: There is no candidate, and no unpruned file may be shipped.
     """
-    contenders = unpruned(pipeline, max_drop) + ([candidate] if candidate else [])
+    ours = in_every_runtime(pipeline, candidate) if candidate else []
+    contenders = unpruned(pipeline, max_drop) + ours
+    clock = SideBySide({c.path: c.home(pipeline).backend for c in contenders})
     with pipeline.progress.stage("final timing"):
-        found = compare([c.path for c in contenders], pipeline.backend, threads=pipeline.threads, limits=limits)
+        found = compare([c.path for c in contenders], clock, threads=pipeline.threads, limits=limits)
     timings = {c.name: timing for c, timing in zip(contenders, found, strict=True)}
-    best = min((c for c in contenders if c is not candidate), key=lambda c: timings[c.name].ratio)
+    best = min((c for c in contenders if c not in ours), key=lambda c: timings[c.name].ratio)
     able = [c for c in contenders if c is candidate or keeps(c, timings[c.name])]
     if not able:
         raise ConstraintError("no plan keeps every limit, and no unpruned file does.")
-    fastest = min(able, key=lambda c: timings[c.name].ratio)
-    shipped = candidate if candidate is not None and always else fastest
+    wanted = [c for c in able if c in ours] if always else []
+    shipped = min(wanted or able, key=lambda c: timings[c.name].ratio)
     guard = next((c.guard for c in contenders if c.guard), None)
-    return Delivery(shipped, contenders[0], timings, best.name, guard)
+    return Delivery(shipped, contenders[0], timings, best.name, guard, tuple(ours))
 
 
 @dataclass(frozen=True)
@@ -151,7 +202,7 @@ def final_accuracy(pipeline: Pipeline, delivery: Delivery) -> SplitScores:
     images, task = pipeline.data.take_test(), pipeline.task
     with pipeline.progress.stage("test split"):
         before, after = (
-            parts_of(pipeline.backend.build(contender.path, pipeline.threads), task, images)
+            parts_of(contender.home(pipeline).backend.build(contender.path, pipeline.threads), task, images)
             for contender in (delivery.reference, delivery.shipped)
         )
         drop = paired_drop(task, before, after)

@@ -48,6 +48,8 @@ TASK, INPUTS, DECODER, ARRAYS = "task.json", "inputs.py", "decode.py", "decode.n
 that this needs, where it needs any."""
 STORED = "stored_weights"
 """Entry of a source: the weights are those that are used. In older bundles they are as the model's code keeps them."""
+RUNTIME = "runtime.py"
+"""How the runtime opens the file with the options that it was timed with; the first bundles of version 2 have none."""
 OUTPUT_KEY = "output."
 """Starts the names of outputs in the samples."""
 

@@ -14,6 +14,7 @@ import onnx
 from torch import nn
 
 from hirelc_deploy.compress.integer import placement, qat, quantize
+from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.placement import Placement
 from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
 from hirelc_deploy.evaluate.cutting import FLOAT, divergence, judged, tensors
@@ -38,9 +39,17 @@ class Files:
         machine: Of the target: what was timed counts only there.
     """
 
-    def __init__(self, uncut: UncutModel, backend: Backend, run: Run, threads: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        uncut: UncutModel,
+        backend: Backend,
+        run: Run,
+        threads: int,
+        progress: Progress,
+        folder: str = "files",
+    ) -> None:
         self.backend, self.run, self.threads = backend, run, threads
-        self.folder = run.directory / "files"
+        self.folder = run.directory / folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = fingerprint(describe(backend))
         self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations)
@@ -51,6 +60,12 @@ class Files:
     def reference(self) -> Path:
         """The uncut model in float, FP16 where TensorRT runs it: what every ratio is relative to."""
         return self._uncut_file(FLOAT)
+
+    @cached_property
+    def half(self) -> Path | None:
+        """The uncut model with 16 bits in place of `reference`'s 32; None where that is no form of the target."""
+        pattern = self.writer.form.half_pattern
+        return self._uncut_file(pattern) if pattern else None
 
     @cached_property
     def blanket(self) -> Path:
@@ -111,7 +126,7 @@ class Files:
 
     def pattern_of(self, plan: CompressionPlan) -> str:
         """Return the pattern of operators around the integer layers that a plan asks for."""
-        if plan.pattern and plan.default_precision != "float":
+        if plan.pattern and (plan.default_precision != "float" or plan.pattern == self.writer.form.half_pattern):
             return plan.pattern
         if plan.default_precision == "int8":
             return BLANKET
@@ -170,8 +185,9 @@ class Files:
             exported = self.writer.exported(model, Path(folder), equalise=False)
             batched, path = onnx.load(str(exported.batched)), Path(folder) / "integer.onnx"
             for plan in plans:
-                # Its faster Gelu rounds numbers that the model does not have.
-                pattern, precision_of = self.pattern_of(plan).removesuffix(SIGMOID_GELU), self.precision_of(plan)
+                # Its faster Gelu rounds numbers that the model does not have; bfloat16 changes no grid of integers.
+                pattern = self.pattern_of(plan).removesuffix(BFLOAT).removesuffix(SIGMOID_GELU)
+                precision_of = self.precision_of(plan)
                 if pattern == FLOAT:
                     found.append(qat.Rounding({}, {}))
                     continue

@@ -43,6 +43,7 @@ class Pipeline:
         task: What the model is for.
         uncut: What is known of the model before it is cut.
         files: Writes, runs and times files.
+        others: The same for further runtimes of the device, whose files take part in the last race.
         training: Recovers cut models.
         run: Remembers what was measured.
         jobs: Processes that judge cut models (F1) side by side, with one thread each; below 2 this process judges.
@@ -67,6 +68,7 @@ class Pipeline:
         jobs: int = 1,
         evaluators: Callable[[Callable[[str], str], int], Evaluators] = Ahead,
         rounds: bool = False,
+        others: Sequence[Backend] = (),
     ) -> None:
         """Args: `graph` and `start` as of `UncutModel` and `Training`."""
         self.data, self.backend, self.run, self.effort = data, backend, run, effort
@@ -76,6 +78,9 @@ class Pipeline:
         self.uncut = UncutModel(model, data, task, effort, self.progress, graph)
         self.model = self.uncut.model
         self.files = Files(self.uncut, backend, run, threads, self.progress)
+        self.others = tuple(
+            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}") for other in others
+        )
         roundings = lambda: tuple(self.roundings.values())  # noqa: E731
         self.training = Training(self.uncut, self.files, effort, seed, self.progress, start, roundings)
         self._begun: set[str] = set()

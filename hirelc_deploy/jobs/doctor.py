@@ -9,10 +9,16 @@ import shutil
 import sys
 from typing import Any
 
-from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.registry import installed_backends
+from hirelc_deploy.measure.worker import hardware
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
+
+WHAT_FOR = {
+    "openvino_cpu": "It may be faster than ONNX Runtime on this CPU: pip install 'hirelc-deploy[openvino]', and the "
+    "last race of --target cpu has its files; --target openvino searches in it."
+}
+"""What a person whose machine lacks the runtime of a backend would have of it."""
 
 
 def examine() -> list[dict[str, Any]]:
@@ -27,17 +33,16 @@ def examine() -> list[dict[str, Any]]:
             findings.append(_finding(package, False, f"is not installed; `pip install {package}`."))
     for entry in installed_backends():
         problem = entry.problem if entry.backend is None else entry.backend.availability()
-        findings.append(_finding(f"backend {entry.name}", problem is None, problem or "can run here."))
+        missing = " ".join(filter(None, (problem, WHAT_FOR.get(entry.name))))
+        findings.append(_finding(f"backend {entry.name}", problem is None, missing if problem else "can run here."))
         if entry.backend is not None and problem is None:
             for precision in entry.backend.precisions():
                 says = (
                     f"{precision.activation_type} activations, {precision.weight_bits}-bit weights. {precision.remark}"
                 )
                 findings.append(_finding(f"backend {entry.name}, precision {precision.name}", True, says.strip()))
-            machine = describe(entry.backend)
-            findings.append(
-                _finding("processor", True, f"{machine['cpu_model'] or 'of unknown model'}, {os.cpu_count()} cores.")
-            )
+    model = hardware()["cpu_model"] or "of unknown model"
+    findings.append(_finding("processor", True, f"{model}, {os.cpu_count()} cores."))
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     findings.append(
         _finding(

@@ -15,6 +15,7 @@ from hirelc_deploy.deliver.read import (
     INPUTS,
     MANIFEST,
     MODEL,
+    RUNTIME,
     SAMPLES,
     SHAPES,
     TASK,
@@ -34,7 +35,7 @@ from hirelc_deploy.progress import Progress
 from hirelc_deploy.strategies.baselines import STRATEGIES
 
 TO_RUN = ("run.py", "preprocess.json", "labels.json")
-TO_RUN_SINCE_2 = (TASK, INPUTS, DECODER, ARRAYS)
+TO_RUN_SINCE_2 = (TASK, INPUTS, RUNTIME, DECODER, ARRAYS)
 """Needed to run the file; bundles of version 1 have none of these, and not every task needs arrays."""
 
 EXPORTED = {

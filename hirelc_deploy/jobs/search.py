@@ -76,7 +76,7 @@ def unpruned_limits(pipeline: Pipeline, limits: Limits) -> Callable[[Contender, 
         outcome = Measured(file.plan.digest, "F2", 0.0, None, 0, 0, ratio=timing.ratio, size_bytes=size)
         points = error = 0.0
         if file.path != pipeline.files.reference:  # which is what a drop is counted from
-            drop = pipeline.files.file_drop(file.path)
+            drop = file.home(pipeline).file_drop(file.path)
             points, error = drop.points, drop_error(drop)
         return keeps_limits(limits, outcome, points, error, pipeline.files.reference_ms)
 

@@ -10,16 +10,24 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from torch import nn
 
-from hirelc_deploy.deliver.bundle import BundleContents, write_bundle
-from hirelc_deploy.deliver.race import Contender, Delivery, final_accuracy, layer_records, race, result_record, unpruned
+from hirelc_deploy.deliver.bundle import RUNTIMES, BundleContents, write_bundle
+from hirelc_deploy.deliver.race import (
+    Contender,
+    Delivery,
+    final_accuracy,
+    layer_records,
+    race,
+    result_record,
+    shipped_model,
+    unpruned,
+)
 from hirelc_deploy.deliver.samples import write_samples
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.workplace import PRINTED, RESULT, Workplace
 from hirelc_deploy.measure import accuracy
-from hirelc_deploy.measure.backend import Runner
+from hirelc_deploy.measure.backend import Configured, Runner
+from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.results.report import read_run, write_report
@@ -46,7 +54,7 @@ def deliver(
     doubt = pipeline.uncut.doubt
     warnings = [*workplace.notes, *([doubt] if doubt else [])]
     warnings += [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
-    if candidate is not None and shipped is not candidate:
+    if candidate is not None and shipped not in delivery.ours:
         warnings.append(
             f"compression did not help: {shipped.name} is at least as fast as the best plan, so it is shipped."
         )
@@ -54,7 +62,8 @@ def deliver(
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
     scores = final_accuracy(pipeline, delivery)
     record = result_record(pipeline, delivery, scores)
-    runner = pipeline.backend.build(shipped.path, pipeline.threads)
+    home = shipped.home(pipeline)
+    runner = home.backend.build(shipped.path, pipeline.threads)
     labels = pipeline.data.selection.labels
     samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
     answers = runner.infer(samples)
@@ -76,8 +85,10 @@ def deliver(
             test=scores.images,
             measurements=record,
             operators=accuracy.operators(runner, samples[:1]),
-            machine=run.machine,
-            versions=pipeline.backend.versions(),
+            machine=run.machine if shipped.files is None else describe(home.backend),
+            versions=home.backend.versions(),
+            runtime=RUNTIMES.get(home.backend.name, "onnxruntime"),
+            options=runner.options() if isinstance(runner, Configured) else {},
             command=workplace.command,
         ),
         overwrite=True,
@@ -85,7 +96,7 @@ def deliver(
     result = {
         "bundle": str(bundle),
         **record,
-        "layers": layer_records(pipeline.graph, shipped.plan, pipeline.files.precision_of(shipped.plan)),
+        "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
         "candidates": candidates(pipeline, delivery, run),
         "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
         "exports": {
@@ -106,15 +117,6 @@ def deliver(
     return {key: result[key] for key in PRINTED}
 
 
-def shipped_model(pipeline: Pipeline, shipped: Contender) -> nn.Module:
-    """Return the float model of which the shipped file is the export."""
-    model = pipeline.cut(shipped.plan)
-    weights = pipeline.files.weights_of(shipped.plan)
-    if weights.exists():
-        model.load_state_dict(load_file(str(weights)))
-    return model.eval()
-
-
 def operator_records(runner: Runner, path: Path, image: NDArray[np.float32]) -> list[dict[str, Any]]:
     """Return every operator that ran with its time; those that compute a layer carry the layer's name.
 
@@ -132,9 +134,10 @@ def candidates(pipeline: Pipeline, delivery: Delivery, run: Run) -> list[dict[st
     """Return every file of the last race, with its metric on the selection split."""
     images, targets = pipeline.uncut.selection
     task, found = pipeline.task, []
-    for contender in {c.path: c for c in (*unpruned(pipeline), delivery.shipped)}.values():
+    ours = delivery.ours if pipeline.others else ()
+    for contender in {c.path: c for c in (*unpruned(pipeline), *ours, delivery.shipped)}.values():
         timing = delivery.timings[contender.name]
-        outputs = pipeline.backend.build(contender.path, pipeline.threads).infer(images.numpy())
+        outputs = contender.home(pipeline).backend.build(contender.path, pipeline.threads).infer(images.numpy())
         found.append(
             {
                 "name": contender.name,

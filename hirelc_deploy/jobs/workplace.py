@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hirelc_deploy.compress import slicing
+from hirelc_deploy.compress.integer.forms import BFLOAT_PATTERNS
 from hirelc_deploy.compress.integer.quantize import PATTERNS
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig
@@ -30,7 +31,7 @@ from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.machine import describe
-from hirelc_deploy.measure.targets import find_target, open_target
+from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
@@ -147,6 +148,7 @@ def open_workplace(
         jobs=jobs,
         evaluators=evaluators,
         rounds=config.search.precisions,
+        others=open_others(target),
     )
     return Workplace(config, pipeline, run, source, fitted.record, command, notes)
 
@@ -239,7 +241,7 @@ def read_plan(text: str, graph: ModelGraph) -> CompressionPlan:
         plan = CompressionPlan.read(Path(text))
     try:
         slicing.check_plan(graph, plan)
-        if plan.pattern and plan.pattern not in PATTERNS:
+        if plan.pattern and plan.pattern not in (*PATTERNS, *BFLOAT_PATTERNS):
             raise InputError(f"plan: pattern {plan.pattern!r} is unknown; use {', '.join(PATTERNS)}.")
     except InputError as error:
         raise InputError(str(error).replace("plan:", f"plan {text}:", 1)) from None

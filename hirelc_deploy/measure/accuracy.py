@@ -14,6 +14,7 @@ WITHOUT_ARITHMETIC = frozenset(
     {
         *("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather", "Identity"),
         *("Expand", "Pad", "Shape", "Cast", "ReorderInput", "ReorderOutput", "QuantizeLinear", "DequantizeLinear"),
+        *("Reorder", "Convert", "FakeQuantize", "Concatenation", "StridedSlice"),  # as OpenVINO calls them
     }
 )
 """Operators that move or convert numbers. They take time, but are neither integer nor float arithmetic."""

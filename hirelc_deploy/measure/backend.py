@@ -11,8 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-ONNX_FORM, TENSORRT_FORM = "onnx", "tensorrt"
-"""float32 where nothing is integer, Q/DQ pairs with any zero point; or strongly typed: FP16, and symmetric pairs."""
+ONNX_FORM, TENSORRT_FORM, BFLOAT_FORM = "onnx", "tensorrt", "onnx-bf16"
+"""float32 where nothing is integer, Q/DQ pairs with any zero point; or strongly typed: FP16, and symmetric pairs; or as
+the first, and a file may ask for bfloat16 in what is not integer."""
+
+FLOAT_AS = "hirelc_deploy.float_as"
+"""Key in the metadata of a file of BFLOAT_FORM; the value is `bf16`."""
 
 
 Outputs = dict[str, NDArray[np.float32]]
@@ -35,8 +39,8 @@ class Precision:
         weight_type: `int8` or `float32`; `float16` and `float8` on a GPU.
         weight_bits: Bits used of the weight type; 7 where 8-bit products would saturate (x86 without VNNI).
         remark: What the user should know, in one sentence, or ``.
-        form: How the ONNX files must be written that run in it, the same for all precisions of a device: ONNX_FORM or
-            TENSORRT_FORM; compress/integer/forms.py writes them.
+        form: How the ONNX files must be written that run in it, the same for all precisions of a device: ONNX_FORM,
+            TENSORRT_FORM or BFLOAT_FORM; compress/integer/forms.py writes them.
     """
 
     name: str
@@ -122,7 +126,14 @@ class TimingProcess(Protocol):
         """
 
 
-class Backend(Protocol):
+class Timer(Protocol):
+    """What can time files."""
+
+    def open_timing(self, files: Sequence[Path], threads: int, seed: int) -> AbstractContextManager[TimingProcess]:
+        """Start one timing process, warmed up (20 runs of each file), garbage collection off."""
+
+
+class Backend(Timer, Protocol):
     """A runtime on a device. One module, one entry point in the group `hirelc_deploy.backends`."""
 
     name: str
@@ -139,9 +150,6 @@ class Backend(Protocol):
     def build(self, model: Path, threads: int = 1) -> Runner:
         """Load a file; raises `ExportError` with the runtime's own words when it refuses."""
 
-    def open_timing(self, files: Sequence[Path], threads: int, seed: int) -> AbstractContextManager[TimingProcess]:
-        """Start one timing process, warmed up (20 runs of each file), garbage collection off."""
-
 
 @runtime_checkable
 class Portable(Protocol):
@@ -153,7 +161,8 @@ class Portable(Protocol):
             `open_session(path, threads, cache)`, which raises anything to refuse a file and else returns an object with
             `infer(images)` (output name to array), `profile(image, runs)` (tuples of the fields of OperatorTime) and
             `timed_run()`, one synchronised inference of batch 1 that returns nanoseconds: wall time, and the
-            processor's own time. `cache` is a folder that lasts as long as the connection.
+            processor's own time. `cache` is a folder that lasts as long as the connection. Where files are opened with
+            options, the object also has `options`, a dictionary of JSON values.
     """
 
     name: str
@@ -161,6 +170,14 @@ class Portable(Protocol):
 
     def precisions_on(self, facts: Mapping[str, Any]) -> tuple[Precision, ...]:
         """Return what a device executes that says of itself `machine.describe`'s hardware and `facts()['runtime']`."""
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """What a Runner has whose runtime was told how to open the file."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the names and values, as the runtime calls them; JSON values."""
 
 
 @runtime_checkable

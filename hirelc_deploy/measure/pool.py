@@ -164,6 +164,10 @@ class PoolRunner:
         """Return the operator times that a free board finds."""
         return self._pool.on_a_board(lambda board: board.build(self._model, self._threads).profile(image, runs))
 
+    def options(self) -> dict[str, Any]:
+        """Return what the runtime of a free board was told when it opened the file; see Configured."""
+        return self._pool.on_a_board(lambda board: board.build(self._model, self._threads).options())
+
 
 class PoolTiming:
     """A timing process on one board, and on another from the moment that one fails."""

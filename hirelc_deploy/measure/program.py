@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import ExportError, HirelcError, InputError, TargetUnavailable
-from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Outputs, Precision, Runner, TimingProcess
+from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Outputs, Precision, TimingProcess
 from hirelc_deploy.measure.device import Device, Process, ProcessEnded, ProcessHung, Refused, SessionLost
 
 PIECE_BYTES = 32 << 20
@@ -74,7 +74,7 @@ class ProgramBackend:
         """Return the hardware, and under `runtime` what the program found out."""
         return {**self.hardware(), "runtime": self._described()["runtime"]}
 
-    def build(self, model: Path, threads: int = 1) -> Runner:
+    def build(self, model: Path, threads: int = 1) -> ProgramRunner:
         """Load a file there; raises ExportError with the runtime's own words when it refuses."""
         runner = ProgramRunner(self._bench, model, threads)
         self._bench.ask(model, threads, None)
@@ -186,6 +186,10 @@ class ProgramRunner:
         """Return the time of each operator in execution order."""
         answer, _ = self._bench.ask(self._model, self._threads, "profile", image, runs=runs)
         return [OperatorTime(*operator) for operator in answer["operators"]]
+
+    def options(self) -> dict[str, Any]:
+        """Return what the runtime was told when it opened the file; see Configured."""
+        return dict(self._bench.ask(self._model, self._threads, "options")[0]["options"])
 
     def _infer(self, images: NDArray[np.float32]) -> Outputs:
         answer, data = self._bench.ask(self._model, self._threads, "infer", images)

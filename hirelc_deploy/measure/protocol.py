@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.measure.backend import Backend, DeviceState, TimingProcess
+from hirelc_deploy.measure.backend import DeviceState, Timer, TimingProcess
 
 Verdict = Literal["reference", "faster", "slower", "same", "not told apart"]
 Clock = Literal["cpu", "wall"]
@@ -130,7 +130,7 @@ class Timing:
 
 def compare(
     files: Sequence[Path],
-    backend: Backend,
+    backend: Timer,
     *,
     threads: int = 1,
     limits: TimingLimits = FULL,

@@ -39,8 +39,9 @@ AGREEMENT = 0.05
 LAYER, BORDER = "layer/", "border/"
 """Prefixes of the names of nodes that count, and of conversions between float and integer at the file's two ends, which
 do not: inside a network the neighbours speak the same format."""
-CONVERSIONS = frozenset({"Transpose", "ReorderInput", "ReorderOutput"})
-"""What a runtime itself adds at the ends to turn images into the layout of its convolutions, and back."""
+CONVERSIONS = frozenset({"Transpose", "ReorderInput", "ReorderOutput", "Reorder"})
+"""What a runtime itself adds at the ends to turn images into the layout of its convolutions, and back; OpenVINO says
+Reorder."""
 REFORMAT = "Reformat"
 """The same in TensorRT, which has an operator of its own for it, so that no layer's own moves are meant."""
 

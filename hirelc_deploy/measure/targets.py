@@ -27,7 +27,7 @@ from hirelc_deploy.measure.remote import FOLDER, Board
 from hirelc_deploy.together.ray_cluster import installed
 
 ENVIRONMENT_VARIABLE = "HIRELC_DEPLOY_TARGETS"
-KEYS = ("backend", "host", "via", "threads", "precisions", "power_mode", "python", "folder", "description")
+KEYS = ("backend", "also", "host", "via", "threads", "precisions", "power_mode", "python", "folder", "description")
 ARM = ("aarch64", "arm64")
 HOST = re.compile(r"[^-\s]\S*\Z")
 """The SSH name of a board; one that starts with a dash would be an option of ssh."""
@@ -42,6 +42,7 @@ class Target:
         source: Where it was defined: `built in` or a file.
         hosts: SSH names of boards; several are a pool of equal ones. Empty for this machine.
         via: For each of `hosts` the Ray node that it hangs on, empty where it is reached from this machine.
+        also: Backends whose files take part in the last race, where their runtimes are there; not on boards.
         remote: Whether the device is meant to be another machine, so that without a host there is none.
         power_mode: What the device must run in: the number of a Jetson's nvpmodel, or the name of a CPU governor.
         python: Command of the Python on the board that has the runtime.
@@ -60,6 +61,7 @@ class Target:
     python: str = "python3"
     folder: str = FOLDER
     via: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def ssh(self, host: str) -> tuple[str, ...]:
         """Return the command that stands for `ssh` to one of the hosts."""
@@ -68,7 +70,13 @@ class Target:
 
 
 BUILT_IN = (
-    Target("cpu", "onnxruntime_cpu", description="this machine's CPU, one thread, ONNX Runtime"),
+    Target(
+        "cpu",
+        "onnxruntime_cpu",
+        description="this machine's CPU, one thread, ONNX Runtime; OpenVINO in the last race, where it is there",
+        also=("openvino_cpu",),
+    ),
+    Target("openvino", "openvino_cpu", description="this machine's CPU, one thread, OpenVINO"),
     Target("gpu", "tensorrt_gpu", description="this machine's NVIDIA GPU, TensorRT"),
     Target(
         "jetson",
@@ -151,6 +159,13 @@ def open_target(target: Target, say: Callable[[str], None] = print_to_stderr) ->
         raise TargetUnavailable(f"target {target.name!r}: {reason}")
     target_precisions(target, backend)
     return backend
+
+
+def open_others(target: Target) -> list[Backend]:
+    """Return the target's further backends that can run on this machine; what is missing, `doctor` says."""
+    installed_here = {one.name: one.backend for one in installed_backends() if one.name in target.also}
+    found = [installed_here.get(name) for name in target.also]
+    return [backend for backend in found if backend is not None and backend.availability() is None]
 
 
 def _backend_of(target: Target, say: Callable[[str], None]) -> Backend:
@@ -274,6 +289,7 @@ def new_target(
         folder=folder or FOLDER,
         threads=threads or profile.threads,
         source="the command line",
+        also=(),
         via=_for_each(via, hosts),
     )
 
@@ -330,6 +346,7 @@ def _table(target: Target) -> str:
     hosts: str | list[str] = list(target.hosts) if len(target.hosts) > 1 else "".join(target.hosts)
     values = {
         "backend": target.backend,
+        "also": list(target.also),
         "host": hosts,
         "via": target.via[0] if len({*target.via}) == 1 else list(target.via),
         "threads": target.threads,
@@ -425,11 +442,14 @@ def _target(name: str, table: Any, path: Path, text: str) -> Target:
     nodes = [via] if isinstance(via, str) else via
     if not isinstance(nodes, list) or not all(isinstance(one, str) for one in nodes) or not _fits(nodes, hosts):
         raise wrong("via", f"via is {via!r}; give the name of a Ray node for all hosts, or a list with one for each")
-    texts = {"description": "", "power_mode": "", "python": "python3", "folder": FOLDER}
-    for key, default in texts.items():
-        texts[key] = table.get(key, default)
-        if not isinstance(texts[key], str):
-            raise wrong(key, f"{key} is {texts[key]!r}; give a text")
+    also = table.get("also", [])
+    others = [one for one in backends if one != backend and not hosts]
+    if not isinstance(also, list) or not all(one in others for one in also):
+        known = ", ".join(others) or "none, because runtimes are not raced on boards"
+        raise wrong("also", f"also is {also!r}; give a list of other backends: {known}")
+    texts = {"description": "", "power_mode": "", "python": "python3", "folder": FOLDER} | table
+    if odd := [key for key in ("description", "power_mode", "python", "folder") if not isinstance(texts[key], str)]:
+        raise wrong(odd[0], f"{odd[0]} is {texts[odd[0]]!r}; give a text")
     return Target(
         name,
         backend,
@@ -442,6 +462,7 @@ def _target(name: str, table: Any, path: Path, text: str) -> Target:
         python=texts["python"],
         folder=texts["folder"],
         via=_for_each(nodes, hosts),
+        also=tuple(also),
     )
 
 

@@ -329,6 +329,8 @@ class Bench:
             return {}, b""
         if what == "load":
             return {"seconds_per_round": self.load(runtime, header), "state": state(self.root)}, b""
+        if what == "options":
+            return {"options": getattr(self.built, "options", {})}, b""
         answers = {"infer": self._infer, "profile": self._profile, "rounds": self._rounds}
         if what not in answers:
             raise Refusal("protocol", f"unknown request {what!r}")

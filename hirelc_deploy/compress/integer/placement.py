@@ -2,8 +2,9 @@
 
 Blanket INT8 is a gamble, because a float layer between integer ones costs conversions and an integer layer may have no
 fast kernel. So whole files are timed: first the exact patterns of `quantize`, then the fastest of them with the faster
-Gelu, where the network has one, then the first few layers and every class of equal layers the other way round. Pieces
-do not add up; what is chosen was timed as a whole. Where the clock does not tell files apart, their answers do.
+Gelu, where the network has one, and with bfloat16, where the device multiplies it, then the first few layers and every
+class of equal layers the other way round. Pieces do not add up; what is chosen was timed as a whole. Where the clock
+does not tell files apart, their answers do.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
+from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
 from hirelc_deploy.measure.protocol import MARGIN, Timing
@@ -26,6 +28,9 @@ FIRST_LAYERS = 4
 
 LEAST_GAIN = 0.005
 """A change is taken only when the whole interval of its time is below the time without it by this share."""
+
+COARSER = (SIGMOID_GELU, BFLOAT)
+"""Ends of the names of patterns whose float part is approximated: tried, in this order, on the fastest exact one."""
 
 IN_FLOAT = " in a float file"
 """Ends the name of a change to a float file, where the fastest pattern is slower than that."""
@@ -45,7 +50,7 @@ class Placement:
     """What becomes integer in the fastest file.
 
     Attributes:
-        pattern: A key of `quantize.PATTERNS`, or of `export_tensorrt.PATTERNS`.
+        pattern: Of the patterns of the target's form.
         float_layers: Weight layers that stay float although the pattern would make them integer.
         ratio: Time of that file / time of the float file.
         candidates: What else was timed: its name to `ratio`, `ratio_low`, `ratio_high` against the float file for
@@ -122,18 +127,19 @@ def place(
     """
     candidates: dict[str, dict[str, float]] = {}
     files: dict[bytes, tuple[str, Path]] = {}
-    for pattern in (name for name in patterns if not name.endswith(SIGMOID_GELU)):
+    for pattern in (name for name in patterns if not name.endswith(COARSER)):
         path = build(pattern, frozenset())
         files.setdefault(path.read_bytes(), (pattern, path))
     found = time([reference, *(path for _, path in files.values())])
     for (pattern, _), timing in zip(files.values(), found[1:], strict=True):
         candidates[pattern] = _summary(timing)
     best = min(candidates, key=lambda name: candidates[name]["ratio"])
-    faster = f"{best}{SIGMOID_GELU}"
-    if faster in patterns and (path := build(faster, frozenset())).read_bytes() not in files:
-        timing = time([build(best, frozenset()), path])[1]
-        candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
-        best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
+    for end in COARSER:
+        faster = f"{best}{end}"
+        if faster in patterns and (path := build(faster, frozenset())).read_bytes() not in files:
+            timing = time([build(best, frozenset()), path])[1]
+            candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
+            best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
     starts = {"": frozenset[str]()}
     if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
         starts = {IN_FLOAT: frozenset[str]().union(*tried.values()), **starts}
@@ -147,7 +153,7 @@ def place(
     if divergence is not None:
         others = [(best, floats | layers) for name, layers in tried.items() if _may_be_as_fast(candidates[name], 1.0)]
         if not floats:  # as the patterns were timed
-            exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(SIGMOID_GELU))
+            exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(COARSER))
             limit = candidates[best]["ratio"]
             others += [(name, floats) for name in sorted(exact) if _may_be_as_fast(candidates[name], limit)]
         best, floats, more = _nearest((best, floats), others, build, time, divergence)

@@ -26,7 +26,7 @@ from hirelc_deploy.compress.onnx_file import constant_factors, rewrite
 from hirelc_deploy.compress.onnx_file.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
 from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of
 from hirelc_deploy.errors import ExportError, InputError
-from hirelc_deploy.measure.backend import Precision
+from hirelc_deploy.measure.backend import FLOAT_AS, Precision
 from hirelc_deploy.plan import LAYER_PRECISIONS
 
 
@@ -424,8 +424,8 @@ def _tensor_ranges(
 def strip_for_shipping(path: Path) -> dict[str, str]:
     """Rewrite a file without the bytes that no runtime needs and return node name to layer name for its manifest.
 
-    Names become numbers, equal constants are kept once, zero points of biases (zero, as ONNX assumes) go,
-    and so do doc strings, metadata, inferred shapes and unused operator sets. Outputs do not change by a bit.
+    Names become numbers, equal constants are kept once, zero points of biases (zero, as ONNX assumes) go, and so do
+    doc strings, metadata other than FLOAT_AS, inferred shapes and unused operator sets. Outputs do not change by a bit.
     """
     proto = onnx.load(str(path))
     graph = proto.graph
@@ -469,6 +469,7 @@ def strip_for_shipping(path: Path) -> dict[str, str]:
         opset_imports=[opset for opset in proto.opset_import if opset.domain in domains],
         ir_version=proto.ir_version,
     )
+    slim.metadata_props.extend(entry for entry in proto.metadata_props if entry.key == FLOAT_AS)
     path.write_bytes(slim.SerializeToString())
     return node_layers
 

@@ -1,7 +1,7 @@
 """Predict: `python run.py PICTURE|IMAGES.npy|DATA.npz ...`, or run the stored samples again: `python run.py --check`.
 
-Needs Python 3.8, numpy and onnxruntime; Pillow for pictures and for images of another size than the model's input.
-Masks are written beside their pictures. In a program of yours, use inputs.py and decode.py as this file does.
+Needs Python 3.8, numpy and what runtime.py imports; Pillow for pictures and for images of another size than the model's
+input. Masks are written beside their pictures. In a program of yours, use inputs.py, runtime.py and decode.py as here.
 """
 
 import json
@@ -10,23 +10,21 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 HERE, sys.dont_write_bytecode = Path(__file__).resolve().parent, True  # a bundle stays what its manifest says
 sys.path.insert(0, str(HERE))
-INPUTS, DECODER = (import_module(name) for name in ("inputs", "decode"))
+INPUTS, RUNTIME, DECODER = (import_module(name) for name in ("inputs", "runtime", "decode"))
 TASK = json.loads((HERE / "task.json").read_text("utf-8"))
 ARRAYS = dict(np.load(HERE / "decode.npz")) if (HERE / "decode.npz").exists() else {}
 decode = getattr(DECODER, TASK["decoder"].get("decode") or "decode")
 line = getattr(DECODER, "line", lambda result: json.dumps(result, default=lambda array: array.tolist()))
 
 try:
-    session = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
+    model = RUNTIME.open_model(str(HERE / "model.onnx"))
     for path in sys.argv[1:] or ["--check"]:
         data = INPUTS.read(str(HERE / "samples.npz") if path == "--check" else path)
-        rows = [session.run(names, {"input": INPUTS.model_input(image)}) for image in data["images"]]
-        outputs = {name: np.concatenate(parts) for name, parts in zip(names, zip(*rows))}  # noqa: B905
+        rows = [model(INPUTS.model_input(image)) for image in data["images"]]
+        outputs = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         results = decode(outputs, TASK["decoder"], ARRAYS)
         for number, result in enumerate(results):
             print(line(result))
