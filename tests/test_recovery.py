@@ -163,6 +163,21 @@ def test_the_teacher_answers_each_picture_once():
     assert not torch.equal(first["output"], other["output"])
 
 
+@pytest.mark.parametrize(("weight", "views"), [(0.0, {0, 1}), (300.0, {0, 1, 2, 3})])
+def test_every_epoch_has_pictures_of_its_own_unless_the_teachers_answers_are_kept(weight, views):
+    seen = set()
+
+    class Watched(Pictures):
+        def views(self, indices: np.ndarray, view: int) -> Tensor:
+            seen.add(view)
+            return super().views(indices, view)
+
+    teacher = Teacher(small_net(), Watched(), 2, CPU)
+    recipe = Recovery(epochs=4, batch_size=16, feature_weight=weight)
+    fine_tune(small_net(), teacher, recipe, seed=1, progress=QUIET, reads={"3": np.arange(16)})
+    assert seen == views
+
+
 def test_fine_tuning_brings_the_student_nearer_to_its_teacher_and_repeats_exactly():
     pictures, uncut = Pictures(), small_net()
     x = pictures.batch(np.arange(64))

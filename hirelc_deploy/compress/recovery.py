@@ -111,7 +111,8 @@ class Recovery:
         feature_weight: Weight of matching what the teacher's layers read (Romero et al. 2015, FitNets); 0 for answers
             alone. KL divergence on the selection split at weights of 30, 100, 300 and 1000: 0.037, 0.028, 0.027, 0.027
             for ResNet-18 cut to a sixteenth of its time, 0.4 epochs of CIFAR-10. The demo needs half as many epochs.
-        views: Distinct augmented pictures of each image; a teacher of which only answers are asked gives them once.
+        views: Distinct augmented pictures of each image where the teacher's answers to them are kept; elsewhere every epoch
+            has its own.
         weights_ema: Decay per step of the averaged weights that are kept at the end; 0 keeps the last ones.
     """
 
@@ -149,14 +150,16 @@ class Teacher:
         """Return the answers to `pictures`, which are view `view` of the images at `indices`.
 
         Args:
-            afresh: Run the model even where its answer is known: something else in it is being watched.
+            afresh: Run the model even where its answer is known, and keep nothing.
         """
         table = self._answers.get(view)
         known = {} if table is None else {name: values[indices] for name, values in table.items()}
         if not afresh and known and not any(bool(values.isnan().any()) for values in known.values()):
             return {name: values.to(self.device) for name, values in known.items()}
         with torch.no_grad(), half_precision(self.device):
-            fresh = {name: values.float() for name, values in named(self.model(pictures)).items()}
+            fresh = _answers(self.model, pictures)
+        if afresh:
+            return fresh
         if table is None:
             wanted = sum(values[:1].nbytes for values in fresh.values()) * len(self.images)
             if self._kept_bytes + wanted > KEPT_ANSWERS:
@@ -239,6 +242,7 @@ def fine_tune(
     averaged = copy.deepcopy(student) if recovery.weights_ema else None
     order = torch.empty(0, dtype=torch.long)
     match = FeatureMatch(student, teacher.model, reads if recovery.feature_weight and not teacher.dense else {})
+    afresh = match.watches or teacher.dense  # features are not kept, and dense answers would take much memory
     training = _Training(steps, student, averaged, optimizer, match.variances)
     first = training.resume(begun) if begun else 0
     for _ in range(math.ceil(first / per_epoch)):
@@ -248,9 +252,9 @@ def fine_tune(
         if position == 0:
             order = torch.randperm(len(images), generator=generator)
         indices = order[position * batch_size : (position + 1) * batch_size]
-        view = epoch % teacher.views
+        view = epoch if afresh else epoch % teacher.views
         pictures = images.views(indices.numpy(), view).to(device, memory_format=torch.channels_last)
-        answers = teacher.answers(indices, view, pictures, afresh=match.watches)
+        answers = teacher.answers(indices, view, pictures, afresh=afresh)
         scale = min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * scale
@@ -293,7 +297,7 @@ def norms_stand_still(student: nn.Module, teacher: Teacher, batch_size: int) -> 
     whole = len(order) // batch_size * batch_size
     for indices in order[:whole].split(batch_size)[:LIKE_BATCHES]:
         pictures = teacher.images.views(indices.numpy(), 0).to(teacher.device, memory_format=torch.channels_last)
-        wanted = teacher.answers(indices, 0, pictures)
+        wanted = teacher.answers(indices, 0, pictures, afresh=True)
         moved += float(teacher.task.divergence(wanted, _answers(by_batch, pictures)).sum())
         cut += float(teacher.task.divergence(wanted, _answers(student.eval(), pictures)).sum())
     return moved > LIKE * cut
