@@ -111,8 +111,8 @@ class Recovery:
         feature_weight: Weight of matching what the teacher's layers read (Romero et al. 2015, FitNets); 0 for answers
             alone. KL divergence on the selection split at weights of 30, 100, 300 and 1000: 0.037, 0.028, 0.027, 0.027
             for ResNet-18 cut to a sixteenth of its time, 0.4 epochs of CIFAR-10. The demo needs half as many epochs.
-        views: Distinct augmented pictures of each image where the teacher's answers to them are kept; elsewhere every epoch
-            has its own.
+        views: Distinct augmented pictures of each image where the teacher's answers to them are kept; elsewhere every
+            epoch has its own.
         weights_ema: Decay per step of the averaged weights that are kept at the end; 0 keeps the last ones.
     """
 
