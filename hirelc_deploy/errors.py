@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-
-LEAST_ROOM = 2**20
-"""Bytes below which a disk counts as full: libraries say of a file that did not fit that it is broken."""
 
 COMMAND = "\n  "
 """What stands in a message before a command that helps; the command line shows it on a line of its own."""
@@ -59,7 +55,7 @@ def fullest(folders: Iterable[Path]) -> tuple[Path, int]:
     return folder, free[folder]
 
 
-def check_room(folder: Path) -> None:
-    """Raise OSError where the disk of a folder is full, for libraries that write and do not say so."""
-    if fullest([folder])[1] < LEAST_ROOM:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError where a file of so many bytes cannot be written in a folder, for libraries that do not say so."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(size))

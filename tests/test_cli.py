@@ -183,7 +183,7 @@ def test_ctrl_c_says_that_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_inspect_says_what_can_be_cut_and_why_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = answer(capsys, "inspect", "--model", "net.py:net", "--input-size", "3,8,8", "--json")
-    assert set(record) == {"model", "input_size", "params", "macs", "blocks", "units", "kept_whole", "matched"}
+    assert set(record) == {"model", "input_size", "params", "macs", "blocks", "units", "kept_whole", "matched", "notes"}
     assert record["params"] == 3 * 8 * 9 + 8 + 2 * 8 + 8 * 8 * 9 + 8 + 8 * 2 + 2
     assert record["macs"] == 64 * 3 * 8 * 9 + 16 * 8 * 8 * 9 + 8 * 2
     keys = {"name", "kind", "size", "block", "widths", "branch", "params", "macs", "bytes"}

@@ -393,15 +393,16 @@ def _optimised(proto: ModelProto) -> ModelProto:
         options.optimized_model_filepath = str(target)
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
+        file = proto.SerializeToString()
         try:
-            onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's exception classes share no base below Exception
-            check_room(Path(folder))
+            check_room(target.parent, len(file))
             raise ExportError(f"ONNX Runtime refuses the model ({_reason(error)})") from None
         try:
             return onnx.load(str(target))
         except (DecodeError, OSError):  # ONNX Runtime does not say that a file did not fit
-            check_room(Path(folder))
+            check_room(target.parent, len(file))
             raise
 
 
