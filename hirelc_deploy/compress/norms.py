@@ -1,4 +1,4 @@
-"""In: a cut model, the uncut one and images. Out: batch norms with statistics that fit, or kept as they are."""
+"""In: a cut model, the uncut one and images. Out: batch norms with statistics that fit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 NORM = nn.modules.batchnorm._BatchNorm
+"""Batch norms of all kinds; torch has no public name for what they share."""
 
 
 @torch.no_grad()

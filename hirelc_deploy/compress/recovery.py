@@ -222,7 +222,8 @@ def fine_tune(
 
     Convolutional networks with batch norm get SGD with Nesterov momentum, others AdamW at a tenth of the learning
     rate. Batch norm keeps running statistics as usual, unless `as_exported`, or unless the statistics of these batches
-    say something else than those that it has (`norms_stand_still`). Features are matched where answers are not `dense`.
+    say something else than those that it has (`norms_stand_still`); then steps are smaller (`STILL_RATE`). Features are
+    matched where answers are not `dense`.
 
     Args:
         reads: Layer name to the features of its uncut input that the student still has (`kept_inputs`).
