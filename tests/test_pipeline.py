@@ -29,6 +29,7 @@ from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.data.images import ArrayImages
 from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.jobs.search import closest_plan
 from hirelc_deploy.jobs.shipping import shipped_model
 from hirelc_deploy.measure.backend import only
 from hirelc_deploy.measure.table import LatencyTable
@@ -310,6 +311,18 @@ def test_an_unpruned_file_that_breaks_a_limit_is_not_shipped_however_fast(pipeli
     assert outcome.best_unpruned != "fp32"
     with pytest.raises(ConstraintError, match="no unpruned file does"):
         delivery.race(pipeline, None, keeps=lambda file, timing: False)
+
+
+def test_a_limit_within_the_standard_error_of_the_drop_is_said_to_need_more_images(pipeline: Pipeline):
+    plan = CompressionPlan()
+    outcome = Measured(plan.digest, "F3", 0.1, 0.9, 1, 1, ratio=0.25, size_bytes=1000)
+    found = finalists.Finalist(plan, outcome, 0.4, 1.2, keeps_limits=False)
+    says = closest_plan(pipeline, [found], 1.0)
+    assert "4.00 times faster" in says
+    assert "0.40 points (standard error 1.20)" in says
+    assert f"these {len(pipeline.data.selection)} selection images make smaller" in says
+    assert "selection images" not in closest_plan(pipeline, [found], 0.3)
+    assert closest_plan(pipeline, [], 1.0) == ""
 
 
 def test_a_size_that_the_narrowest_network_exceeds_is_refused_before_anything_is_timed(data_file: Path, tmp_path: Path):

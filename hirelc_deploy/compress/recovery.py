@@ -49,6 +49,10 @@ DENSE = 1000
 CamVid's road scenes 0.019, mIoU .645 without and 0.022, .631 with them after two epochs; blood cells 0.035, AP50 .857
 and 0.040, .835 after four; and an epoch takes two thirds of the time."""
 
+MAP_BATCH = 8
+"""Pictures of a batch where the answer is a map: each says as much as many. CamVid's road scenes, divergence after six
+epochs of 8 and of 32 pictures: 0.0162 and 0.0175 on the film that is trained on, 0.0220 and 0.0234 on one left out."""
+
 RIDGE = 1e-3
 """Added to the covariance of the kept features, as a share of their mean variance: keeps the solve stable."""
 
@@ -176,13 +180,21 @@ class Teacher:
             table[name][indices] = values.cpu()
         return fresh
 
-    @cached_property
+    @property
     def dense(self) -> bool:
         """Whether one answer says much at many places, as maps and candidates do."""
+        return any(len(shape) > 1 and math.prod(shape) >= DENSE for shape in self._shapes)
+
+    @property
+    def maps(self) -> bool:
+        """Whether one answer says much at many pixels."""
+        return any(len(shape) == 3 and math.prod(shape) >= DENSE for shape in self._shapes)
+
+    @cached_property
+    def _shapes(self) -> list[torch.Size]:
         picture = self.images.views(np.arange(1), 0).to(self.device, memory_format=torch.channels_last)
         with torch.no_grad():
-            answers = named(self.model(picture))
-        return any(values.ndim > 2 and values[0].numel() >= DENSE for values in answers.values())
+            return [values.shape[1:] for values in named(self.model(picture)).values()]
 
     def targets(self, indices: Tensor, view: int) -> Targets | None:
         """Return what is true of these pictures, as the task collates it; None without labels."""
@@ -237,7 +249,7 @@ def fine_tune(
     if len(images) < 2:
         raise InputError(f"recovery: the training split has {len(images)} images; fine-tuning needs at least 2.")
     generator = torch.Generator().manual_seed(seed)
-    batch_size = min(recovery.batch_size, len(images))
+    batch_size = min(MAP_BATCH if teacher.maps else recovery.batch_size, len(images))
     per_epoch = len(images) // batch_size
     steps = max(1, round(recovery.epochs * per_epoch))
     student = laid_out(student, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hirelc_deploy.config import Limits
@@ -57,15 +57,28 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
         plan = chosen.plan if chosen else None
         return deliver(workplace, plan, facts, started, keeps=keeps, max_drop=config.limits.max_drop)
     except ConstraintError as error:
-        closest = min(finalists, key=lambda f: f.drop_points, default=None)
-        found = closest and (
-            f" The closest plan is {1 / (closest.outcome.ratio or 1.0):.2f} times faster than the float file at a drop "
-            f"of {closest.drop_points:.2f} {pipeline.task.metric.unit} on the selection split; "
-            f"its file, of {closest.outcome.size_bytes:,} bytes, is {pipeline.files.file_of(closest.plan, 'F3')}."
-        )
         raise ConstraintError(
-            f"search: {error}{found or ''} Allow a larger drop, more time, more bytes or more recovery epochs."
+            f"search: {error}{closest_plan(pipeline, finalists, config.limits.max_drop)} "
+            "Allow a larger drop, more time, more bytes or more recovery epochs."
         ) from None
+
+
+def closest_plan(pipeline: Pipeline, finalists: Sequence[Finalist], max_drop: float | None) -> str:
+    """Return the sentences about the finalist that lost least, where none keeps the limits; empty without any."""
+    if not finalists:
+        return ""
+    closest, unit = min(finalists, key=lambda f: f.drop_points), pipeline.task.metric.unit
+    says = (
+        f" The closest plan is {1 / (closest.outcome.ratio or 1.0):.2f} times faster than the float file at a drop "
+        f"of {closest.drop_points:.2f} {unit} (standard error {closest.drop_error:.2f}) on the selection split; "
+        f"its file, of {closest.outcome.size_bytes:,} bytes, is {pipeline.files.file_of(closest.plan, 'F3')}."
+    )
+    if max_drop is not None and closest.drop_points <= max_drop < closest.drop_points + closest.drop_error:
+        says += (
+            " A drop must keep its limit by one standard error, which more than these "
+            f"{len(pipeline.data.selection)} selection images make smaller."
+        )
+    return says
 
 
 def unpruned_limits(pipeline: Pipeline, limits: Limits) -> Callable[[Contender, Timing], bool]:

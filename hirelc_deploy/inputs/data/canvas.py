@@ -40,6 +40,12 @@ class Canvases:
             self._kept_bytes += pixels.nbytes
         return pixels
 
+    def scaled(self, row: int, canvas: tuple[int, int]) -> Tensor:
+        """Return a picture resized to another (height, width); it is decoded anew and not kept."""
+        return resized(
+            read_image(self._pictures[row], channels=self._preprocess.input_size[0]), self._preprocess, canvas
+        )
+
     def size(self, row: int) -> tuple[int, int]:
         """Return (height, width) of the picture itself."""
         if row not in self._sizes:
@@ -47,9 +53,9 @@ class Canvases:
         return self._sizes[row]
 
 
-def resized(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    """Return (channels, height, width) uint8 pixels of the canvas, resized by Pillow."""
-    height, width = preprocess.canvas_size(image.height, image.width)
+def resized(image: Image.Image, preprocess: Preprocess, canvas: tuple[int, int] | None = None) -> Tensor:
+    """Return (channels, height, width) uint8 pixels of the canvas, or of one of another size, resized by Pillow."""
+    height, width = canvas or preprocess.canvas_size(image.height, image.width)
     if (image.height, image.width) != (height, width):
         image = image.resize((width, height), INTERPOLATIONS[preprocess.interpolation])
     return torch.from_numpy(np.array(image, np.uint8).reshape(height, width, -1).transpose(2, 0, 1).copy())

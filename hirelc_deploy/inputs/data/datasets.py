@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.canvas import resized
-from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, view_frame
+from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, scales, view_frame
 from hirelc_deploy.inputs.data.images import Images, Labels
 from hirelc_deploy.inputs.data.pictures import eight_bits
 from hirelc_deploy.inputs.data.preprocess import Preprocess
@@ -170,7 +170,7 @@ class DatasetImages:
         size = (picture.height, picture.width)
         frame = self._frame(size, view, row)
         truth = truth_of(kind, target, where, size, self._source.classes)
-        window = cut(resized(picture, self._preprocess), frame, self._preprocess.pad_value)
+        window = cut(resized(picture, self._preprocess, frame.canvas), frame, self._preprocess.pad_value)
         return normalised(window, self._preprocess), moved(kind, truth, frame, self._pairs)
 
     def _float_input(self, image: Tensor | NDArray[Any], target: Any, where: str) -> tuple[Tensor, Any]:
@@ -191,7 +191,7 @@ class DatasetImages:
     def _frame(self, size: tuple[int, int], view: int | None, row: int) -> Frame:
         if view is None:
             return frame_of(self._preprocess, size)
-        return view_frame(self._preprocess, size, self._seed, view, row, self._flips)
+        return view_frame(self._preprocess, size, self._seed, view, row, self._flips, scales(self._source.kind))
 
 
 def data_from_datasets(

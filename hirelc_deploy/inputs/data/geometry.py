@@ -20,6 +20,9 @@ from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.targets import VOID, Boxes
 from hirelc_deploy.inputs.data.views import draws
 
+SCALES = (0.75, 1.5)
+"""A view of a picture with a mask is so many times as large as the picture is judged, drawn evenly in logarithms."""
+
 Pairs = Sequence[tuple[int, int]]
 """Numbers of keypoints that change places in a mirrored picture."""
 
@@ -51,19 +54,42 @@ def frame_of(preprocess: Preprocess, picture: tuple[int, int]) -> Frame:
 
 
 def view_frame(
-    preprocess: Preprocess, picture: tuple[int, int], seed: int, view: int, row: int, flips: bool = True
+    preprocess: Preprocess,
+    picture: tuple[int, int],
+    seed: int,
+    view: int,
+    row: int,
+    flips: bool = True,
+    scaled: bool = False,
 ) -> Frame:
-    """Return the frame of a view: the window and the flip that `views.random_window` draws for it."""
+    """Return the frame of a view: the window and the flip that `views.random_window` draws for it.
+
+    Args:
+        scaled: The canvas is larger or smaller by a random factor of `SCALES`.
+    """
     plain = frame_of(preprocess, picture)
     words = draws(seed, view, torch.tensor([row]))[:, 0]
+    canvas = plain.canvas
+    if scaled:
+        low, high = np.log(SCALES)
+        factor = float(np.exp(low + (high - low) * float(words[3]) / 2**64))
+        canvas = (max(1, round(canvas[0] * factor)), max(1, round(canvas[1] * factor)))
     start = []
     for axis in (0, 1):
-        window, slack = plain.window[axis], plain.canvas[axis] - plain.window[axis]
-        reach = window // 8
-        low, high = (0, slack) if slack > 0 else (plain.start[axis] - reach, plain.start[axis] + reach)
+        window, slack = plain.window[axis], canvas[axis] - plain.window[axis]
+        reach, middle = window // 8, centred(canvas[axis], window)
+        low, high = (0, slack) if slack > 0 else (middle - reach, middle + reach)
         start.append(low + int(words[axis] % np.uint64(high - low + 1)))
     mirrored = flips and bool(words[2] % np.uint64(2) == 1)
-    return Frame(picture, plain.canvas, (start[0], start[1]), plain.window, mirrored)
+    return Frame(picture, canvas, (start[0], start[1]), plain.window, mirrored)
+
+
+def scales(kind: str) -> bool:
+    """Return whether views of pictures with such a target are also larger and smaller: what is true there stays true.
+
+    Not so a map (depths, heights change with the size). For boxes and keypoints it has not been tried.
+    """
+    return kind == "masks"
 
 
 def centred(canvas: int, window: int) -> int:

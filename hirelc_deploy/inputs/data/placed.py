@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hirelc_deploy.inputs.data.canvas import Canvases
-from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, view_frame
+from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, scales, view_frame
 from hirelc_deploy.inputs.data.pictures import Picture
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised
@@ -90,12 +90,17 @@ class PlacedImages:
     def _windows(self, indices: Indices, view: int | None) -> Tensor:
         windows = []
         for row in as_rows(indices).tolist():
-            canvas = self._canvases[row]  # decoded first: then its size is known
-            windows.append(cut(canvas, self._frame(row, view), self._preprocess.pad_value))
+            if view is None or not scales(self._kind):
+                canvas = self._canvases[row]  # decoded first: then its size is known
+                frame = self._frame(row, view)
+            else:
+                frame = self._frame(row, view)
+                canvas = self._canvases.scaled(row, frame.canvas)
+            windows.append(cut(canvas, frame, self._preprocess.pad_value))
         return normalised(torch.stack(windows), self._preprocess)
 
     def _frame(self, row: int, view: int | None) -> Frame:
         size = self._canvases.size(row)
         if view is None:
             return frame_of(self._preprocess, size)
-        return view_frame(self._preprocess, size, self._seed, view, row, self._flips)
+        return view_frame(self._preprocess, size, self._seed, view, row, self._flips, scales(self._kind))

@@ -55,11 +55,11 @@ def random_window(
 
 
 def draws(seed: int, view: int, rows: Tensor) -> NDArray[np.uint64]:
-    """Return (3, b) random words that depend on seed, view and row alone (SplitMix64, Steele et al. 2014)."""
+    """Return (4, b) random words that depend on seed, view and row alone (SplitMix64, Steele et al. 2014)."""
     keys = rows.numpy().astype(np.uint64)
     for number in (seed % 2**63, view):
         keys = _mix(keys + np.uint64(number))
-    return np.stack([_mix(keys + np.uint64(index)) for index in range(3)])
+    return np.stack([_mix(keys + np.uint64(index)) for index in range(4)])
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
