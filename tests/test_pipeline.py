@@ -265,6 +265,23 @@ def test_a_search_ships_a_plan_within_its_speed_limit(data_file: Path, tmp_path:
     assert len(counted) <= 4 * len(search.searches) + sum(len(d.options) - 1 for d in search.problem.decisions)
 
 
+def test_a_file_is_timed_longer_where_a_brief_timing_leaves_its_limit_open(data_file: Path, tmp_path: Path):
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    table = LatencyTable(pipeline.backend, None)
+    search = finalists.Search(pipeline, pipeline.run, table, Limits(speedup=2.0), SearchConfig())
+    plan = CompressionPlan()
+    outcome = pipeline.outcome(plan, "F3")
+    assert isinstance(outcome, Measured)
+    clear = replace(outcome, ratio=0.9, ratio_low=0.88, ratio_high=0.92)
+    assert search._decided(plan, clear) is clear
+    vague = replace(clear, ratio_low=0.4)
+    decided = search._decided(plan, vague)
+    assert decided.ratio == pytest.approx(outcome.ratio, rel=0.05)
+    assert (decided.loss, decided.size_bytes) == (outcome.loss, outcome.size_bytes)
+    pipeline.files.time = None  # type: ignore[assignment]
+    assert search._decided(plan, vague) == decided, "it is remembered"
+
+
 @pytest.mark.parametrize(("keeps", "trained"), [(True, 1), (False, 2)])
 def test_where_no_finalist_keeps_the_limits_a_slower_one_follows(
     data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool, trained: int

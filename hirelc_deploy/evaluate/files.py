@@ -23,7 +23,7 @@ from hirelc_deploy.evaluate.writer import Exported, Writer
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
 from hirelc_deploy.measure.machine import describe, fingerprint
-from hirelc_deploy.measure.protocol import Timing, compare
+from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
 from hirelc_deploy.outcome import Fidelity
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
@@ -220,9 +220,9 @@ class Files:
         outputs = self.backend.build(path, self.threads).infer(images.numpy())
         return judged(self._uncut.task, tensors(outputs), self._uncut.answers, targets)
 
-    def time(self, files: Sequence[Path]) -> list[Timing]:
-        """Time files against the first of them, briefly, on the target."""
-        return compare(files, self.backend, threads=self.threads, limits=self._uncut.effort.timing)
+    def time(self, files: Sequence[Path], limits: TimingLimits | None = None) -> list[Timing]:
+        """Time files against the first of them on the target, briefly unless told otherwise."""
+        return compare(files, self.backend, threads=self.threads, limits=limits or self._uncut.effort.timing)
 
     def milliseconds(self, files: Sequence[Path]) -> list[float]:
         """Return the times of files that were timed side by side."""

@@ -187,12 +187,9 @@ class Pipeline:
             value,
             cost.params,
             cost.macs,
-            median_ms=timing.median_ms,
-            ratio=timing.ratio,
-            ratio_low=timing.ratio_low,
-            ratio_high=timing.ratio_high,
             size_bytes=path.stat().st_size,
             seconds=seconds,
+            **timing.ratios,
         )
 
     def cut(self, plan: CompressionPlan) -> nn.Module:

@@ -122,6 +122,11 @@ class Timing:
     device: Mapping[str, Any] | None
     samples: Samples = field(repr=False, compare=False)
 
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The times that an `outcome.Measured` keeps, by its names for them."""
+        return {name: getattr(self, name) for name in ("median_ms", "ratio", "ratio_low", "ratio_high")}
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the samples, as JSON values."""
         value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "samples"}
