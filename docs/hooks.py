@@ -29,7 +29,7 @@ def command_line() -> str:
         "*This page answers: which commands and options are there?*",
         "Exit codes: 0 done, 1 the check says no, 2 bad input, 3 target not available, 4 the limits cannot be met, "
         "130 interrupted with results kept. One sentence on standard error says why. With `--json` standard output "
-        "holds one JSON object alone; its schema is that of `hirelc-deploy schema COMMAND` ([file formats](formats.md)).",
+        "holds one JSON object alone; `hirelc-deploy schema COMMAND` prints its schema ([file formats](formats.md)).",
     ]
 
     def describe(command: Any, name: str) -> None:
