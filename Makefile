@@ -28,7 +28,7 @@ test: .venv/tools
 	echo "test: $$(($$(date +%s) - start)) s"; exit $$code
 
 docs: .venv/tools
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "docs: site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 install: .venv/runtime
 

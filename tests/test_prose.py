@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ PAGES = sorted(DOCS.glob("*.md"))
 MOST_WORDS, MOST_LINES = 30, 120
 TERMS = (
     *("accuracy drop", "bundle", "calibration", "distillation", "divergence", "fine-tuning", "FP32, float", "INT8"),
-    *("interval", "latency", "metric", "plan", "pruning", "quantization", "speed-up", "target", "throughput", "verdict"),
+    *("interval", "latency", "metric", "plan", "pruning", "quantization", "speed-up", "target", "throughput"),
+    "verdict",
 )
 
 
@@ -71,7 +73,7 @@ def test_every_page_says_first_which_question_it_answers(page: Path) -> None:
 
 def test_the_words_of_the_field_are_explained_once() -> None:
     lines = (DOCS / "glossary.md").read_text("utf-8").splitlines()
-    terms = [before for before, line in zip(lines, lines[1:], strict=False) if line.startswith(":   ")]
+    terms = [before for before, line in itertools.pairwise(lines) if line.startswith(":   ")]
     assert len(terms) == len(set(terms))
     assert [term for term in TERMS if term not in terms] == []
     assert terms == sorted(terms, key=str.lower)

@@ -59,8 +59,9 @@ def test_the_sdist_can_be_tested_and_read(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = "pyproject.toml README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE Makefile constraints.txt mkdocs.yml"
-    assert {*wanted.split(), "tests/test_release.py", "docs/index.md", "docs/tutorial.ipynb"} <= names
+    pages = {f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")}
+    files = {"pyproject.toml", "LICENSE", "Makefile", "constraints.txt", "mkdocs.yml"}
+    assert pages | files | {"tests/test_release.py", "docs/index.md", "docs/tutorial.ipynb"} <= names
     assert not [name for name in names if name.startswith((".venv", "runs", "site", "dist"))]
 
 
