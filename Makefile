@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything on a fresh machine, the virtual environment in .venv included.
+# `make demo`, `make test` and `make docs` do everything on a fresh machine, the virtual environment in .venv included.
 #
 #   make demo PYTHON=python3.12        with another Python (3.11 or newer)
 #   make demo TORCH_ARGS="--index-url URL"
@@ -12,9 +12,10 @@ TEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 RUNTIME := numpy onnx onnxruntime onnxscript safetensors pillow pyyaml huggingface_hub typer rich jinja2 hatchling editables
-TOOLS := pytest pytest-cov pytest-timeout hypothesis ruff mypy optuna transformers pyarrow pycocotools nbconvert ipykernel
+TOOLS := pytest pytest-cov pytest-timeout hypothesis ruff mypy optuna transformers pyarrow pycocotools nbconvert ipykernel jsonschema
+DOCS := mkdocs-material mkdocstrings[python]
 
-.PHONY: demo test install
+.PHONY: demo test docs install
 
 demo: install
 	@start=$$(date +%s); $(BIN)/hirelc-deploy demo $(DEMO_ARGS); code=$$?; \
@@ -25,6 +26,9 @@ test: .venv/tools
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy && \
 	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered $(TEST_ARGS); code=$$?; \
 	echo "test: $$(($$(date +%s) - start)) s"; exit $$code
+
+docs: .venv/tools
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 install: .venv/runtime
 
@@ -43,4 +47,4 @@ install: .venv/runtime
 	touch $@ && echo "install: $$(($$(date +%s) - start)) s"
 
 .venv/tools: .venv/runtime
-	@start=$$(date +%s); $(PIP) $(TOOLS) && touch $@ && echo "install of test tools: $$(($$(date +%s) - start)) s"
+	@start=$$(date +%s); $(PIP) $(TOOLS) $(DOCS) && touch $@ && echo "install of test tools: $$(($$(date +%s) - start)) s"

@@ -218,8 +218,15 @@ def search(
         metric: `metric(outputs, targets)`, one number or one an image; or `file.py:function`.
         loss: `loss(outputs, targets)`, joined to the distillation; or `file.py:function`.
         budget: Seconds, or text such as `30m`.
-        trials, finalists, options, depth, precisions, strategy, warm_start: See `config.SearchConfig`.
-        jobs, ray: Processes, or a Ray cluster, that judge cut models side by side.
+        strategy: A name; this and the next six as in `config.SearchConfig`.
+        trials: Cut models judged per latency budget.
+        finalists: Plans recovered by training, at most.
+        options: Widths offered per unit, at most.
+        warm_start: Folder of a finished search whose agents begin here.
+        depth: Whether residual branches may be left out.
+        precisions: Whether blocks may stay float.
+        jobs: Processes that judge cut models side by side.
+        ray: Address of a Ray cluster that does.
 
     Raises:
         HirelcError: With the sentence that the command line would print.
@@ -249,7 +256,7 @@ def apply(
 
     Args:
         plan: A plan, its file, `uniform:keep=0.5,precision=int8`, or a bundle whose recovery goes on.
-        out, task, target, metric, loss: See `search`.
+        out: As in `search`, and so are `task`, `target`, `metric` and `loss`.
 
     Raises:
         HirelcError: With the sentence that the command line would print.

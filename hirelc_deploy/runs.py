@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
 import os
 import shutil
 import tomllib
@@ -232,6 +233,22 @@ class Run:
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); what was finished before is kept."
             ) from None
+
+
+def json_text(value: Any, indent: int) -> str:
+    """Return JSON that every reader takes: NaN and infinities, for which it has no word, are null."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: plain(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(inner) for inner in item]
+        if item is None or isinstance(item, bool | int | str):
+            return item
+        number = float(item)
+        return number if math.isfinite(number) else None
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import json
 import os
 import re
 import sys
@@ -135,7 +134,9 @@ def answering_on(stream: TextIO) -> Iterator[None]:
 
 def show(value: dict[str, Any], as_json: bool, text: str) -> None:
     """Print what a program reads, or what a person does."""
-    print(json.dumps(value, indent=2, default=float) if as_json else text, file=_answers[-1] if _answers else None)
+    from hirelc_deploy.runs import json_text
+
+    print(json_text(value, indent=2) if as_json else text, file=_answers[-1] if _answers else None)
 
 
 @app.callback(invoke_without_command=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -205,3 +206,32 @@ def doctor(as_json: Json = False) -> None:
         as_json,
         "\n".join(f"{'ok ' if f['ok'] else 'NO '} {f['what']}: {f['says']}" for f in findings),
     )
+
+
+@app.command()
+def schema(
+    name: Annotated[str | None, typer.Argument(help="Of a JSON file or a command; all are listed without it.")] = None,
+) -> None:
+    """Print the JSON schema of a file that this tool writes, or of what a command prints with --json.
+
+    \b
+    Example: hirelc-deploy schema result
+    """
+    from hirelc_deploy import schemas
+
+    if name is None:
+        print("\n".join(f"{one:<12} {schemas.schema(one)['description']}" for one in schemas.NAMES))
+    else:
+        print(json.dumps(schemas.schema(name), indent=2))
+
+
+@app.command()
+def skill() -> None:
+    """Print one page for coding agents: when to use which command, exit codes, and what to check.
+
+    \b
+    Example: hirelc-deploy skill > SKILL.md
+    """
+    from hirelc_deploy.schemas import skill as page
+
+    print(page(), end="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.results.staircase import stairs_of, wanted_keys
 from hirelc_deploy.results.staircase_page import staircase_page
-from hirelc_deploy.runs import write_atomic
+from hirelc_deploy.runs import json_text, write_atomic
 
 
 def profile_model(
@@ -62,7 +61,7 @@ def profile_model(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "staircase.json", json.dumps(record, indent=1))
+        write_atomic(out / "staircase.json", json_text(record, indent=1))
         write_atomic(out / "staircase.html", staircase_page(title, stairs, facts))
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); choose another folder with --out.") from None

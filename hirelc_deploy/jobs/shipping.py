@@ -31,7 +31,7 @@ from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.results.report import read_run, write_report
-from hirelc_deploy.runs import Run, write_atomic
+from hirelc_deploy.runs import Run, json_text, write_atomic
 
 SAMPLES = 8
 
@@ -112,7 +112,7 @@ def deliver(
         "warnings": warnings,
         **facts,
     }
-    write_atomic(run.directory / RESULT, json.dumps(result, indent=1, default=float) + "\n")
+    write_atomic(run.directory / RESULT, json_text(result, indent=1) + "\n")
     write_report(read_run(run.directory), run.directory / "report.html")
     return {key: result[key] for key in PRINTED}
 

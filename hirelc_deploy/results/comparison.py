@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.results.scatter import log_ticks, ticks
-from hirelc_deploy.runs import write_atomic
+from hirelc_deploy.runs import json_text, write_atomic
 from hirelc_deploy.strategies.baselines import make_strategy
 from hirelc_deploy.strategies.hierarchy import Hierarchy
 from hirelc_deploy.strategies.loop import SearchResult, run_search
@@ -297,7 +296,7 @@ def write_page(summary: Mapping[str, Any], title: str, path: Path) -> Path:
         rows=sorted(strategies.items(), key=lambda item: item[1]["best_loss_mean"]),
         curves=list(zip(curves, label_y, strict=True)),
         size=(width, height, left, right, top, bottom),
-        x_ticks=[(across(int(tick) - 1), int(tick)) for tick in ticks(1, length, count=6) if tick == int(tick)],
+        x_ticks=[(across(int(tick) - 1), int(tick)) for tick in ticks(1, max(length, 2), count=6) if tick == int(tick)],
         y_ticks=[(down(tick), f"{tick:g}") for tick in log_ticks(low, high)],
     )
     write_atomic(path, page)
@@ -306,5 +305,5 @@ def write_page(summary: Mapping[str, Any], title: str, path: Path) -> Path:
 
 def write_json(summary: Mapping[str, Any], path: Path) -> Path:
     """Write the comparison as JSON."""
-    write_atomic(path, json.dumps(summary, indent=1, default=float) + "\n")
+    write_atomic(path, json_text(summary, indent=1) + "\n")
     return path
