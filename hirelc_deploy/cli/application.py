@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from hirelc_deploy.errors import COMMAND, HirelcError, fullest
+from hirelc_deploy.errors import COMMAND, HirelcError, fullest, printable
 from hirelc_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _trouble(error: OSError, arguments: Sequence[str]) -> str:
 def fail(sentence: str, code: int) -> int:
     """Print one sentence on standard error, and below it the commands it ends in, if any; return `code`."""
     plain = re.sub("\x1b\\[[0-9;]*m", "", sentence)  # libraries colour their messages
-    first, *commands = (" ".join(part.split()) for part in plain.split(COMMAND))
+    first, *commands = (" ".join(printable(part).split()) for part in plain.split(COMMAND))
     print("\n  ".join([f"hirelc-deploy: {first}", *commands]), file=sys.stderr)
     return code
 

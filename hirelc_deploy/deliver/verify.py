@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import Message
 
 from hirelc_deploy.deliver.against import (
     Change,
@@ -267,11 +268,22 @@ def _check_weights(folder: Path) -> None:
 def _check_self_contained(model: Path) -> None:
     """Raise InputError for a model that reads other files: they would not be covered by the manifest's hashes."""
     try:
-        graph = onnx.load(str(model), load_external_data=False).graph
+        model_proto = onnx.load(str(model), load_external_data=False)
     except Exception as error:  # protobuf's errors share no narrower base that it exports
         raise InputError(f"{MODEL}: not readable as ONNX ({error}).") from None
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer):
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors_in(model_proto)):
         raise InputError(f"{MODEL}: keeps weights in other files, which nothing vouches for.")
+
+
+def _tensors_in(message: Any) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor of an ONNX model, those of attributes, subgraphs and functions too."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
+            for inner in (value,) if isinstance(value, Message) else value:
+                yield from _tensors_in(inner)
 
 
 def _check_samples(found: Outputs, expected: Outputs) -> list[str]:
@@ -337,7 +349,7 @@ def _accuracy_again(
         basis = f"on the same {count} test images"
     else:
         # 3.3 standard errors of a difference of two shares: one in a thousand honest bundles would be called wrong.
-        before = number(test.get("images")) or count
+        before = max(1.0, number(test.get("images")) or count)
         allowed = 3.3 * math.sqrt(max(claimed * (1 - claimed), 0.01) * (1 / count + 1 / before))
         basis = f"on {count} other test images than the manifest's"
         chance = f"{100 * allowed:.1f} {'points' if task.metric.scale == 100 else 'per cent'}"

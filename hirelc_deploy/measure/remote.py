@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hirelc_deploy.errors import HirelcError, TargetUnavailable
+from hirelc_deploy.errors import HirelcError, TargetUnavailable, printable
 from hirelc_deploy.measure import worker
 from hirelc_deploy.measure.device import (
+    MOST_WORDS,
     Process,
     ProcessEnded,
     ProcessHung,
@@ -38,6 +39,7 @@ from hirelc_deploy.measure.device import (
     image_bytes,
     raise_refusal,
     request_of,
+    understood,
 )
 
 FOLDER = "~/.cache/hirelc-deploy"
@@ -46,6 +48,13 @@ CHUNK_BYTES = 1 << 20
 ANSWER_SECONDS = 60.0
 """A keeper that does not answer a question of its own within this is taken for gone."""
 CONNECT_SECONDS = 30.0
+PIECE_BYTES = 1 << 18
+UNREAD_PIECES = 64
+"""What a board sends unasked waits in its pipe beyond these 16 MiB, not in our memory."""
+MOST_GREETING_BYTES = 1 << 20
+"""Of what shells and greetings print before the worker speaks."""
+MOST_EVICTIONS = 3
+"""Dead holders of a board's lock in a row; beyond that somebody else writes the lock."""
 IDLE_SECONDS = 900.0
 """Asked nothing for this long, the board takes us for dead even while the connection stands."""
 
@@ -88,7 +97,8 @@ class Line:
                 f"{host}: there is no `{command[0]}` here; install the OpenSSH client (apt install openssh-client)."
             ) from None
         self._said: list[str] = []
-        self._incoming: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._incoming: queue.Queue[bytes] = queue.Queue(UNREAD_PIECES)
+        self._is_closed = False
         self._buffer = worker.Buffer()
         self._threads = [threading.Thread(target=one, daemon=True) for one in (self._hear, self._overhear)]
         for thread in self._threads:
@@ -107,13 +117,17 @@ class Line:
     def receive(self, limit_s: float) -> tuple[dict[str, Any], bytes]:
         """Return the next frame; raises Dropped when the line ends or says nothing for `limit_s`."""
         until = time.monotonic() + limit_s
-        frame = self._buffer.feed(b"")
-        while frame is None:
-            frame = self._buffer.feed(self._next(until))
+        try:
+            frame = self._buffer.feed(b"")
+            while frame is None:
+                frame = self._buffer.feed(self._next(until))
+        except worker.Closed as nonsense:
+            raise Dropped(f"it sent {nonsense}") from None
         return frame
 
     def close(self) -> None:
         """End the connection; what runs on the board goes on."""
+        self._is_closed = True
         self.ssh.kill()
         self.ssh.wait()
         for thread in self._threads:
@@ -132,9 +146,12 @@ class Line:
             self._fail()
 
     def _skip_until(self, mark: bytes) -> None:
-        until, held = time.monotonic() + CONNECT_SECONDS, b""
+        until, held, skipped = time.monotonic() + CONNECT_SECONDS, b"", 0
         while mark not in held:
-            held += self._next(until)
+            if skipped > MOST_GREETING_BYTES:
+                raise Dropped("it greets without end and never starts the worker")
+            held = held[-len(mark) :] + self._next(until)
+            skipped += len(held)
         self._buffer.held += held.partition(mark)[2]
 
     def _next(self, until: float) -> bytes:
@@ -150,13 +167,17 @@ class Line:
         assert self.ssh.stdout is not None
         data = b"-"
         while data:
-            data = os.read(self.ssh.stdout.fileno(), 1 << 18)
-            self._incoming.put(data)
+            data = os.read(self.ssh.stdout.fileno(), PIECE_BYTES)
+            while not self._is_closed:
+                with suppress(queue.Full):
+                    self._incoming.put(data, timeout=0.2)
+                    break
 
     def _overhear(self) -> None:
-        assert self.ssh.stderr is not None
-        for line in self.ssh.stderr:
-            self._said = [*self._said[-20:], line.decode("utf-8", "replace").strip()]
+        stream = self.ssh.stderr
+        assert stream is not None
+        for line in iter(lambda: stream.readline(MOST_WORDS), b""):  # a line need not end
+            self._said = [*self._said[-20:], printable(line.decode("utf-8", "replace").strip())]
 
     def _fail(self) -> None:
         """Raise what the end of ssh means: Dropped, or TargetUnavailable where trying again is no use."""
@@ -321,14 +342,15 @@ class Board:
                         if lost_at is not None:
                             self._say(f"{self.name}: back after {time.monotonic() - lost_at:.0f} s.")
                     self._line.send(frame)
+                    until = time.monotonic() + limit_s + 30.0
                     answer, body = self._line.receive(limit_s + 30.0)
                     while answer.get("number") != self._number:
-                        answer, body = self._line.receive(limit_s + 30.0)
+                        answer, body = self._line.receive(until - time.monotonic())
                     break
                 except Dropped as dropped:
                     lost_at = self._wait_after(dropped, lost_at)
             if answer.get("code") == "disk_full":
-                self._no_room(answer["refused"])
+                self._no_room(printable(str(answer.get("refused"))[:MOST_WORDS]))
             raise_refusal(answer)
             return answer, body
 
@@ -342,7 +364,8 @@ class Board:
             offset = 0
             if len(data) > CHUNK_BYTES:  # for less, asking takes as long as sending
                 status = self.call("have", sha256=name)[0]
-                offset = len(data) if status["complete"] else min(status["size"], len(data))
+                with understood(self.name):
+                    offset = len(data) if status["complete"] else max(0, min(int(status["size"]), len(data)))
                 if status["complete"]:
                     self._stored.add(name)
                     return name
@@ -397,7 +420,14 @@ class Board:
             self._number, self._stored = 0, set()
             atexit.unregister(self.close)
             atexit.register(self.close)  # however the program ends, the board is left clean
-            self._hello = self.call("hello")[0]
+            try:
+                hello = self.call("hello")[0]
+                with understood(self.name):
+                    check_hardware(hello["hardware"])
+            except HirelcError:
+                self._forget()  # no goodbye for whom we do not understand
+                raise
+            self._hello = hello
             if self._measuring:
                 self._lock()
 
@@ -414,16 +444,17 @@ class Board:
         if "refused" not in answer:
             return line
         line.close()
-        if answer["code"] == "disk_full":
-            self._no_room(answer["refused"])
-        if answer["code"] == "folder":
+        refused, code = printable(str(answer["refused"])[:MOST_WORDS]), answer.get("code")
+        if code == "disk_full":
+            self._no_room(refused)
+        if code == "folder":
             raise TargetUnavailable(
-                f"{self.name}: {answer['refused']}. Name a folder there that can be written, in your targets.toml:\n"
+                f"{self.name}: {refused}. Name a folder there that can be written, in your targets.toml:\n"
                 '  folder = "/tmp/hirelc-deploy"'
             )
         if start:
-            raise TargetUnavailable(f"{self.name}: the worker does not start there ({answer['refused']}).")
-        restarted = answer["boot_id"] != self._hello.get("boot_id")
+            raise TargetUnavailable(f"{self.name}: the worker does not start there ({refused}).")
+        restarted = answer.get("boot_id") != self._hello.get("boot_id")
         self._forget()
         raise SessionLost("the board restarted" if restarted else "the worker there was ended")
 
@@ -464,17 +495,19 @@ class Board:
         )
 
     def _lock(self) -> None:
-        until, said = time.monotonic() + self._busy_s, False
+        until, said, evictions = time.monotonic() + self._busy_s, False, 0
         while True:
             answer, _ = self.call("lock", who=own_name())
-            if answer["locked"]:
+            if answer.get("locked"):
                 return
-            holder = answer["holder"]
-            if is_dead(holder.get("who", {})):
-                self.call("evict", token=holder["token"])
+            with understood(self.name):
+                token, who = answer["holder"].get("token"), answer["holder"].get("who", {})
+                name = printable(f"{who.get('user', 'somebody')} on {who.get('host', 'another machine')}")[:200]
+                dead = is_dead(who)
+            if dead and evictions < MOST_EVICTIONS:
+                self.call("evict", token=token)
+                evictions += 1
                 continue
-            who = holder.get("who", {})
-            name = f"{who.get('user', 'somebody')} on {who.get('host', 'another machine')}"
             if time.monotonic() > until:
                 raise TargetUnavailable(
                     f"{self.name}: {name} has been measuring there for {self._busy_s:.0f} s; try later."
@@ -519,8 +552,25 @@ class RemoteProcess:
         if answer.get("hung"):
             raise ProcessHung(f"did not answer within {limit_s:.0f} s and was ended")
         if "ended" in answer:
-            raise ProcessEnded(answer["ended"] + (f", {answer['said']}" if answer["said"] else ""))
+            words = ", ".join(str(answer[key])[:MOST_WORDS] for key in ("ended", "said") if answer.get(key))
+            raise ProcessEnded(printable(words))
         return answer, data
+
+
+def check_hardware(said: Any) -> None:
+    """Raise TypeError or KeyError unless a board's description of itself is what worker.hardware returns."""
+    texts = ("cpu_model", "os", "architecture", "python", "governor", "power_mode")
+    for key, value in said.items():
+        kind = str if key in texts else (int, float, list)
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{key} is a {type(value).__name__}")
+    if missing := {"cpu_model", "cores", "features", "architecture"} - said.keys():
+        raise KeyError(min(missing))
+    if not all(isinstance(name, str) for name in said["features"] or ()):
+        raise TypeError("features are no names")
+    for key in texts:
+        if said.get(key) is not None:
+            said[key] = printable(said[key][:MOST_WORDS])
 
 
 def own_name() -> dict[str, Any]:
@@ -537,10 +587,13 @@ def is_dead(who: dict[str, Any]) -> bool:
     """Return whether the holder of a lock was a process of this machine, since its last start, that is no more."""
     if who.get("boot_id") != worker.boot_id() or who.get("boot_id") == "unknown":
         return False
+    pid = who.get("pid")
+    if type(pid) is not int or pid <= 1:  # it is a board's word, and must not name a group of ours
+        return False
     try:
-        os.kill(who["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return False
