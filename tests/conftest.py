@@ -10,9 +10,14 @@ import pytest
 import torch
 
 from hirelc_deploy import _torchvision_guard
+from hirelc_deploy.measure import remote, worker
 
 _torchvision_guard.install()
 torch.set_num_threads(1)
+
+if any(name.startswith("COVERAGE_PROCESS") for name in os.environ):
+    # What a board runs comes through a pipe; under its file's name its lines are counted too. See coverage_boards.ini.
+    remote.BOOT = remote.BOOT.replace('"worker.py"', repr(worker.__file__))
 
 HOW_TO_GET = (
     # (words of a reason, what brings it); the first that fits is printed.

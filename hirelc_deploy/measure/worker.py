@@ -604,16 +604,16 @@ class Keeper:
             if not data:
                 raise Closed
             frame = self.incoming.feed(data)
+            while frame is not None and self.number >= 0:
+                self._hear_request(*frame)
+                frame = self.incoming.feed(b"")
         except (OSError, Closed):
             self._drop_connection()
-            return
-        if frame is None:
-            return
-        self.last_heard = time.monotonic()
-        header, body = frame
+
+    def _hear_request(self, header: dict[str, Any], body: bytes) -> None:
         if type(header.get("number")) is not int or not isinstance(header.get("do"), str):
-            self._drop_connection()  # no request of a host
-            return
+            raise Closed("no request of a host")
+        self.last_heard = time.monotonic()
         if header["number"] == self.number:  # asked again over a new connection
             if self.answer is not None:
                 self._transmit(self.answer)
@@ -843,6 +843,7 @@ def remove_if_unused(base: str) -> None:
     shutil.rmtree(os.path.join(base, "files"), ignore_errors=True)
     with contextlib.suppress(OSError):
         os.unlink(os.path.join(base, "keeper.log"))
+    with contextlib.suppress(OSError):
         os.rmdir(base)
 
 

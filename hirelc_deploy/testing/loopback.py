@@ -87,7 +87,8 @@ class LoopbackBoard:
         """
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)  # sshd asks for its folder of privilege separation
-        variables = {"HOME": str(self.home), "TMPDIR": str(self.temporary), **environment}
+        measured = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+        variables = {"HOME": str(self.home), "TMPDIR": str(self.temporary), **measured, **environment}
         lines = [
             f"ListenAddress 127.0.0.1:{self.port}",
             f"HostKey {self.host_key}",
