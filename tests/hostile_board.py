@@ -81,6 +81,8 @@ def main() -> None:
     if mode == "other numbers":
         forever(frame({"number": -1}) * 1000)
     send(frame({"number": asked["number"], "hardware": GOOD_HARDWARE, "boot_id": "b"}))
+    if mode == "never reads":
+        time.sleep(60)
     if mode == "floods":
         forever(frame({"number": 10**9}, b"") * 1000)
     while True:

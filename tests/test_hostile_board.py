@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from hirelc_deploy.cli.application import fail
 from hirelc_deploy.errors import HirelcError, TargetUnavailable
 from hirelc_deploy.measure import remote, worker
-from hirelc_deploy.measure.device import ProcessEnded
+from hirelc_deploy.measure.board_answers import check_hardware, is_dead
+from hirelc_deploy.measure.device import ProcessEnded, SessionLost
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.program import ProgramBackend
-from hirelc_deploy.measure.remote import Board, is_dead
+from hirelc_deploy.measure.remote import Board
 from hirelc_deploy.measure.targets import power_mode
 
 MOST_GROWTH_BYTES = 200 << 20
@@ -79,6 +80,16 @@ def test_what_a_board_sends_unasked_waits_in_its_pipe() -> None:
     with within(30):
         assert board.hardware()["cores"] == 4
         time.sleep(2.0)
+    board.close()
+
+
+def test_a_board_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "UNREAD_SECONDS", 0.5)
+    board = board_of("never reads")
+    board.hardware()
+    monkeypatch.setattr(Board.call, "__defaults__", (b"", -29.0))
+    with within(60), pytest.raises((TargetUnavailable, SessionLost)):
+        board.upload(bytes(5 << 20))
     board.close()
 
 
@@ -216,7 +227,7 @@ def test_any_answer_is_used_or_refused_in_one_sentence(data: st.DataObject, mode
 def test_any_description_is_taken_or_refused(said: dict[str, Any]) -> None:
     hardware = {**hostile_board.GOOD_HARDWARE, **said}
     try:
-        remote.check_hardware(hardware)
+        check_hardware(hardware)
     except (TypeError, KeyError, ValueError):
         return
     assert isinstance(power_mode(hardware), str)

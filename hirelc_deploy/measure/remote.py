@@ -13,6 +13,7 @@ import hashlib
 import os
 import queue
 import secrets
+import select
 import shlex
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from hirelc_deploy.errors import HirelcError, TargetUnavailable, printable
 from hirelc_deploy.measure import worker
+from hirelc_deploy.measure.board_answers import check_hardware, is_dead
 from hirelc_deploy.measure.device import (
     MOST_WORDS,
     Process,
@@ -48,6 +50,8 @@ CHUNK_BYTES = 1 << 20
 ANSWER_SECONDS = 60.0
 """A keeper that does not answer a question of its own within this is taken for gone."""
 CONNECT_SECONDS = 30.0
+SLOWEST_BYTES_PER_S = 1e6
+"""A large answer may take this much longer than a small one; a slower line has the time of the answer besides."""
 PIECE_BYTES = 1 << 18
 UNREAD_PIECES = 64
 """What a board sends unasked waits in its pipe beyond these 16 MiB, not in our memory."""
@@ -55,6 +59,8 @@ MOST_GREETING_BYTES = 1 << 20
 """Of what shells and greetings print before the worker speaks."""
 MOST_EVICTIONS = 3
 """Dead holders of a board's lock in a row; beyond that somebody else writes the lock."""
+UNREAD_SECONDS = 60.0
+"""Who reads nothing of what is sent for this long is taken for gone."""
 IDLE_SECONDS = 900.0
 """Asked nothing for this long, the board takes us for dead even while the connection stands."""
 
@@ -96,6 +102,8 @@ class Line:
             raise TargetUnavailable(
                 f"{host}: there is no `{command[0]}` here; install the OpenSSH client (apt install openssh-client)."
             ) from None
+        assert self.ssh.stdin is not None
+        os.set_blocking(self.ssh.stdin.fileno(), False)
         self._said: list[str] = []
         self._incoming: queue.Queue[bytes] = queue.Queue(UNREAD_PIECES)
         self._is_closed = False
@@ -120,7 +128,8 @@ class Line:
         try:
             frame = self._buffer.feed(b"")
             while frame is None:
-                frame = self._buffer.feed(self._next(until))
+                arriving = self._buffer.header[1] if self._buffer.header else 0
+                frame = self._buffer.feed(self._next(until + arriving / SLOWEST_BYTES_PER_S))
         except worker.Closed as nonsense:
             raise Dropped(f"it sent {nonsense}") from None
         return frame
@@ -139,9 +148,13 @@ class Line:
 
     def _write(self, data: bytes) -> None:
         assert self.ssh.stdin is not None
+        pipe, rest = self.ssh.stdin.fileno(), memoryview(data)
         try:
-            self.ssh.stdin.write(data)
-            self.ssh.stdin.flush()
+            while rest:
+                if not select.select([], [pipe], [], UNREAD_SECONDS)[1]:
+                    raise Dropped("it does not read what it is sent")
+                with suppress(BlockingIOError):
+                    rest = rest[os.write(pipe, rest) :]
         except OSError:
             self._fail()
 
@@ -156,6 +169,8 @@ class Line:
 
     def _next(self, until: float) -> bytes:
         try:
+            if time.monotonic() > until:  # however much there still is to read
+                raise queue.Empty
             data = self._incoming.get(timeout=max(0.001, until - time.monotonic()))
         except queue.Empty:
             raise Dropped("no answer in time") from None
@@ -345,6 +360,8 @@ class Board:
                     until = time.monotonic() + limit_s + 30.0
                     answer, body = self._line.receive(limit_s + 30.0)
                     while answer.get("number") != self._number:
+                        if time.monotonic() > until:
+                            raise Dropped("it answers what nobody asked")
                         answer, body = self._line.receive(until - time.monotonic())
                     break
                 except Dropped as dropped:
@@ -557,22 +574,6 @@ class RemoteProcess:
         return answer, data
 
 
-def check_hardware(said: Any) -> None:
-    """Raise TypeError or KeyError unless a board's description of itself is what worker.hardware returns."""
-    texts = ("cpu_model", "os", "architecture", "python", "governor", "power_mode")
-    for key, value in said.items():
-        kind = str if key in texts else (int, float, list)
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"{key} is a {type(value).__name__}")
-    if missing := {"cpu_model", "cores", "features", "architecture"} - said.keys():
-        raise KeyError(min(missing))
-    if not all(isinstance(name, str) for name in said["features"] or ()):
-        raise TypeError("features are no names")
-    for key in texts:
-        if said.get(key) is not None:
-            said[key] = printable(said[key][:MOST_WORDS])
-
-
 def own_name() -> dict[str, Any]:
     """Return who we are, for others who wait for the same board."""
     return {
@@ -581,19 +582,3 @@ def own_name() -> dict[str, Any]:
         "boot_id": worker.boot_id(),
         "pid": os.getpid(),
     }
-
-
-def is_dead(who: dict[str, Any]) -> bool:
-    """Return whether the holder of a lock was a process of this machine, since its last start, that is no more."""
-    if who.get("boot_id") != worker.boot_id() or who.get("boot_id") == "unknown":
-        return False
-    pid = who.get("pid")
-    if type(pid) is not int or pid <= 1:  # it is a board's word, and must not name a group of ours
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return False
