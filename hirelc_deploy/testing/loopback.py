@@ -170,9 +170,10 @@ def make_key(path: Path) -> None:
 def children_of(pid: int) -> list[int]:
     """Return the processes that `pid` started and that still run."""
     found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with suppress(OSError):
-            found += [int(child) for child in (task / "children").read_text().split()]
+    with suppress(OSError):  # the process may end meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                found += [int(child) for child in (task / "children").read_text().split()]
     return found
 
 
