@@ -68,14 +68,15 @@ def test_what_is_no_answer_ends_in_one_sentence(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["greets forever", "errors without end", "other numbers"])
 def test_a_board_that_never_stops_is_given_up(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CONNECT_SECONDS", 3.0)
-    monkeypatch.setattr(Board.call, "__defaults__", (b"", -28.0))  # an answer within 2 s
+    monkeypatch.setattr(Board.call, "__defaults__", (b"", 1.0, 1.0))  # an answer within 2 s
     board = board_of(mode)
     with within(90), pytest.raises(TargetUnavailable):
         board.hardware()
     board.close()
 
 
-def test_what_a_board_sends_unasked_waits_in_its_pipe() -> None:
+def test_what_a_board_sends_unasked_waits_in_its_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "GOODBYE_SECONDS", 1.0)
     board = board_of("floods")
     with within(30):
         assert board.hardware()["cores"] == 4
@@ -87,7 +88,7 @@ def test_a_board_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(remote, "UNREAD_SECONDS", 0.5)
     board = board_of("never reads")
     board.hardware()
-    monkeypatch.setattr(Board.call, "__defaults__", (b"", -29.0))
+    monkeypatch.setattr(Board.call, "__defaults__", (b"", 1.0, 0.0))
     with within(60), pytest.raises((TargetUnavailable, SessionLost)):
         board.upload(bytes(5 << 20))
     board.close()

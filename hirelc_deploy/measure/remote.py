@@ -59,6 +59,8 @@ MOST_GREETING_BYTES = 1 << 20
 """Of what shells and greetings print before the worker speaks."""
 MOST_EVICTIONS = 3
 """Dead holders of a board's lock in a row; beyond that somebody else writes the lock."""
+GOODBYE_SECONDS = 20.0
+"""Whoever closes a board waits no longer; it cleans up by itself."""
 UNREAD_SECONDS = 60.0
 """Who reads nothing of what is sent for this long is taken for gone."""
 IDLE_SECONDS = 900.0
@@ -328,7 +330,7 @@ class Board:
                 settings = self._patience_s, self._say
                 self._patience_s, self._say = min(self._patience_s, 5.0), lambda text: None
                 with suppress(HirelcError, SessionLost, Refused):
-                    self.call("bye")
+                    self.call("bye", limit_s=GOODBYE_SECONDS, grace_s=0.0)
                 self._patience_s, self._say = settings
             self._forget()
             atexit.unregister(self.close)
@@ -336,9 +338,13 @@ class Board:
     # Questions.
 
     def call(
-        self, do: str, data: bytes = b"", limit_s: float = ANSWER_SECONDS, **values: Any
+        self, do: str, data: bytes = b"", limit_s: float = ANSWER_SECONDS, grace_s: float = 30.0, **values: Any
     ) -> tuple[dict[str, Any], bytes]:
         """Ask the keeper and return its answer, over as many connections as it takes.
+
+        Args:
+            limit_s: What the keeper allows itself, or the process that it asks.
+            grace_s: How much longer we wait for the answer to arrive.
 
         Raises:
             Refused: The keeper says no.
@@ -357,8 +363,8 @@ class Board:
                         if lost_at is not None:
                             self._say(f"{self.name}: back after {time.monotonic() - lost_at:.0f} s.")
                     self._line.send(frame)
-                    until = time.monotonic() + limit_s + 30.0
-                    answer, body = self._line.receive(limit_s + 30.0)
+                    until = time.monotonic() + limit_s + grace_s
+                    answer, body = self._line.receive(limit_s + grace_s)
                     while answer.get("number") != self._number:
                         if time.monotonic() > until:
                             raise Dropped("it answers what nobody asked")
