@@ -56,7 +56,11 @@ cpu() {
 armv82="fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
 cpu cortex-a72 0xd08 "fp asimd evtstrm crc32 cpuid" # Raspberry Pi 4
 cpu cortex-a76 0xd0b "$armv82"                      # Raspberry Pi 5; like Jetson Orin's A78AE
-gcc -O2 -Wall -shared -fPIC -o "$dir/instructions.so" "$here/arm_instructions.c"
+if command -v gcc >/dev/null; then
+  gcc -O2 -Wall -shared -fPIC -o "$dir/instructions.so" "$here/arm_instructions.c"
+else
+  echo "arm_sysroot: no gcc, so python-count will not run" >&2
+fi
 for kind in "" -count; do
   {
     echo '#!/bin/sh'

@@ -28,8 +28,9 @@ from hirelc_deploy.config import (
     TaskConfig,
     parse_duration,
 )
+from hirelc_deploy.deliver.against import check_limits
 from hirelc_deploy.deliver.read import load
-from hirelc_deploy.deliver.verify import VerifyResult
+from hirelc_deploy.deliver.verify import VerifyResult, verify_against
 from hirelc_deploy.deliver.verify import verify as verify_bundle
 from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.inputs.data.datasets import data_from_datasets
@@ -334,18 +335,39 @@ def verify(
     target: str = "cpu",
     reference: str | Path | None = None,
     data_dir: str | Path | None = None,
+    against: str | Path | None = None,
+    max_drop: float | None = None,
+    max_slowdown: float | None = None,
 ) -> VerifyResult:
     """Check a bundle: hashes, integer operators, sample outputs, and with data the metric again on its test split.
 
     Args:
         reference: The uncut float file, to time the bundle against.
+        against: A baseline: an older bundle, timed side by side, or a file that `verify --json` wrote of one.
+        max_drop: Points of the metric (or its unit) that may be lost against the baseline; 1.0 where it is None.
+        max_slowdown: Per cent that the bundle may be slower than the baseline; 10 where it is None.
+
+    Returns:
+        Its `worse` says whether the bundle is worse than the baseline allows, `changes` by how much.
 
     Raises:
-        HirelcError: There is no bundle, or data or reference do not fit it.
+        HirelcError: There is no bundle or baseline, data or reference do not fit, or a limit that was given cannot be
+            judged.
     """
     given = _data(data, JobOptions(data_dir=data_dir)) if data is not None else None
-    path = Path(reference) if reference else None
-    return verify_bundle(Path(bundle), data=given, backend=open_target(find_target(target)), reference=path)
+    path, backend = Path(reference) if reference else None, open_target(find_target(target))
+    check_limits(None if against is None else Path(against), max_drop, max_slowdown)
+    if against is None:
+        return verify_bundle(Path(bundle), data=given, backend=backend, reference=path)
+    return verify_against(
+        Path(bundle),
+        Path(against),
+        given,
+        backend,
+        max_drop=max_drop,
+        max_slowdown=max_slowdown,
+        reference=path,
+    )
 
 
 def summary(record: Mapping[str, Any], out: Path) -> str:

@@ -209,10 +209,7 @@ class JobConfig:
     @classmethod
     def from_toml(cls, text: str, where: str = "config.toml") -> JobConfig:
         """Read what `to_toml` wrote or a person did; raises InputError naming `where` and the entry."""
-        try:
-            value = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{where}: not valid TOML ({error}).") from None
+        value = toml_table(text, where)
         version = value.pop("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
             raise InputError(f"{where}: schema version {version!r}, this program reads version {SCHEMA_VERSION}.")
@@ -229,6 +226,26 @@ class JobConfig:
             raise InputError(f"{path}: no such file.") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read as TOML ({error}).") from None
+
+
+def toml_table(text: str, where: str) -> dict[str, Any]:
+    """Return the table that a TOML text holds; raises InputError naming `where` for what is none.
+
+    A text may come from a stranger: it may nest without end, and hold numbers of any length, which TOML does not know.
+    """
+    try:
+        table = tomllib.loads(text)
+        _check_numbers(table)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid TOML ({error}).") from None
+    return table
+
+
+def _check_numbers(value: Any) -> None:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("a whole number of more than 64 bits")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_numbers(inner)
 
 
 def parse_duration(text: str) -> float:

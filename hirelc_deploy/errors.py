@@ -45,6 +45,11 @@ class ConstraintError(HirelcError):
     exit_code = 4
 
 
+def printable(text: str) -> str:
+    """Return a text of strangers (a board, a file) for a terminal: nothing in it can move the cursor or hide words."""
+    return "".join(one if one.isprintable() or one in "\n\t" else "?" for one in text)
+
+
 def fullest(folders: Iterable[Path]) -> tuple[Path, int]:
     """Return the folder on whose disk least is free, and how many bytes; one that is not there yet may be given."""
     free = {}

@@ -61,7 +61,32 @@ def outcome_to_dict(outcome: Outcome) -> dict[str, Any]:
 
 
 def outcome_from_dict(value: Mapping[str, Any]) -> Outcome:
-    """Rebuild an outcome written by `outcome_to_dict`; keys of a newer version are ignored."""
+    """Rebuild an outcome written by `outcome_to_dict`; keys of a newer version are ignored.
+
+    Raises:
+        KeyError, TypeError: It was not written by `outcome_to_dict`.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"an outcome is an object, found {type(value).__name__}")
     kind: type[Measured] | type[Failed] = Measured if value["kind"] == "measured" else Failed
-    names = {f.name for f in dataclasses.fields(kind)}
-    return kind(**{name: item for name, item in value.items() if name in names})
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    given = {name: item for name, item in value.items() if name in fields}
+    for name, item in given.items():
+        if name == "seconds":
+            good = isinstance(item, Mapping) and all(map(_is_number, item.values()))
+        elif name in TEXTS:
+            good = isinstance(item, str)
+        else:
+            good = _is_number(item) or (item is None and fields[name].default is None) or (name, item) == UNLABELLED
+        if not good:
+            raise TypeError(f"{name} is {item!r:.60}")
+    return kind(**given)
+
+
+TEXTS = ("plan_digest", "fidelity", "stage", "reason")
+UNLABELLED = ("accuracy", None)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a JSON value is a number of the kind that is measured; whole ones of at most 64 bits."""
+    return isinstance(value, float) or (type(value) is int and -(2**63) <= value < 2**63)

@@ -15,6 +15,8 @@ from hirelc_deploy.errors import InputError
 SCHEMA_VERSION = 1
 PRECISIONS = ("int8", "float", "auto")
 LAYER_PRECISIONS = ("int8", "int4", "float")
+LARGEST_WIDTH = 2**31 - 1
+"""What is wider is no layer."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class CompressionPlan:
         if self.default_precision not in PRECISIONS:
             raise InputError(f"plan: precision {self.default_precision!r} is unknown; use int8, float or auto.")
         for unit, width in self.keep.items():
-            if isinstance(width, bool) or not isinstance(width, int) or width < 0:
-                raise InputError(f"plan: unit {unit!r} keeps {width!r}; give a whole number of at least 0.")
+            if isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= LARGEST_WIDTH:
+                raise InputError(f"plan: unit {unit!r} keeps {width!r:.60}; give a whole number of at least 0.")
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -118,6 +120,8 @@ class CompressionPlan:
             raise InputError(f"{path}: cannot be read as a plan ({error}).") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}).") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise InputError(f"{path}: not valid JSON ({error}).") from None
 
 
 def parse_uniform(text: str) -> tuple[float, str]:

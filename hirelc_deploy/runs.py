@@ -79,7 +79,7 @@ class Run:
         self.machine = _read_machine(directory / MACHINE)
         self.trials = [_trial_from(line, where) for line, where in _lines(directory / TRIALS)]
         self._outcomes = {(t.plan.digest, t.fidelity, t.context): t.outcome for t in self.trials}
-        self._facts = {str(line["key"]): line["value"] for line, _ in _lines(directory / FACTS)}
+        self._facts = dict(_fact_from(line, where) for line, where in _lines(directory / FACTS))
 
     @classmethod
     def open(
@@ -328,7 +328,7 @@ def _whole_lines(content: bytes) -> bytes:
     last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
     try:
         json.loads(last or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return whole[: len(whole) - len(last)]
     return whole
 
@@ -341,7 +341,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(
                 f"{where}: damaged (not JSON); delete this line, or start anew in another --out."
             ) from None
@@ -353,8 +353,17 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         yield value, where
 
 
+def _fact_from(value: Mapping[str, Any], where: str) -> tuple[str, Any]:
+    if "key" not in value or "value" not in value:
+        raise InputError(f"{where}: not a fact of a run (it needs key and value); delete this line.")
+    return str(value["key"]), value["value"]
+
+
 def _trial_from(value: Mapping[str, Any], where: str) -> TrialRecord:
     try:
+        for key, kind in (("trial", int), ("time", str), ("fidelity", str), ("context", str)):
+            if not isinstance(value[key], kind):
+                raise TypeError(f"{key} is {value[key]!r:.60}")
         return TrialRecord(
             value["trial"],
             value["time"],
@@ -370,7 +379,7 @@ def _trial_from(value: Mapping[str, Any], where: str) -> TrialRecord:
 def _read_machine(path: Path) -> dict[str, Any]:
     try:
         machine = json.loads(_read_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         machine = None
     if not isinstance(machine, dict):
         raise InputError(f"{path}: damaged (not a JSON object); delete it, and it is written anew.")
@@ -389,7 +398,7 @@ def _check_options(directory: Path, config_text: str) -> None:
     path = directory / CONFIG
     try:
         before = _flat(tomllib.loads(_read_text(path)))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML ({error}); restore it, or use another --out.") from None
     now = _flat(tomllib.loads(config_text))
     # What is not there is off: an older program did not have the option.

@@ -360,7 +360,7 @@ def claim(*keys: str, value: object) -> Callable[[Path], None]:
         (claim("measurements", "accuracy", "test", value=0.95), "the manifest claims 95.00 %"),
         (forge("preprocess.json", b"[]"), "where an object belongs"),
         (forge("preprocess.json", b'{"input_size": [3, 8, 8]}'), "preprocess"),
-        (forge("samples.npz", b"PK"), "not readable as samples"),
+        (forge("samples.npz", b"PK"), "not readable as an .npz archive"),
         (forge("weights.safetensors", b"\x00" * 16), "not readable as safetensors"),
         (forge("shapes.json", b'{"conv1.weight": [1]}'), "do not belong together"),
         (forge("shapes.json", b'{"conv1.weight": "wide"}'), "give a list"),

@@ -16,7 +16,7 @@ from hirelc_deploy.progress import Progress
 if TYPE_CHECKING:
     pass
 
-from hirelc_deploy.cli.application import app, show
+from hirelc_deploy.cli.application import WORSE, app, show
 from hirelc_deploy.cli.options import DataDir, Json, Out, Quiet, Target
 
 
@@ -74,25 +74,55 @@ def verify(
     data_dir: DataDir = None,
     target: Target = "cpu",
     reference: Annotated[Path | None, typer.Option(help="The uncut float file, to time the bundle against.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="A baseline: an older bundle, or what `verify --json` printed of one; exit 5 if worse."),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Points of the metric (or its own unit) that may be lost against the baseline; 1.0."),
+    ] = None,
+    max_slowdown: Annotated[
+        float | None, typer.Option(help="Per cent that the bundle may be slower than the baseline; 10.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="A JUnit file to write, for a CI server.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check a bundle: hashes, integer operators, sample outputs, and with --data the accuracy again.
 
+    With --against it must also be no worse than a baseline.
+
     \b
-    Example: hirelc-deploy verify runs/a/bundle --data npz:data.npz
+    Example: hirelc-deploy verify runs/b/bundle --data npz:data.npz --against runs/a/bundle --junit verify.xml
     """
     from hirelc_deploy import api
+    from hirelc_deploy.deliver.junit import write_junit
 
-    result = api.verify(bundle, data or None, target=target, reference=reference, data_dir=data_dir)
-    lines = [*result.problems, *result.remarks]
+    result = api.verify(
+        bundle,
+        data or None,
+        target=target,
+        reference=reference,
+        data_dir=data_dir,
+        against=against,
+        max_drop=max_drop,
+        max_slowdown=max_slowdown,
+    )
+    if junit is not None:
+        write_junit(result, bundle, junit)
+    lines = [*result.problems, *result.remarks, *(change.text for change in result.changes)]
     lines.append(f"operators: {result.integer_ops} integer, {result.float_ops} float")
     if result.accuracy is not None:
         claimed = "nothing" if result.claimed_accuracy is None else result.metric.text(result.claimed_accuracy)
         lines.append(f"{result.metric.name} {result.metric.text(result.accuracy)}, claimed {claimed}")
+    if against is not None and result.ok:
+        lines.append("the bundle is WORSE than allowed" if result.worse else "the bundle is no worse than allowed")
     lines.append("the bundle is what it says" if result.ok else "the bundle is NOT what it says")
     show(result.to_dict(), as_json, "\n".join(lines))
     if not result.ok:
         raise typer.Exit(1)
+    if result.worse:
+        raise typer.Exit(WORSE)
 
 
 @app.command()

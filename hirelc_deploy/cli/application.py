@@ -1,7 +1,8 @@
 """In: a command line. Out: an exit code, and on standard output what a person or a program asked for.
 
 Everything heavy is imported inside the commands, so that --help and a typing error answer at once.
-Exit codes: 0 done, 2 bad input, 3 target not available, 4 constraint cannot be met, 130 interrupted with results kept.
+Exit codes: 0 done, 1 a bundle is not what it says, 2 bad input, 3 target not available, 4 constraint cannot be met,
+5 a bundle is worse than its baseline allows, 130 interrupted with results kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from hirelc_deploy.errors import COMMAND, HirelcError, fullest
+from hirelc_deploy.errors import COMMAND, HirelcError, fullest, printable
 from hirelc_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ app = typer.Typer(
 targets_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(targets_app, name="targets")
 
+
+WORSE = 5
+"""Exit code of `verify --against` where accuracy or latency is worse than allowed."""
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended."""
@@ -114,7 +118,7 @@ def _trouble(error: OSError, arguments: Sequence[str]) -> str:
 def fail(sentence: str, code: int) -> int:
     """Print one sentence on standard error, and below it the commands it ends in, if any; return `code`."""
     plain = re.sub("\x1b\\[[0-9;]*m", "", sentence)  # libraries colour their messages
-    first, *commands = (" ".join(part.split()) for part in plain.split(COMMAND))
+    first, *commands = (" ".join(printable(part).split()) for part in plain.split(COMMAND))
     print("\n  ".join([f"hirelc-deploy: {first}", *commands]), file=sys.stderr)
     return code
 

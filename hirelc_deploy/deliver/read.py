@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -20,6 +18,7 @@ from torch import nn
 from hirelc_deploy.compress.slicing import IDENTITY, ZERO, Shapes, rebuild
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import OUTPUT
+from hirelc_deploy.inputs.data.archives import read_arrays
 from hirelc_deploy.inputs.data.images import ArrayImages
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.models.given import source_of
@@ -50,6 +49,8 @@ STORED = "stored_weights"
 """Entry of a source: the weights are those that are used. In older bundles they are as the model's code keeps them."""
 RUNTIME = "runtime.py"
 """How the runtime opens the file with the options that it was timed with; the first bundles of version 2 have none."""
+MOST_SAMPLE_BYTES = 1 << 32
+"""What the samples may unpack to; those of the largest input that is taken need half of it."""
 OUTPUT_KEY = "output."
 """Starts the names of outputs in the samples."""
 
@@ -137,9 +138,9 @@ def check_file(folder: Path, name: str, claim: Any) -> list[str]:
     if not isinstance(claim, dict) or not isinstance(claim.get("sha256"), str):
         return [f"{name}: the manifest gives no sha256."]
     path = folder / name
-    if path.is_symlink() or not path.is_file():
-        return [f"{name}: {'a link or folder' if path.is_symlink() or path.exists() else 'missing'}."]
     try:
+        if path.is_symlink() or not path.is_file():
+            return [f"{name}: {'a link or folder' if path.is_symlink() or path.exists() else 'missing'}."]
         size, digest = path.stat().st_size, sha256_of(path)
     except OSError as error:
         return [f"{name}: cannot be read ({error.strerror})."]
@@ -169,9 +170,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises InputError for anything else."""
     try:
+        if not path.is_file():  # a pipe would keep us waiting
+            raise InputError(f"{path}: no such file; is {path.parent} a bundle?")
         value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {path.parent} a bundle?") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
@@ -201,22 +202,28 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return the float weights of a bundle."""
     try:
         weights: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
-    except (safetensors.SafetensorError, OSError) as error:
+    except Exception as error:  # beside its own error the library raises Python's and torch's, as the header has it
         raise InputError(f"{folder / WEIGHTS}: not readable as safetensors ({error}).") from None
     return weights
 
 
 def read_samples(folder: Path, preprocess: Preprocess) -> tuple[NDArray[np.float32], Outputs]:
     """Return model inputs and the outputs stored for them."""
-    try:
-        with np.load(folder / SAMPLES, allow_pickle=False) as archive:
-            images = archive["images"]
-            named = {key.removeprefix(OUTPUT_KEY): key for key in archive.files if key.startswith(OUTPUT_KEY)}
-            outputs = {name: archive[key] for name, key in (named or {OUTPUT: "logits"}).items()}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{folder / SAMPLES}: not readable as samples ({error}).") from None
+    arrays = read_arrays(folder / SAMPLES, MOST_SAMPLE_BYTES)
+    if "images" not in arrays:
+        raise InputError(f"{folder / SAMPLES}: not readable as samples (there are no images).")
+    images = arrays["images"]
+    named = {key.removeprefix(OUTPUT_KEY): key for key in arrays if key.startswith(OUTPUT_KEY)}
+    if not named and "logits" not in arrays:
+        raise InputError(f"{folder / SAMPLES}: not readable as samples (there are no outputs).")
+    outputs = {name: arrays[key] for name, key in (named or {OUTPUT: "logits"}).items()}
     channels, height, width = preprocess.input_size
-    if images.shape[1:] != (height, width, channels) or images.dtype not in (np.uint8, np.float32) or not len(images):
+    if (
+        images.ndim != 4
+        or images.shape[1:] != (height, width, channels)
+        or images.dtype not in (np.uint8, np.float32)
+        or not len(images)
+    ):
         raise InputError(f"{folder / SAMPLES}: {images.dtype} images {images.shape} do not fit {PREPROCESS}.")
     for name, values in outputs.items():
         floats = values.dtype.kind == "f"
@@ -229,15 +236,24 @@ def read_samples(folder: Path, preprocess: Preprocess) -> tuple[NDArray[np.float
     }
 
 
-def read_task(folder: Path) -> Task:
-    """Return the task of a bundle, made again; the user's own metric and loss are not in it."""
+def read_task(folder: Path, decode: object = None) -> Task:
+    """Return the task of a bundle, made again; the user's own metric and loss are not in it.
+
+    Args:
+        decode: The decoder that the user named, the only one of `file.py:function` that is run.
+    """
     if not (folder / TASK).is_file():  # version 1
         return CLASSIFICATION
     told = record(json_object(folder / TASK), "made_of")
     name, classes, options = told.get("name"), told.get("classes"), told.get("options")
     if not isinstance(name, str) or not isinstance(classes, list) or not isinstance(options, dict):
         raise InputError(f"{folder / TASK}: made_of needs name (text), classes (a list) and options (an object).")
-    return make_task(name, tuple(map(str, classes)), options)
+    if isinstance(own := options.get("decode"), str) and own != decode:
+        raise InputError(f"{folder / TASK}: its answers are decoded by {own:.200}, which is not run unasked.")
+    try:
+        return make_task(name, tuple(map(str, classes)), options)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # options of another type
+        raise InputError(f"{folder / TASK}: task {name} cannot be made of these options ({error}).") from None
 
 
 def record(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -248,5 +264,9 @@ def record(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def number(value: Any) -> float | None:
     """Return a finite number, or None for anything else."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of hundreds of digits
+        return None

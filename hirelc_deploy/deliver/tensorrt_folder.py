@@ -16,7 +16,7 @@ from hirelc_deploy.compress.integer.calibration import calibrate
 from hirelc_deploy.compress.onnx_file import export_tensorrt
 from hirelc_deploy.compress.onnx_file.export import export_onnx, set_static_batch
 from hirelc_deploy.config import JobConfig
-from hirelc_deploy.deliver.read import LABELS, MANIFEST, PREPROCESS, read_task
+from hirelc_deploy.deliver.read import LABELS, MANIFEST, PREPROCESS, read_manifest, read_preprocess, read_task
 from hirelc_deploy.deliver.read import load as load_bundle
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate.cutting import divergence, tensors
@@ -24,7 +24,6 @@ from hirelc_deploy.evaluate.effort import BATCH
 from hirelc_deploy.inputs.data.batches import batches, two_images
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import configured_data
-from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.fitting import answering
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.accuracy import finite
@@ -55,15 +54,14 @@ def write_folder(run: Path, out: Path) -> list[Path]:
     """
     config, bundle = JobConfig.read(run / "config.toml"), run / "bundle"
     try:
-        manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
-        preprocess = Preprocess.from_dict(json.loads((bundle / PREPROCESS).read_text("utf-8")))
-    except (OSError, ValueError) as error:
+        manifest, preprocess = read_manifest(bundle), read_preprocess(bundle)
+    except InputError as error:
         raise InputError(f"{bundle}: cannot be read ({error}); `hirelc-deploy verify {bundle}` says more.") from None
     plan = CompressionPlan.from_dict(manifest.get("plan"), f"{bundle / MANIFEST}: plan")
     source = ModelSource(config.model.spec, arguments=dict(config.model.arguments))
     model = load_bundle(bundle, None if source.is_timm else source.build)
     data = configured_data(config).preprocessed(preprocess)
-    task = read_task(bundle)
+    task = read_task(bundle, config.task.options.get("decode"))
     answering(model, task, model(two_images(data)))
     dynamic, static = out / ".dynamic.onnx", out / ".static.onnx"
     try:

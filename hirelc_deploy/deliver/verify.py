@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import Message
 
+from hirelc_deploy.deliver.against import (
+    Change,
+    accuracy_change,
+    check_limits,
+    latency_change,
+    latency_side_by_side,
+    read_baseline,
+)
 from hirelc_deploy.deliver.bundle import targets_record
 from hirelc_deploy.deliver.race import parts_of
 from hirelc_deploy.deliver.read import (
@@ -32,6 +41,7 @@ from hirelc_deploy.deliver.read import (
     read_task,
     read_weights,
     record,
+    sha256_of,
 )
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.evaluate.cutting import tensors
@@ -66,6 +76,10 @@ class VerifyResult:
             the file was not run.
         accuracy: `metric` of this file on the data given; None without data.
         latency: `median_ms, ratio, ratio_low, ratio_high, verdict` against the reference given; None without one.
+        test: Number of test images, and a hash of what is true of them; None where no accuracy was taken.
+        machine: Where this was run, see `measure.machine.describe`; None where the file was not run.
+        reference_sha256: Of the reference given; None without one.
+        changes: Each figure beside the baseline's; empty without a baseline.
     """
 
     problems: tuple[str, ...]
@@ -76,11 +90,20 @@ class VerifyResult:
     claimed_accuracy: float | None
     latency: Mapping[str, Any] | None
     metric: Metric = ACCURACY
+    test: Mapping[str, Any] | None = None
+    machine: Mapping[str, Any] | None = None
+    reference_sha256: str | None = None
+    changes: tuple[Change, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """True when there is no problem."""
+        """True when there is no problem; a bundle that is worse than a baseline may still be what it says."""
         return not self.problems
+
+    @property
+    def worse(self) -> bool:
+        """True when a figure is worse than the baseline allows."""
+        return any(change.worse for change in self.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -94,6 +117,11 @@ class VerifyResult:
             "claimed_accuracy": self.claimed_accuracy,
             "metric": asdict(self.metric),
             "latency": None if self.latency is None else dict(self.latency),
+            "test": None if self.test is None else dict(self.test),
+            "machine": None if self.machine is None else dict(self.machine),
+            "reference_sha256": self.reference_sha256,
+            "worse": self.worse,
+            "changes": [asdict(change) for change in self.changes],
         }
 
 
@@ -109,6 +137,9 @@ class _Findings:
     claimed_accuracy: float | None = None
     latency: dict[str, Any] | None = None
     metric: Metric = ACCURACY
+    test: dict[str, Any] | None = None
+    machine: dict[str, Any] | None = None
+    reference_sha256: str | None = None
 
     def result(self) -> VerifyResult:
         return VerifyResult(
@@ -120,6 +151,9 @@ class _Findings:
             self.claimed_accuracy,
             self.latency,
             self.metric,
+            self.test,
+            self.machine,
+            self.reference_sha256,
         )
 
 
@@ -159,6 +193,7 @@ def verify(
         _check_weights(bundle)
         _check_self_contained(bundle / MODEL)
         runner = backend.build(bundle / MODEL)
+        findings.machine = describe(backend)
         findings.problems += _check_samples(runner.infer(inputs), expected)
         findings.count = operators(runner, inputs[:1])
         findings.problems += _check_operators(findings.count, record(measurements, "operators"))
@@ -170,6 +205,44 @@ def verify(
     if reference is not None:
         _latency_again(findings, bundle / MODEL, backend, reference, manifest, limits=limits)
     return findings.result()
+
+
+def verify_against(
+    bundle: Path,
+    baseline: Path,
+    data: Data | None,
+    backend: Backend,
+    *,
+    max_drop: float | None = None,
+    max_slowdown: float | None = None,
+    reference: Path | None = None,
+    limits: TimingLimits = FULL,
+) -> VerifyResult:
+    """Verify a bundle and hold it against a baseline: an older bundle, or a file that `verify --json` wrote of one.
+
+    An older bundle is verified too and timed side by side with the new one, so `reference` is not needed.
+
+    Args:
+        max_drop: Points of the metric (or its unit) that may be lost; None allows 1.0 where both are known.
+        max_slowdown: Per cent that it may be slower; None allows 10 where both are known.
+
+    Raises:
+        InputError: As `verify`; no baseline; or a limit that was given cannot be judged.
+    """
+    check_limits(baseline, max_drop, max_slowdown)
+    old = None if baseline.is_dir() else read_baseline(baseline)
+    new = verify(bundle, data, backend, reference=reference, limits=limits)
+    if not new.ok:
+        return new
+    if old is not None:
+        latency = latency_change(new.to_dict(), old, max_slowdown)
+    else:
+        older = verify(baseline, data, backend)
+        if not older.ok:
+            raise InputError(f"{baseline}: the baseline is not what it says: {older.problems[0]}")
+        old = older.to_dict()
+        latency = latency_side_by_side(bundle, baseline, backend, max_slowdown, limits)
+    return replace(new, changes=(accuracy_change(new.to_dict(), old, max_drop), latency))
 
 
 def _check_all_files(folder: Path, files: Mapping[str, Any]) -> list[str]:
@@ -195,11 +268,22 @@ def _check_weights(folder: Path) -> None:
 def _check_self_contained(model: Path) -> None:
     """Raise InputError for a model that reads other files: they would not be covered by the manifest's hashes."""
     try:
-        graph = onnx.load(str(model), load_external_data=False).graph
+        model_proto = onnx.load(str(model), load_external_data=False)
     except Exception as error:  # protobuf's errors share no narrower base that it exports
         raise InputError(f"{MODEL}: not readable as ONNX ({error}).") from None
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer):
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors_in(model_proto)):
         raise InputError(f"{MODEL}: keeps weights in other files, which nothing vouches for.")
+
+
+def _tensors_in(message: Any) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor of an ONNX model, those of attributes, subgraphs and functions too."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
+            for inner in (value,) if isinstance(value, Message) else value:
+                yield from _tensors_in(inner)
 
 
 def _check_samples(found: Outputs, expected: Outputs) -> list[str]:
@@ -256,16 +340,16 @@ def _accuracy_again(
         )
     parts = parts_of(runner, task, images)
     findings.accuracy = accuracy = task.value(parts)
-    count, findings.metric = len(images), task.metric
+    count, findings.metric, findings.test = len(images), task.metric, targets_record(images)
     if claimed is None:
         findings.remarks.append("The manifest claims no accuracy.")
         return
-    if test.get("labels_sha256") == targets_record(images)["labels_sha256"]:
+    if test.get("labels_sha256") == findings.test["labels_sha256"]:
         allowed = max(REPEAT_TOLERANCE, 3 / count)
         basis = f"on the same {count} test images"
     else:
         # 3.3 standard errors of a difference of two shares: one in a thousand honest bundles would be called wrong.
-        before = number(test.get("images")) or count
+        before = max(1.0, number(test.get("images")) or count)
         allowed = 3.3 * math.sqrt(max(claimed * (1 - claimed), 0.01) * (1 / count + 1 / before))
         basis = f"on {count} other test images than the manifest's"
         chance = f"{100 * allowed:.1f} {'points' if task.metric.scale == 100 else 'per cent'}"
@@ -286,6 +370,7 @@ def _latency_again(
 ) -> None:
     """Time the file against the reference; another machine's ratio may differ, this machine's may not."""
     timing = compare([reference, model], backend, limits=limits)[1]
+    findings.reference_sha256 = sha256_of(reference)
     keys = ("median_ms", "ratio", "ratio_low", "ratio_high", "verdict")
     findings.latency = {key: getattr(timing, key) for key in keys}
     if timing.note:
@@ -295,7 +380,7 @@ def _latency_again(
     if low is None or high is None:
         findings.remarks.append("The manifest claims no interval of the latency.")
         return
-    here = describe(backend)
+    here = findings.machine or describe(backend)
     if any(here[key] != manifest["machine"].get(key) for key in ("cpu_model", "versions")):
         findings.remarks.append("The latency was claimed on another machine or runtime; its ratio may differ here.")
     elif timing.ratio_low > high * LATENCY_TOLERANCE:

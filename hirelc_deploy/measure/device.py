@@ -16,10 +16,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hirelc_deploy.errors import TargetUnavailable, printable
 from hirelc_deploy.measure import worker
 
 IMPORT_SECONDS = 60.0
 """A process that was started ahead and has not imported its runtime by then is left."""
+
+
+MOST_WORDS = 2000
+"""Characters of a device's own words that go into a sentence."""
 
 
 class Refused(Exception):  # noqa: N818 - these four never leave measure/
@@ -236,4 +241,17 @@ def image_bytes(images: NDArray[np.float32]) -> bytes:
 def raise_refusal(header: dict[str, Any]) -> None:
     """Raise Refused where an answer is a refusal."""
     if "refused" in header:
-        raise Refused(header["code"], header["refused"])
+        raise Refused(str(header.get("code")), printable(str(header["refused"])[:MOST_WORDS]))
+
+
+@contextmanager
+def understood(device: str) -> Iterator[None]:
+    """Turn whatever goes wrong in reading a device's answer into one sentence: it may be broken, or hostile."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, MemoryError) as error:
+        reason = printable(f"{type(error).__name__}: {error}")[:MOST_WORDS]
+        raise TargetUnavailable(
+            f"{device}: its worker gives an answer that cannot be used ({reason}). Start the device anew; if that does "
+            "not help, something else than our worker answers there."
+        ) from None

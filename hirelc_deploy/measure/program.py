@@ -13,9 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hirelc_deploy.errors import ExportError, HirelcError, InputError, TargetUnavailable
+from hirelc_deploy.errors import ExportError, HirelcError, InputError, TargetUnavailable, printable
+from hirelc_deploy.measure import worker
 from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Outputs, Precision, TimingProcess
-from hirelc_deploy.measure.device import Device, Process, ProcessEnded, ProcessHung, Refused, SessionLost
+from hirelc_deploy.measure.device import (
+    MOST_WORDS,
+    Device,
+    Process,
+    ProcessEnded,
+    ProcessHung,
+    Refused,
+    SessionLost,
+    understood,
+)
 
 PIECE_BYTES = 32 << 20
 """Images travel in pieces of at most this, so that a dropped line costs little and a small board keeps its memory."""
@@ -56,11 +66,12 @@ class ProgramBackend:
         """Meet the device and its runtime; raises TargetUnavailable with the commands that would help."""
         reason = self._described()["availability"]
         if reason is not None:
-            raise TargetUnavailable(f"on {self._device.name}, {reason}")
+            raise TargetUnavailable(f"on {self._device.name}, {printable(str(reason)[:MOST_WORDS])}")
 
     def precisions(self) -> tuple[Precision, ...]:
         """Return what the device executes."""
-        return self._precisions_on(self.facts())
+        with understood(self._device.name):
+            return self._precisions_on(self.facts())
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the runtime there."""
@@ -106,11 +117,16 @@ class ProgramBackend:
         if self._known is None:
             with self._device.open(self._program) as process:
                 try:
-                    self._known = process.ask("describe", limit_s=self._load_deadline_s)[0]
+                    known = process.ask("describe", limit_s=self._load_deadline_s)[0]
                 except (Refused, ProcessEnded, ProcessHung, SessionLost) as error:
                     raise TargetUnavailable(
                         f"the runtime on {self._device.name} cannot be asked what it is ({error})."
                     ) from None
+            with understood(self._device.name):
+                if known["availability"] is None:
+                    known["runtime"].items()
+                    known["versions"] = {str(name): printable(str(one)) for name, one in known["versions"].items()}
+            self._known = known
         return self._known
 
 
@@ -185,20 +201,33 @@ class ProgramRunner:
     def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
         """Return the time of each operator in execution order."""
         answer, _ = self._bench.ask(self._model, self._threads, "profile", image, runs=runs)
-        return [OperatorTime(*operator) for operator in answer["operators"]]
+        with understood(self._bench.device.name):
+            return [operator_time(*operator) for operator in answer["operators"]]
 
     def options(self) -> dict[str, Any]:
         """Return what the runtime was told when it opened the file; see Configured."""
-        return dict(self._bench.ask(self._model, self._threads, "options")[0]["options"])
+        with understood(self._bench.device.name):
+            return dict(self._bench.ask(self._model, self._threads, "options")[0]["options"])
 
     def _infer(self, images: NDArray[np.float32]) -> Outputs:
         answer, data = self._bench.ask(self._model, self._threads, "infer", images)
-        values, outputs, start = np.frombuffer(data, "<f4"), Outputs(), 0
-        for name, shape in answer["outputs"]:
-            end = start + math.prod(shape)
-            outputs[name] = values[start:end].reshape(shape).astype(np.float32)
-            start = end
-        return outputs
+        with understood(self._bench.device.name):
+            values, outputs, start = np.frombuffer(data, "<f4"), Outputs(), 0
+            for name, shape in answer["outputs"]:
+                if not isinstance(name, str) or any(type(size) is not int or size < 0 for size in shape):
+                    raise ValueError(f"an output {name!r:.60} of shape {shape!r:.60}")
+                end = start + math.prod(shape)
+                outputs[name] = values[start:end].reshape(shape).astype(np.float32)
+                start = end
+            return outputs
+
+
+def operator_time(name: Any, operator: Any, is_integer: Any, microseconds: Any) -> OperatorTime:
+    """Return what a device says about one operator; raises TypeError or ValueError for what it cannot say."""
+    time_us = float(microseconds)
+    if not isinstance(name, str) or not isinstance(operator, str) or not 0 <= time_us < math.inf:
+        raise ValueError(f"an operator {name!r:.60}, {operator!r:.60} of {microseconds!r:.60} us")
+    return OperatorTime(name, operator, bool(is_integer), microseconds)
 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
@@ -231,7 +260,8 @@ class ProgramTiming:
             )
         except Refused as refused:
             index = refused.code.partition(" ")[2]
-            name = self._files[int(index)] if index else names
+            with understood(self._device.name):
+                name = self._files[int(index)] if index else names
             raise ExportError(f"{name}: {refusal_sentence(self._device, refused)}") from None
         except (ProcessEnded, ProcessHung) as ended:
             raise ExportError(
@@ -239,8 +269,12 @@ class ProgramTiming:
             ) from None
         except SessionLost as lost:
             raise TargetUnavailable(f"{self._device.name}: {lost}.") from None
+        with understood(self._device.name):
+            seconds = float(answer["seconds_per_round"])
+            if not 0 <= seconds < worker.LONGEST_SECONDS:
+                raise ValueError(f"{seconds} seconds a round")
         self._process = process
-        self._seconds_per_round = answer["seconds_per_round"]
+        self._seconds_per_round = seconds
 
     def rounds(self, count: int) -> NDArray[np.int64]:
         """Return (count, files, 2) nanoseconds, see TimingProcess."""
@@ -261,8 +295,12 @@ class ProgramTiming:
                 continue
             except Refused as refused:
                 raise ExportError(f"{self._files[0]}: {refusal_sentence(self._device, refused)}") from None
-            self.states = DeviceState.of(answer["before"]), DeviceState.of(answer["after"])
-            return np.frombuffer(data, "<i8").reshape(answer["shape"]).astype(np.int64)
+            with understood(self._device.name):
+                self.states = DeviceState.of(answer["before"]), DeviceState.of(answer["after"])
+                samples = np.frombuffer(data, "<i8").reshape(count, len(self._files), 2).astype(np.int64)
+                if (samples < 0).any() or not samples[..., 0].all():
+                    raise ValueError("a run that took no time")
+                return samples
         names = ", ".join(str(file) for file in self._files)
         raise ExportError(
             f"{names}: the timing process on {self._device.name} was lost {ATTEMPTS} times; the last one {reason}."

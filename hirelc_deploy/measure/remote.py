@@ -13,6 +13,7 @@ import hashlib
 import os
 import queue
 import secrets
+import select
 import shlex
 import socket
 import subprocess
@@ -27,9 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hirelc_deploy.errors import HirelcError, TargetUnavailable
+from hirelc_deploy.errors import HirelcError, TargetUnavailable, printable
 from hirelc_deploy.measure import worker
+from hirelc_deploy.measure.board_answers import check_hardware, is_dead
 from hirelc_deploy.measure.device import (
+    MOST_WORDS,
     Process,
     ProcessEnded,
     ProcessHung,
@@ -38,6 +41,7 @@ from hirelc_deploy.measure.device import (
     image_bytes,
     raise_refusal,
     request_of,
+    understood,
 )
 
 FOLDER = "~/.cache/hirelc-deploy"
@@ -46,6 +50,19 @@ CHUNK_BYTES = 1 << 20
 ANSWER_SECONDS = 60.0
 """A keeper that does not answer a question of its own within this is taken for gone."""
 CONNECT_SECONDS = 30.0
+SLOWEST_BYTES_PER_S = 1e6
+"""A large answer may take this much longer than a small one; a slower line has the time of the answer besides."""
+PIECE_BYTES = 1 << 18
+UNREAD_PIECES = 64
+"""What a board sends unasked waits in its pipe beyond these 16 MiB, not in our memory."""
+MOST_GREETING_BYTES = 1 << 20
+"""Of what shells and greetings print before the worker speaks."""
+MOST_EVICTIONS = 3
+"""Dead holders of a board's lock in a row; beyond that somebody else writes the lock."""
+GOODBYE_SECONDS = 20.0
+"""Whoever closes a board waits no longer; it cleans up by itself."""
+UNREAD_SECONDS = 60.0
+"""Who reads nothing of what is sent for this long is taken for gone."""
 IDLE_SECONDS = 900.0
 """Asked nothing for this long, the board takes us for dead even while the connection stands."""
 
@@ -87,8 +104,11 @@ class Line:
             raise TargetUnavailable(
                 f"{host}: there is no `{command[0]}` here; install the OpenSSH client (apt install openssh-client)."
             ) from None
+        assert self.ssh.stdin is not None
+        os.set_blocking(self.ssh.stdin.fileno(), False)
         self._said: list[str] = []
-        self._incoming: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._incoming: queue.Queue[bytes] = queue.Queue(UNREAD_PIECES)
+        self._is_closed = False
         self._buffer = worker.Buffer()
         self._threads = [threading.Thread(target=one, daemon=True) for one in (self._hear, self._overhear)]
         for thread in self._threads:
@@ -107,13 +127,18 @@ class Line:
     def receive(self, limit_s: float) -> tuple[dict[str, Any], bytes]:
         """Return the next frame; raises Dropped when the line ends or says nothing for `limit_s`."""
         until = time.monotonic() + limit_s
-        frame = self._buffer.feed(b"")
-        while frame is None:
-            frame = self._buffer.feed(self._next(until))
+        try:
+            frame = self._buffer.feed(b"")
+            while frame is None:
+                arriving = self._buffer.header[1] if self._buffer.header else 0
+                frame = self._buffer.feed(self._next(until + arriving / SLOWEST_BYTES_PER_S))
+        except worker.Closed as nonsense:
+            raise Dropped(f"it sent {nonsense}") from None
         return frame
 
     def close(self) -> None:
         """End the connection; what runs on the board goes on."""
+        self._is_closed = True
         self.ssh.kill()
         self.ssh.wait()
         for thread in self._threads:
@@ -125,20 +150,29 @@ class Line:
 
     def _write(self, data: bytes) -> None:
         assert self.ssh.stdin is not None
+        pipe, rest = self.ssh.stdin.fileno(), memoryview(data)
         try:
-            self.ssh.stdin.write(data)
-            self.ssh.stdin.flush()
+            while rest:
+                if not select.select([], [pipe], [], UNREAD_SECONDS)[1]:
+                    raise Dropped("it does not read what it is sent")
+                with suppress(BlockingIOError):
+                    rest = rest[os.write(pipe, rest) :]
         except OSError:
             self._fail()
 
     def _skip_until(self, mark: bytes) -> None:
-        until, held = time.monotonic() + CONNECT_SECONDS, b""
+        until, held, skipped = time.monotonic() + CONNECT_SECONDS, b"", 0
         while mark not in held:
-            held += self._next(until)
+            if skipped > MOST_GREETING_BYTES:
+                raise Dropped("it greets without end and never starts the worker")
+            held = held[-len(mark) :] + self._next(until)
+            skipped += len(held)
         self._buffer.held += held.partition(mark)[2]
 
     def _next(self, until: float) -> bytes:
         try:
+            if time.monotonic() > until:  # however much there still is to read
+                raise queue.Empty
             data = self._incoming.get(timeout=max(0.001, until - time.monotonic()))
         except queue.Empty:
             raise Dropped("no answer in time") from None
@@ -150,13 +184,17 @@ class Line:
         assert self.ssh.stdout is not None
         data = b"-"
         while data:
-            data = os.read(self.ssh.stdout.fileno(), 1 << 18)
-            self._incoming.put(data)
+            data = os.read(self.ssh.stdout.fileno(), PIECE_BYTES)
+            while not self._is_closed:
+                with suppress(queue.Full):
+                    self._incoming.put(data, timeout=0.2)
+                    break
 
     def _overhear(self) -> None:
-        assert self.ssh.stderr is not None
-        for line in self.ssh.stderr:
-            self._said = [*self._said[-20:], line.decode("utf-8", "replace").strip()]
+        stream = self.ssh.stderr
+        assert stream is not None
+        for line in iter(lambda: stream.readline(MOST_WORDS), b""):  # a line need not end
+            self._said = [*self._said[-20:], printable(line.decode("utf-8", "replace").strip())]
 
     def _fail(self) -> None:
         """Raise what the end of ssh means: Dropped, or TargetUnavailable where trying again is no use."""
@@ -292,7 +330,7 @@ class Board:
                 settings = self._patience_s, self._say
                 self._patience_s, self._say = min(self._patience_s, 5.0), lambda text: None
                 with suppress(HirelcError, SessionLost, Refused):
-                    self.call("bye")
+                    self.call("bye", limit_s=GOODBYE_SECONDS, grace_s=0.0)
                 self._patience_s, self._say = settings
             self._forget()
             atexit.unregister(self.close)
@@ -300,9 +338,13 @@ class Board:
     # Questions.
 
     def call(
-        self, do: str, data: bytes = b"", limit_s: float = ANSWER_SECONDS, **values: Any
+        self, do: str, data: bytes = b"", limit_s: float = ANSWER_SECONDS, grace_s: float = 30.0, **values: Any
     ) -> tuple[dict[str, Any], bytes]:
         """Ask the keeper and return its answer, over as many connections as it takes.
+
+        Args:
+            limit_s: What the keeper allows itself, or the process that it asks.
+            grace_s: How much longer we wait for the answer to arrive.
 
         Raises:
             Refused: The keeper says no.
@@ -321,14 +363,17 @@ class Board:
                         if lost_at is not None:
                             self._say(f"{self.name}: back after {time.monotonic() - lost_at:.0f} s.")
                     self._line.send(frame)
-                    answer, body = self._line.receive(limit_s + 30.0)
+                    until = time.monotonic() + limit_s + grace_s
+                    answer, body = self._line.receive(limit_s + grace_s)
                     while answer.get("number") != self._number:
-                        answer, body = self._line.receive(limit_s + 30.0)
+                        if time.monotonic() > until:
+                            raise Dropped("it answers what nobody asked")
+                        answer, body = self._line.receive(until - time.monotonic())
                     break
                 except Dropped as dropped:
                     lost_at = self._wait_after(dropped, lost_at)
             if answer.get("code") == "disk_full":
-                self._no_room(answer["refused"])
+                self._no_room(printable(str(answer.get("refused"))[:MOST_WORDS]))
             raise_refusal(answer)
             return answer, body
 
@@ -342,7 +387,8 @@ class Board:
             offset = 0
             if len(data) > CHUNK_BYTES:  # for less, asking takes as long as sending
                 status = self.call("have", sha256=name)[0]
-                offset = len(data) if status["complete"] else min(status["size"], len(data))
+                with understood(self.name):
+                    offset = len(data) if status["complete"] else max(0, min(int(status["size"]), len(data)))
                 if status["complete"]:
                     self._stored.add(name)
                     return name
@@ -397,7 +443,14 @@ class Board:
             self._number, self._stored = 0, set()
             atexit.unregister(self.close)
             atexit.register(self.close)  # however the program ends, the board is left clean
-            self._hello = self.call("hello")[0]
+            try:
+                hello = self.call("hello")[0]
+                with understood(self.name):
+                    check_hardware(hello["hardware"])
+            except HirelcError:
+                self._forget()  # no goodbye for whom we do not understand
+                raise
+            self._hello = hello
             if self._measuring:
                 self._lock()
 
@@ -414,16 +467,17 @@ class Board:
         if "refused" not in answer:
             return line
         line.close()
-        if answer["code"] == "disk_full":
-            self._no_room(answer["refused"])
-        if answer["code"] == "folder":
+        refused, code = printable(str(answer["refused"])[:MOST_WORDS]), answer.get("code")
+        if code == "disk_full":
+            self._no_room(refused)
+        if code == "folder":
             raise TargetUnavailable(
-                f"{self.name}: {answer['refused']}. Name a folder there that can be written, in your targets.toml:\n"
+                f"{self.name}: {refused}. Name a folder there that can be written, in your targets.toml:\n"
                 '  folder = "/tmp/hirelc-deploy"'
             )
         if start:
-            raise TargetUnavailable(f"{self.name}: the worker does not start there ({answer['refused']}).")
-        restarted = answer["boot_id"] != self._hello.get("boot_id")
+            raise TargetUnavailable(f"{self.name}: the worker does not start there ({refused}).")
+        restarted = answer.get("boot_id") != self._hello.get("boot_id")
         self._forget()
         raise SessionLost("the board restarted" if restarted else "the worker there was ended")
 
@@ -464,17 +518,19 @@ class Board:
         )
 
     def _lock(self) -> None:
-        until, said = time.monotonic() + self._busy_s, False
+        until, said, evictions = time.monotonic() + self._busy_s, False, 0
         while True:
             answer, _ = self.call("lock", who=own_name())
-            if answer["locked"]:
+            if answer.get("locked"):
                 return
-            holder = answer["holder"]
-            if is_dead(holder.get("who", {})):
-                self.call("evict", token=holder["token"])
+            with understood(self.name):
+                token, who = answer["holder"].get("token"), answer["holder"].get("who", {})
+                name = printable(f"{who.get('user', 'somebody')} on {who.get('host', 'another machine')}")[:200]
+                dead = is_dead(who)
+            if dead and evictions < MOST_EVICTIONS:
+                self.call("evict", token=token)
+                evictions += 1
                 continue
-            who = holder.get("who", {})
-            name = f"{who.get('user', 'somebody')} on {who.get('host', 'another machine')}"
             if time.monotonic() > until:
                 raise TargetUnavailable(
                     f"{self.name}: {name} has been measuring there for {self._busy_s:.0f} s; try later."
@@ -519,7 +575,8 @@ class RemoteProcess:
         if answer.get("hung"):
             raise ProcessHung(f"did not answer within {limit_s:.0f} s and was ended")
         if "ended" in answer:
-            raise ProcessEnded(answer["ended"] + (f", {answer['said']}" if answer["said"] else ""))
+            words = ", ".join(str(answer[key])[:MOST_WORDS] for key in ("ended", "said") if answer.get(key))
+            raise ProcessEnded(printable(words))
         return answer, data
 
 
@@ -531,16 +588,3 @@ def own_name() -> dict[str, Any]:
         "boot_id": worker.boot_id(),
         "pid": os.getpid(),
     }
-
-
-def is_dead(who: dict[str, Any]) -> bool:
-    """Return whether the holder of a lock was a process of this machine, since its last start, that is no more."""
-    if who.get("boot_id") != worker.boot_id() or who.get("boot_id") == "unknown":
-        return False
-    try:
-        os.kill(who["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -194,7 +194,7 @@ class LatencyTable:
                     ours = entry["machine"] == self._machine
                     times = self._ms if ours else self._elsewhere.setdefault(str(entry["machine"]), {})
                     times[json.dumps(entry["layer"], sort_keys=True)] = float(entry["ms"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue  # the line that was being written when the machine stopped; its layer is measured again
 
     def _append(self, text: str) -> None:

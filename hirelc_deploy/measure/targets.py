@@ -10,13 +10,13 @@ import platform
 import re
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hirelc_deploy.errors import InputError, TargetUnavailable
+from hirelc_deploy.config import toml_table
+from hirelc_deploy.errors import InputError, TargetUnavailable, printable
 from hirelc_deploy.measure import ray_pipe
 from hirelc_deploy.measure.backend import Backend, Portable, Precision
 from hirelc_deploy.measure.machine import describe, fingerprint
@@ -138,7 +138,7 @@ def find_target(name: str, environ: Mapping[str, str] = os.environ) -> Target:
 
 def print_to_stderr(text: str) -> None:
     """Say something to a person who waits."""
-    print(f"hirelc-deploy: {text}", file=sys.stderr)
+    print(printable(f"hirelc-deploy: {text}"), file=sys.stderr)
 
 
 def open_target(target: Target, say: Callable[[str], None] = print_to_stderr) -> Backend:
@@ -398,13 +398,11 @@ def read_targets(path: Path) -> dict[str, Target]:
     """
     try:
         text = path.read_text("utf-8-sig")  # editors on Windows begin with a mark
-        tables = tomllib.loads(text)
+        tables = toml_table(text, str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such targets file; create it or unset ${ENVIRONMENT_VARIABLE}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a targets file ({error}).") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}.") from None
     return {name: _target(name, table, path, text) for name, table in tables.items()}
 
 

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     Frame = tuple[dict[str, Any], bytes]
 
 LARGEST_HEADER = 1 << 24
+LARGEST_BODY = 1 << 31
+"""Of a frame: 150 answers a pixel for the images that travel at a time are 1.7 GB. Nobody makes us hold more."""
 FEATURES_THAT_MATTER = (
     # x86: what picks ONNX Runtime's kernels, and whether 8-bit products can saturate.
     "avx2",
@@ -75,6 +77,9 @@ then fetches weights that 44 MB of FP32 weights have just driven out; 0.20 after
 BURST = 5
 """Timed runs of one file in a row; keeps what settling costs near the cost of the runs themselves."""
 
+LONGEST_SECONDS = 1e6
+"""Of one answer: eleven days."""
+
 MOST_STORED_BYTES = 2 << 30
 """Files beyond this are dropped, those not used for the longest time first."""
 
@@ -100,13 +105,30 @@ def pack(header: dict[str, Any], data: bytes = b"") -> bytes:
     return struct.pack(">I", len(text)) + text + data
 
 
-def read_frame(stream: IO[bytes]) -> Frame:
-    """Return the next frame; raises Closed at the end of the stream."""
-    (length,) = struct.unpack(">I", read_exactly(stream, 4))
+def header_bytes(start: bytes) -> int:
+    """Return the length of the header that the first four bytes of a frame announce; raises Closed beyond the limit."""
+    (length,) = struct.unpack(">I", start)
     if length > LARGEST_HEADER:
-        raise Closed(f"a frame of {length} bytes")
-    header = json.loads(read_exactly(stream, length))
-    return header, read_exactly(stream, header.get("bytes", 0))
+        raise Closed(f"a frame with a header of {length} bytes, which no worker sends")
+    return int(length)
+
+
+def parse_header(text: bytes) -> tuple[dict[str, Any], int]:
+    """Return the header of a frame and the number of bytes behind it; raises Closed for what is no frame."""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Closed("a frame whose header is no JSON") from None
+    count = header.get("bytes", 0) if isinstance(header, dict) else None
+    if type(count) is not int or not 0 <= count <= LARGEST_BODY:
+        raise Closed("a frame whose header is no object, or says no size that a worker sends")
+    return header, count
+
+
+def read_frame(stream: IO[bytes]) -> Frame:
+    """Return the next frame; raises Closed at the end of the stream, and for what is no frame."""
+    header, count = parse_header(read_exactly(stream, header_bytes(read_exactly(stream, 4))))
+    return header, read_exactly(stream, count)
 
 
 def read_exactly(stream: IO[bytes], count: int) -> bytes:
@@ -472,24 +494,26 @@ class Buffer:
 
     def __init__(self) -> None:
         self.held = bytearray()
+        self.header: tuple[dict[str, Any], int] | None = None
 
     def feed(self, data: bytes) -> Frame | None:
-        """Add bytes and return the frame that is complete now, or None. At most one is ever under way."""
+        """Add bytes and return the frame that is complete now, or None; raises Closed for what is no frame."""
         self.held += data
-        if len(self.held) < 4:
+        if self.header is None:
+            if len(self.held) < 4:
+                return None
+            end = 4 + header_bytes(bytes(self.held[:4]))
+            if len(self.held) < end:
+                return None
+            self.header = parse_header(bytes(self.held[4:end]))
+            del self.held[:end]
+        header, count = self.header
+        if len(self.held) < count:
             return None
-        (length,) = struct.unpack(">I", self.held[:4])
-        if length > LARGEST_HEADER:
-            raise Closed(f"a frame of {length} bytes")
-        if len(self.held) < 4 + length:
-            return None
-        header = json.loads(bytes(self.held[4 : 4 + length]))
-        end = 4 + length + header.get("bytes", 0)
-        if len(self.held) < end:
-            return None
-        data = bytes(self.held[4 + length : end])
-        del self.held[:end]
-        return header, data
+        body = bytes(self.held[:count])
+        del self.held[:count]
+        self.header = None
+        return header, body
 
 
 IDENTIFIER = re.compile(r"[0-9a-f]{16,64}\Z")
@@ -564,7 +588,12 @@ class Keeper:
         if not data:
             self.reply(child.ending())
             return
-        frame = child.buffer.feed(data)
+        try:
+            frame = child.buffer.feed(data)
+        except Closed as nonsense:
+            child.kill()
+            self.reply({"ended": f"{nonsense}", "said": ""})
+            return
         if frame is not None:
             self.reply(*frame)
 
@@ -575,13 +604,16 @@ class Keeper:
             if not data:
                 raise Closed
             frame = self.incoming.feed(data)
-        except (OSError, Closed, ValueError):
+            while frame is not None and self.number >= 0:
+                self._hear_request(*frame)
+                frame = self.incoming.feed(b"")
+        except (OSError, Closed):
             self._drop_connection()
-            return
-        if frame is None:
-            return
+
+    def _hear_request(self, header: dict[str, Any], body: bytes) -> None:
+        if type(header.get("number")) is not int or not isinstance(header.get("do"), str):
+            raise Closed("no request of a host")
         self.last_heard = time.monotonic()
-        header, body = frame
         if header["number"] == self.number:  # asked again over a new connection
             if self.answer is not None:
                 self._transmit(self.answer)
@@ -590,8 +622,17 @@ class Keeper:
             self.waiting.kill()
             self.waiting = None
         self.number, self.answer = header["number"], None
+        self._meet(header, body)
+        if header["do"] == "bye":
+            self.number = -1
+
+    def _meet(self, header: dict[str, Any], body: bytes) -> None:
+        """Do what a new request asks for, and answer it unless the answer comes from a child."""
         try:
-            answer = getattr(self, "_do_" + header["do"])(header, body)
+            do = getattr(self, "_do_" + header["do"], None)
+            if do is None:
+                raise Refusal("protocol", f"unknown request {header['do']!r}")
+            answer = do(header, body)
             if answer is not None:
                 self.reply(answer)
         except Refusal as refusal:
@@ -602,8 +643,6 @@ class Keeper:
         except Exception as error:
             traceback.print_exc()
             self.reply({"refused": f"{type(error).__name__}: {error}", "code": "failed"})
-        if header["do"] == "bye":
-            self.number = -1
 
     def reply(self, header: dict[str, Any], data: bytes = b"") -> None:
         """Keep the answer to the present request, and send it if somebody listens."""
@@ -693,6 +732,8 @@ class Keeper:
                 request[key] = self._blob(request[key])
         if "files" in request:
             request["files"] = [self._blob(name) for name in request["files"]]
+        if not 0 < header["limit_s"] <= LONGEST_SECONDS:
+            raise Refusal("protocol", f"a limit of {header['limit_s']} s")
         self.waiting, self.limit = child, time.monotonic() + header["limit_s"]
         child.send(pack(request, data))
 
@@ -710,9 +751,13 @@ class Keeper:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.seek(0)
-                said = file.read()
+                said = file.read(4096)  # any user of the board may have written it
                 file.close()
-                return {"locked": False, "holder": json.loads(said) if said.strip() else {}}
+                try:
+                    holder = json.loads(said or "{}")
+                except (ValueError, RecursionError):
+                    holder = {}
+                return {"locked": False, "holder": holder if isinstance(holder, dict) else {}}
             self.board_lock = file
         self.board_lock.seek(0)
         self.board_lock.truncate()
@@ -798,6 +843,7 @@ def remove_if_unused(base: str) -> None:
     shutil.rmtree(os.path.join(base, "files"), ignore_errors=True)
     with contextlib.suppress(OSError):
         os.unlink(os.path.join(base, "keeper.log"))
+    with contextlib.suppress(OSError):
         os.rmdir(base)
 
 

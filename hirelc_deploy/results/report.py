@@ -95,7 +95,7 @@ def read_run(directory: Path) -> ReportInput:
             value = parse((directory / name).read_text("utf-8"))
         except FileNotFoundError:
             absent.append(f"{name} is not there.")
-        except (OSError, ValueError) as error:  # JSON, TOML and Unicode errors are all ValueErrors
+        except (OSError, ValueError, RecursionError) as error:  # JSON, TOML and Unicode errors are all ValueErrors
             absent.append(f"{name} cannot be read ({error}).")
         else:
             if isinstance(value, type(default)):
@@ -109,7 +109,7 @@ def read_run(directory: Path) -> ReportInput:
         for line in filter(str.strip, text.splitlines()):
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
             if isinstance(value, dict):
                 records.append(value)

@@ -405,7 +405,9 @@ def _anchors(given: Any) -> NDArray[np.float32]:
             "task detection: the ssd head has no anchors; give them as an array (a, 4), or a .npy file of it."
         )
     try:
-        anchors = np.asarray(np.load(given) if isinstance(given, str | Path) else given, dtype=np.float32)
+        anchors = np.asarray(
+            np.load(given, allow_pickle=False) if isinstance(given, str | Path) else given, dtype=np.float32
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"task detection: anchors cannot be read ({error}); give an array (a, 4), or a .npy file."

@@ -87,7 +87,8 @@ class LoopbackBoard:
         """
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)  # sshd asks for its folder of privilege separation
-        variables = {"HOME": str(self.home), "TMPDIR": str(self.temporary), **environment}
+        measured = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+        variables = {"HOME": str(self.home), "TMPDIR": str(self.temporary), **measured, **environment}
         lines = [
             f"ListenAddress 127.0.0.1:{self.port}",
             f"HostKey {self.host_key}",
@@ -169,9 +170,10 @@ def make_key(path: Path) -> None:
 def children_of(pid: int) -> list[int]:
     """Return the processes that `pid` started and that still run."""
     found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with suppress(OSError):
-            found += [int(child) for child in (task / "children").read_text().split()]
+    with suppress(OSError):  # the process may end meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                found += [int(child) for child in (task / "children").read_text().split()]
     return found
 
 

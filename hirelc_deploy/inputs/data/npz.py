@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.archives import memory_bytes, read_arrays
 from hirelc_deploy.inputs.data.images import Labels
 from hirelc_deploy.inputs.data.splits import NATIVE_SPLITS, Data, SplitSizes, array_data
 
@@ -17,16 +17,7 @@ from hirelc_deploy.inputs.data.splits import NATIVE_SPLITS, Data, SplitSizes, ar
 
 def read_npz(file: Path, sizes: SplitSizes, seed: int) -> Data:
     """Read an archive with x_train, y_train, x_test, y_test; raises InputError for anything else."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{file}: a single array, not an .npz archive with x_train, y_train, x_test, y_test.")
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = "it holds Python objects" if "allow_pickle" in str(error) else str(error)
-        raise InputError(f"{file}: not readable as an .npz archive of plain arrays ({reason}).") from None
+    arrays = read_arrays(file, memory_bytes())
     names = arrays.pop("classes", None)
     allowed = {f"{part}_{split}" for part in "xy" for split in NATIVE_SPLITS}
     if unknown := sorted(set(arrays) - allowed):

@@ -81,8 +81,10 @@ class Preprocess:
             channels, height, width = (int(size) for size in value["input_size"])
             mean, std = tuple(map(float, value["mean"])), tuple(map(float, value["std"]))
             crop_pct, pad_value = float(value["crop_pct"]), int(value.get("pad_value", 114))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"preprocess: {error!r} in {dict(value)!r}; it must be as this tool wrote it.") from None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"preprocess: {error!r:.200} in {dict(value)!r:.400}; it must be as this tool wrote it."
+            ) from None
         interpolation, geometry = str(value.get("interpolation", "bicubic")), str(value.get("geometry", "crop"))
         known = value.get("from_pictures", True) is True
         return cls((channels, height, width), mean, std, crop_pct, interpolation, geometry, pad_value, known)

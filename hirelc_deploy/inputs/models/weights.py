@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ def _candidates(file: Path) -> dict[str, State]:
     if file.suffix == ".safetensors":
         try:
             return {"": safetensors.torch.load_file(file)}
-        except (safetensors.SafetensorError, OSError) as error:
+        except Exception as error:  # beside its own error the library raises Python's and torch's
             raise InputError(f"{file}: not a whole safetensors file ({first_line(error)}).") from None
     if file.suffix not in SUFFIXES:
         raise InputError(f"{file}: weights are read from .safetensors, {', '.join(SUFFIXES[:-1])} and {SUFFIXES[-1]}.")
