@@ -87,6 +87,19 @@ ACCURACY = _record(
         "drop_high": _or_null(_number()),
     },
 )
+TEST = _record(
+    "The test images behind `accuracy`.", {"images": _whole(), "labels_sha256": SHA256}
+)
+CHANGE = _record(
+    "One figure of a new bundle beside the baseline's.",
+    {
+        "name": _one_of("accuracy", "latency"),
+        "worse": _or_null(_truth("Null where the two cannot be compared.")),
+        "text": _text("What was compared, and what came of it."),
+        "change": _or_null(_number("Points lost, or per cent slower; below 0 it is better.")),
+        "allowed": _number("The limit of `change`."),
+    },
+)
 VERDICT = _one_of("reference", "faster", "slower", "same", "not told apart", description="About `ratio`.")
 RATIO = {"ratio": _number("Time over that of the reference."), "ratio_low": _number("95 %."), "ratio_high": _number()}
 LATENCY = _record(
@@ -256,9 +269,7 @@ MANIFEST = _record(
             {
                 **{name: schema for name, schema in PRINTED.items() if name not in ("bundle", "metric")},
                 "operators": _record("Of the file, as they ran.", {"integer_ops": _whole(), "float_ops": _whole()}),
-                "test": _or_null(
-                    _record("The test images behind `accuracy`.", {"images": _whole(), "labels_sha256": SHA256})
-                ),
+                "test": _or_null(TEST),
             },
             {"metric": METRIC},
         ),
@@ -438,6 +449,11 @@ _SCHEMAS: dict[str, Schema] = {
             "claimed_accuracy": _or_null(_number()),
             "metric": METRIC,
             "latency": _or_null(_record("Against --reference.", {"median_ms": _number(), **RATIO, "verdict": VERDICT})),
+            "test": _or_null(TEST),
+            "machine": _or_null(MACHINE),
+            "reference_sha256": _or_null(SHA256),
+            "worse": _truth("Than --against allows: exit code 5."),
+            "changes": _list(CHANGE, "Figures beside those of --against; empty without it."),
         },
     ),
     "doctor": _record(
