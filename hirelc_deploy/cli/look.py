@@ -230,7 +230,7 @@ def skill() -> None:
     """Print one page for coding agents: when to use which command, exit codes, and what to check.
 
     \b
-    Example: hirelc-deploy skill > SKILL.md
+    Example: hirelc-deploy skill
     """
     from hirelc_deploy.schemas import skill as page
 
