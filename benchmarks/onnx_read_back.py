@@ -3,9 +3,9 @@
     python benchmarks/onnx_read_back.py --jobs 2 --out benchmarks/results/onnx_read_back.json
     python benchmarks/onnx_read_back.py resnet18 deit_tiny_patch16_224
 
-The families, their random weights and the proof are those of `zoo.py`. Per model: units of the torch network; its file by
-the project's own exporter; what is read of it, which must equal the file in ONNX Runtime to be read at all; units of that,
-proven; and the plan that keeps about half of each, against its masked twin. Writes each row as it comes.
+The families, their random weights and the proof are those of `zoo.py`. Per model: units of the torch network; its
+file by the project's own exporter; what is read of it, which must equal the file in ONNX Runtime to be read at all;
+units of that, proven; and the plan that keeps about half of each, against its masked twin. Writes each row as it comes.
 """
 
 from __future__ import annotations

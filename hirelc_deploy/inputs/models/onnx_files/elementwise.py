@@ -54,8 +54,7 @@ def _several(node: Node) -> Call:
     joined = {"Max": torch.maximum, "Min": torch.minimum, "Sum": operator.add, "Mean": operator.add}[node.operator]
     given = [value for value in node.inputs if value is not None]
     np.broadcast_shapes(*(value.shape for value in given))
-    settings = {"joined": joined, "count": len(given) if node.operator == "Mean" else 1}
-    return Call(Function(folded, **settings), given)
+    return Call(Function(folded, joined=joined, count=len(given) if node.operator == "Mean" else 1), given)
 
 
 def folded(*given: Tensor, joined: Callable[[Tensor, Tensor], Tensor], count: int) -> Tensor:

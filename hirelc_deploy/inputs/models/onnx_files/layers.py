@@ -227,45 +227,35 @@ def _mean(node: Node) -> Call:
 
 
 def _written_out_norm(node: Node) -> Call | None:
-    """Return the norm of x that is written as ((x - mean) / sqrt(mean((x - mean)^2) + eps)) * weight + bias."""
-    x, sub = node.value(0), node.next("Sub")
-    axes = node.setting("axes", 1)
-    if sub is None or x.rank < 2 or list(np.atleast_1d(axes if axes is not None else 0) % x.rank) != [x.rank - 1]:
+    """Return the norm of x that is written as (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias."""
+    x, axes, sub = node.value(0), node.setting("axes", 1), node.next("Sub")
+    after = {} if sub is None else {one.operator: one for one in node.readers.get(sub.outputs[0], ())}
+    square, div = after.get("Pow", after.get("Mul")), after.get("Div")
+    if sub is None or square is None or div is None or sub.input_names != (x.name, node.outputs[0]):
         return None
-    if sub.input_names != (x.name, node.outputs[0]):
-        return None
-    readers = {one.operator: one for one in node.readers.get(sub.outputs[0], ())}
-    square, div = readers.get("Pow") or readers.get("Mul"), readers.get("Div")
-    if div is None or square is None or div.input_names[0] != sub.outputs[0]:
-        return None
-    if square.operator == "Pow" and (
-        (two := node.known(square.input_names[1])) is None or two.array.tolist() not in (2, [2])
-    ):
-        return None
-    chain = [square]
+    over_last = [int(axis) % x.rank for axis in np.atleast_1d(0 if axes is None else axes)] == [x.rank - 1]
+    two = node.known(square.input_names[1])
+    squared = two.array.reshape(-1).tolist() == [2] if two is not None else square.operator == "Mul"
+    chain: list[Node] = [square]
     for operator in ("ReduceMean", "Add", "Sqrt"):
-        following = node.next(operator, chain[-1])
-        if following is None:
-            return None
-        chain.append(following)
-    _, variance, add, root = chain
-    eps = node.other(add)
-    if eps is None or eps.array.size != 1 or root.outputs[0] != div.input_names[1]:
+        if (following := node.next(operator, chain[-1])) is not None:
+            chain.append(following)
+    if len(chain) < 4 or not over_last or not squared or x.rank < 2:
         return None
-    if variance.attributes.get("keepdims", 1) != 1 or node.attributes.get("keepdims", 1) != 1:
+    eps = node.other(chain[2])
+    kept = all(one.attributes.get("keepdims", 1) for one in (node, chain[1]))
+    if eps is None or eps.array.size != 1 or not kept or div.input_names != (sub.outputs[0], chain[3].outputs[0]):
         return None
-    chain, last = [sub, *chain, div], div
-    parts: list[Value | None] = []
-    for operator in ("Mul", "Add"):
-        following = node.next(operator, last)
-        constant = None if following is None else node.other(following)
-        if following is None or constant is None or constant.array.size != x.shape[-1]:
-            parts.append(None)
+    chain = [sub, *chain, div]
+    parts: list[Value | None] = [None, None]
+    for number, operator in enumerate(("Mul", "Add")):
+        joining = node.next(operator, chain[-1])
+        constant = None if joining is None else node.other(joining)
+        if joining is None or constant is None or constant.array.size != x.shape[-1] != 1:
             break
-        parts.append(constant)
-        chain, last = [*chain, following], following
-    weight, bias = (*parts, None, None)[:2]
-    return Call(layer_norm(x.shape[-1], float(eps.array.reshape(-1)[0]), weight, bias), [x], chain)
+        parts[number] = constant
+        chain.append(joining)
+    return Call(layer_norm(x.shape[-1], float(eps.array.reshape(-1)[0]), *parts), [x], chain)
 
 
 @reads("InstanceNormalization")

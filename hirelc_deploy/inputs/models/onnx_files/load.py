@@ -96,8 +96,8 @@ def _input_of(file: OnnxFile, wanted: Sequence[int] | None) -> tuple[str, int | 
             f"{file.path}: it is written for inputs of {own}, not {size}; leave --input-size out, or export it anew."
         )
     if None in size:
-        names = ("channels", "height", "width")
-        open_ones = " and ".join(name for name, edge in zip(names, size, strict=True) if edge is None)
+        edges = zip(("channels", "height", "width"), size, strict=True)
+        open_ones = " and ".join(name for name, edge in edges if edge is None)
         raise InputError(
             f"{file.path}: its input leaves {open_ones} open; say the size that it is to run at with "
             "--input-size CHANNELS,HEIGHT,WIDTH."

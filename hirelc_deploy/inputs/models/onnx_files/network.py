@@ -31,7 +31,8 @@ class Step:
 class OnnxNetwork(nn.Module):
     """A network that was read from an ONNX file.
 
-    `forward` takes (n, channels, height, width) images and returns tensors by the names of the file's outputs. Every operator is a module below it, so that layers, and messages about them, have names.
+    `forward` takes (n, channels, height, width) images and returns tensors by the names of the file's outputs. Every
+    operator is a module below it, so that layers, and messages about them, have names.
     """
 
     def __init__(self, input_name: str, output_names: Sequence[str]) -> None:

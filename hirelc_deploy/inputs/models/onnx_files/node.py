@@ -1,4 +1,4 @@
-"""In: a node of an ONNX graph and what its inputs hold. Out: the module that computes it, by the tables that join here."""
+"""In: a node of an ONNX graph and what its inputs hold. Out: the module that computes it, by tables that join here."""
 
 from __future__ import annotations
 

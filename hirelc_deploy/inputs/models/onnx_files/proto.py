@@ -77,7 +77,7 @@ def read_file(path: Path) -> OnnxFile:
     opset = max((o.version for o in model.opset_import if o.domain in STANDARD), default=0)
     if not OLDEST_OPSET <= opset <= onnx.defs.onnx_opset_version():
         raise InputError(
-            f"{path}: opset {opset}, but {OLDEST_OPSET} to {onnx.defs.onnx_opset_version()} are read; export it with one."
+            f"{path}: opset {opset}; {OLDEST_OPSET} to {onnx.defs.onnx_opset_version()} are read; export it with one."
         )
     for tensor in _tensors(model.graph):
         _check_tensor(path, tensor)

@@ -7,6 +7,7 @@ that differs is the number of images. So shape arithmetic is gone, and files tha
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -342,9 +343,8 @@ class _Reader:
     def path_of(self, node: Node) -> str:
         """Return where in the tree the module of a node should lie: as its weight says, else its own name."""
         number = WEIGHTED.get(node.operator)
-        if number is not None and number < len(node.input_names):
-            if path := layer_of(node.input_names[number]):
-                return path
+        if number is not None and number < len(node.input_names) and (path := layer_of(node.input_names[number])):
+            return path
         scope = scopes(node.name, node.operator)
         if number is not None and scope:
             return scope
@@ -402,10 +402,8 @@ def _check_growth(node: Node, given: Sequence[Any]) -> None:
             pass
         case _:
             if len(sizes) > 1 and all(np.prod(size, dtype=float) <= LARGEST_VALUE for size in sizes):
-                try:
+                with contextlib.suppress(ValueError):
                     check_size(np.broadcast_shapes(*sizes), node)
-                except ValueError:
-                    pass
 
 
 def _computed(proto: NodeProto, feeds: Mapping[str, Any], opset: int) -> list[Any]:

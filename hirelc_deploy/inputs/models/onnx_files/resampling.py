@@ -132,7 +132,7 @@ def _on_axes(axes: Sequence[int], values: Sequence[Any], default: list[Any]) -> 
 @reads("GridSample")
 def _grid_sample(node: Node) -> Call:
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(name := str(node.attributes.get("mode", "bilinear")), name)
-    settings = {
+    settings: dict[str, Any] = {
         "mode": mode,
         "padding_mode": str(node.attributes.get("padding_mode", "zeros")),
         "align_corners": bool(node.attributes.get("align_corners", 0)),

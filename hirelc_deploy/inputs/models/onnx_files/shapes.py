@@ -93,7 +93,7 @@ def _reshape(node: Node) -> Call:
     x = node.value(0)
     if node.operator == "Flatten":
         axis = int(node.attributes.get("axis", 1)) % (x.rank + 1)
-        shapes = [(math.prod(s[:axis]), math.prod(s[axis:])) for s in _shapes(node, x)]
+        shapes: list[tuple[int, ...]] = [(math.prod(s[:axis]), math.prod(s[axis:])) for s in _shapes(node, x)]
     else:
         target = node.value(1)
         if target.live:
