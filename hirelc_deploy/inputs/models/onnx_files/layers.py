@@ -141,7 +141,7 @@ def _conv_transpose(node: Node) -> Call:
     pads = padding_of(node, kernel, strides, dilations)
     extra = list(node.attributes.get("output_padding", [0] * size))
     rows = zip(x.shape[2:], strides, dilations, kernel, extra, strict=True)
-    check_size((x.shape[0], filters, *((n - 1) * s + d * (k - 1) + 1 + e for n, s, d, k, e in rows)), node)
+    check_size((x.shape[0], filters, *((n - 1) * s + d * (k - 1) + 1 + e for n, s, d, k, e in rows)))
     kind: Any = TRANSPOSED[x.rank]
     # torch crops as much on both sides; what is cropped more at the end is a smaller output padding.
     extra = [e - (after - before) for e, before, after in zip(extra, pads[:size], pads[size:], strict=True)]
@@ -181,7 +181,7 @@ def _matmul(node: Node) -> Call:
     x, weight = node.value(0), node.value(1)
     if x.rank < 2 or weight.rank < 2 or x.shape[-1] != weight.shape[-2]:
         raise NotReadError(f"it multiplies {list(x.shape)} by {list(weight.shape)}")
-    check_size((*np.broadcast_shapes(x.shape[:-2], weight.shape[:-2]), x.shape[-2], weight.shape[-1]), node)
+    check_size((*np.broadcast_shapes(x.shape[:-2], weight.shape[:-2]), x.shape[-2], weight.shape[-1]))
     if weight.fixed and weight.rank == 2:
         absorbed, added = bias_after(node, weight.shape[1], x.rank - 1, x.rank)
         return Call(linear(floats(weight).T, added), [x], [absorbed] if absorbed else [])

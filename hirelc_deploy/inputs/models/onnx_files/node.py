@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.models.onnx_files.proto import Array
 
 LARGEST_VALUE = 2**28
@@ -185,17 +184,14 @@ def call(node: Node, function: Callable[..., Any], **settings: Any) -> Call:
         for place, value in enumerate(given)
         if value.fixed and value.array.size == 1 and value.rank <= rank and value.array.dtype.kind == "f"
     }
-    check_size(np.broadcast_shapes(*(value.shape for value in given)), node)
+    check_size(np.broadcast_shapes(*(value.shape for value in given)))
     return Call(Function(function, numbers, **settings), [v for place, v in enumerate(given) if place not in numbers])
 
 
-def check_size(shape: Sequence[int], node: Node) -> None:
-    """Raise InputError for a tensor that no network of pictures has."""
+def check_size(shape: Sequence[int]) -> None:
+    """Raise NotReadError for a tensor that no network of pictures has."""
     if math.prod(shape) > LARGEST_VALUE:
-        raise InputError(
-            f"node {node.name or node.outputs[0]} ({node.operator}) makes a tensor of shape {list(shape)}; no network "
-            "of pictures has one of that size."
-        )
+        raise NotReadError(f"it makes a tensor of shape {list(shape)}, larger than any in a network of pictures")
 
 
 def floats(value: Value) -> Tensor:

@@ -254,6 +254,10 @@ def _check_structure(path: Path, model: ModelProto) -> None:
         if tensor.name not in given:
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     del light.graph.initializer[:]
+    for value in light.graph.output:  # exporters leave shapes of outputs out, which the checker wants and nobody reads
+        if not value.type.WhichOneof("value") or value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+            value.type.tensor_type.elem_type = value.type.tensor_type.elem_type or TensorProto.FLOAT
     if light.graph.sparse_initializer:
         raise InputError(f"{path}: it has sparse tensors, which are not read; export it with dense ones.")
     try:

@@ -253,7 +253,7 @@ class _Reader:
         self.step(call.module, path, names, last.outputs, self.key_of(node, call))
         for number, name in enumerate(last.outputs if several else last.outputs[:1]):
             results = tuple(run[number] if several else run for run in runs)
-            check_size(results[-1].shape, node)
+            check_size(results[-1].shape)
             self.values[name] = Value(name, results, live=True)
 
     def key_of(self, node: Node, call: Call) -> tuple[Any, ...] | None:
@@ -384,26 +384,26 @@ def _check_growth(node: Node, given: Sequence[Any]) -> None:
     sizes = [np.asarray(array).shape for array in given]
     match node.operator:
         case "ConstantOfShape":
-            check_size([abs(int(size)) for size in given[0]], node)
+            check_size([abs(int(size)) for size in given[0]])
         case "Expand":
-            check_size(np.broadcast_shapes(sizes[0], tuple(int(size) for size in given[1])), node)
+            check_size(np.broadcast_shapes(sizes[0], tuple(int(size) for size in given[1])))
         case "Tile":
-            check_size([size * int(times) for size, times in zip(sizes[0], given[1], strict=True)], node)
+            check_size([size * int(times) for size, times in zip(sizes[0], given[1], strict=True)])
         case "Range":
             start, limit, step = (float(np.asarray(one).reshape(-1)[0]) for one in given)
-            check_size([int(abs((limit - start) / step)) + 1], node)
+            check_size([int(abs((limit - start) / step)) + 1])
         case "OneHot" | "EyeLike" | "Resize" | "Upsample" | "Pad" | "Loop" | "Scan" | "SequenceConstruct":
             raise NotReadError("it computes a constant of another size than what it reads")
         case "MatMul" | "Gemm" | "Einsum" | "Conv":
-            check_size([max(1, sizes[0][0] if sizes[0] else 1), *sizes[-1]], node)
+            check_size([max(1, sizes[0][0] if sizes[0] else 1), *sizes[-1]])
         case "Gather" | "GatherND" | "GatherElements":
-            check_size([*sizes[0][1:], *sizes[1]], node)
+            check_size([*sizes[0][1:], *sizes[1]])
         case "Constant" | "Concat" | "Shape":
             pass
         case _:
             if len(sizes) > 1 and all(np.prod(size, dtype=float) <= LARGEST_VALUE for size in sizes):
                 with contextlib.suppress(ValueError):
-                    check_size(np.broadcast_shapes(*sizes), node)
+                    check_size(np.broadcast_shapes(*sizes))
 
 
 def _computed(proto: NodeProto, feeds: Mapping[str, Any], opset: int) -> list[Any]:

@@ -82,7 +82,7 @@ def _resize(node: Node) -> Call:
     how = "asymmetric" if upsample else str(node.attributes.get("coordinate_transformation_mode", "half_pixel"))
     rounding = "floor" if upsample else str(node.attributes.get("nearest_mode", "round_prefer_floor"))
     size = _new_size(node, upsample)
-    check_size((*x.shape[:2], *size), node)
+    check_size((*x.shape[:2], *size))
     if x.rank != 4 or min(size) < 1 or node.attributes.get("antialias", 0):
         raise NotReadError("it resizes by other dimensions, or smooths")
     whole = all(new % old == 0 for new, old in zip(size, x.shape[2:], strict=True))

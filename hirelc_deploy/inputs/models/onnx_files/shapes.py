@@ -265,7 +265,7 @@ def _gather(node: Node) -> Call:
         raise NotReadError(f"it picks {index.array.reshape(-1)[:4].tolist()} of {x.shape[dim]}")
     if numbers.ndim == 0:
         return Call(Function(torch.select, dim=dim, index=int(numbers)), [x])
-    check_size((*x.shape[:dim], numbers.size, *x.shape[dim + 1 :]), node)
+    check_size((*x.shape[:dim], numbers.size, *x.shape[dim + 1 :]))
     picked = Picked(torch.from_numpy(numbers.reshape(-1).copy()), dim)
     if numbers.ndim == 1:
         return Call(picked, [x])
@@ -283,10 +283,10 @@ def _expand(node: Node) -> Call:
         if not target.fixed:
             raise NotReadError("it repeats images")
         times = target.array.tolist()
-        check_size([size * time for size, time in zip(x.shape, times, strict=True)], node)
+        check_size([size * time for size, time in zip(x.shape, times, strict=True)])
         return Call(Function(Tensor.repeat, {1: tuple(times)}), [x])
     shapes = [np.broadcast_shapes(shape, tuple(target.run(r).tolist())) for r, shape in enumerate(_shapes(node, x))]
-    check_size(shapes[0], node)
+    check_size(shapes[0])
     wanted = list(_growing(shapes))
     for offset, size in enumerate(reversed(x.shape), 1):
         if size == shapes[0][-offset]:
