@@ -112,9 +112,7 @@ def _conv(node: Node) -> Call:
         raise NotReadError(f"its weight is {list(weight.shape)} in {groups} groups, for {x.shape[1]} channels")
     pads = padding_of(node, kernel, strides, dilations)
     size = len(kernel)
-    check_size(
-        (*x.shape[:2], *(n + a + b for n, a, b in zip(x.shape[2:], pads[:size], pads[size:], strict=True))), node
-    )
+    check_size((*x.shape[:2], *(n + a + b for n, a, b in zip(x.shape[2:], pads[:size], pads[size:], strict=True))))
     absorbed, added = bias_after(node, filters, 1, x.rank) if bias is None else (None, None)
     kind: Any = CONVOLUTIONS[x.rank]
     same = pads[:size] == pads[size:]

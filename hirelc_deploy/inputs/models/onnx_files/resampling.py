@@ -41,9 +41,7 @@ def _pool(node: Node) -> Call:
     if len(kernel) != x.rank - 2 or len(strides) != size or min((*kernel, *strides, *dilations)) < 1:
         raise NotReadError(f"its kernel is {kernel}, its strides are {strides}")
     pads = padding_of(node, kernel, strides, dilations)
-    check_size(
-        (*x.shape[:2], *(n + a + b for n, a, b in zip(x.shape[2:], pads[:size], pads[size:], strict=True))), node
-    )
+    check_size((*x.shape[:2], *(n + a + b for n, a, b in zip(x.shape[2:], pads[:size], pads[size:], strict=True))))
     average = node.operator == "AveragePool"
     counts_padding = bool(node.attributes.get("count_include_pad", 0))
     if average and max(dilations) > 1:

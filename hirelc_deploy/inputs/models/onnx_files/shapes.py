@@ -375,9 +375,7 @@ def _pad(node: Node) -> Call:
         pads = whole
     if len(pads) != 2 * x.rank or pads[0] or pads[x.rank]:
         raise NotReadError(f"it pads by {pads}")
-    check_size(
-        [n + max(a, 0) + max(b, 0) for n, a, b in zip(x.shape, pads[: x.rank], pads[x.rank :], strict=True)], node
-    )
+    check_size([n + max(a, 0) + max(b, 0) for n, a, b in zip(x.shape, pads[: x.rank], pads[x.rank :], strict=True)])
     modes = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
     if mode not in modes:
         raise NotReadError(f"its mode is {mode}")
