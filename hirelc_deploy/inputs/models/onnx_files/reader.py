@@ -20,7 +20,7 @@ from onnx import AttributeProto, GraphProto, NodeProto, helper
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.inputs.models.onnx_files import elementwise, layers, resampling, shapes  # noqa: F401  the tables
+from hirelc_deploy.inputs.models.onnx_files import elementwise, layers, norms, resampling, shapes  # noqa: F401  the tables
 from hirelc_deploy.inputs.models.onnx_files.network import (
     OnnxNetwork,
     Step,
