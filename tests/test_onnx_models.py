@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +341,23 @@ def test_a_constant_that_the_images_are_joined_with_is_cut_with_them(tmp_path: P
     graph = build_graph(build(saved(model, tmp_path / "net.onnx")), IMAGES)
     assert {part.tensor for part in graph.units[0].slices} == {"conv_1.weight", "scale.gamma", "conv_2.weight"}
     assert FLOAT == TensorProto.FLOAT
+
+
+def test_the_whole_path_from_a_file_to_a_bundle(tmp_path: Path) -> None:
+    import hirelc_deploy
+
+    path = saved(small_net(image=("n", 3, "h", "w")), tmp_path / "net.onnx")
+    result = hirelc_deploy.apply(
+        str(path),
+        "synthetic:64",
+        "uniform:keep=0.5,precision=int8",
+        out=tmp_path / "run",
+        input_size=(3, 16, 16),
+        recovery_epochs=0,
+    )
+    manifest = json.loads((result.bundle / "manifest.json").read_text("utf-8"))
+    assert manifest["source"]["kind"] == "onnx"
+    assert manifest["source"]["arguments"] == {"input_size": [3, 16, 16]}
+    graph = onnx.load(str(result.bundle / "model.onnx")).graph
+    assert [value.name for value in graph.output] == ["y"]
+    assert manifest["plan"]["keep"]
