@@ -108,7 +108,7 @@ def _clip(node: Node) -> Call:
 @reads("HardSigmoid")
 def _hard_sigmoid(node: Node) -> Call:
     alpha, beta = float(node.attributes.get("alpha", 0.2)), float(node.attributes.get("beta", 0.5))
-    if math.isclose(alpha, 1 / 6, rel_tol=1e-4) and beta == 0.5:
+    if math.isclose(alpha, 1 / 6, rel_tol=1e-6) and beta == 0.5:
         return Call(Function(F.hardsigmoid), [node.value(0)])
     return Call(Function(hard_sigmoid, alpha=alpha, beta=beta), [node.value(0)])
 
