@@ -127,8 +127,10 @@ def profile(
 
     device = find_target(target)
     backend = open_target(device)
-    network = ModelSource(model, weights, arguments_of("--model-arg", model_arg), pretrained, weights_key).load().eval()
-    size = preprocess_of(network, None, {"input_size": numbers("--input-size", input_size, int)}).input_size
+    source = ModelSource(model, weights, arguments_of("--model-arg", model_arg), pretrained, weights_key)
+    wanted = numbers("--input-size", input_size, int)
+    network = source.with_input_size(wanted).load().eval()
+    size = preprocess_of(network, None, {"input_size": wanted}).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
     graph = proven(network, build_graph(network, images, exclude=tuple(exclude or ())), images)
     found = profile_model(

@@ -11,7 +11,10 @@ import typer
 from hirelc_deploy.errors import InputError
 
 Model = Annotated[
-    str, typer.Option("--model", help="A timm name, file.py:factory, hf:DIR or torchvision:NAME.", show_default=False)
+    str,
+    typer.Option(
+        "--model", help="A timm name, FILE.onnx, file.py:factory, hf:DIR or torchvision:NAME.", show_default=False
+    ),
 ]
 ModelArg = Annotated[
     list[str] | None, typer.Option("--model-arg", help="Argument of the factory, as key=value; may be repeated.")

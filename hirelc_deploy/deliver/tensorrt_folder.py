@@ -59,6 +59,7 @@ def write_folder(run: Path, out: Path) -> list[Path]:
         raise InputError(f"{bundle}: cannot be read ({error}); `hirelc-deploy verify {bundle}` says more.") from None
     plan = CompressionPlan.from_dict(manifest.get("plan"), f"{bundle / MANIFEST}: plan")
     source = ModelSource(config.model.spec, arguments=dict(config.model.arguments))
+    source = source.with_input_size(config.preprocess.input_size)
     model = load_bundle(bundle, None if source.is_timm else source.build)
     data = configured_data(config).preprocessed(preprocess)
     task = read_task(bundle, config.task.options.get("decode"))

@@ -97,7 +97,7 @@ def fit(
         InputError: The task is in doubt, or model, data and task do not fit.
     """
     wanted = wanted or TaskConfig()
-    source = source.with_classes(len(data.classes))
+    source = source.with_classes(len(data.classes)).with_input_size((overrides or {}).get("input_size"))
     try:
         model = source.load()
     except InputError as error:

@@ -28,7 +28,7 @@ def inspected(
     Args:
         overrides: Entries of `Preprocess` that the user asked for.
     """
-    network = source.load().eval()
+    network = source.with_input_size(overrides.get("input_size")).load().eval()
     size = preprocess_of(network, None, overrides).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
     everything = graph = build_graph(network, images)

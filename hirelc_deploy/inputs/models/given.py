@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,10 @@ class GivenModel:
 
     def with_classes(self, _count: int) -> GivenModel:
         """Return itself: the model is as it is."""
+        return self
+
+    def with_input_size(self, _size: Sequence[int] | None) -> GivenModel:
+        """Return itself: the model takes what it takes."""
         return self
 
     def build(self) -> nn.Module:

@@ -18,7 +18,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from hirelc_deploy.inputs.data.preprocess import INTERPOLATIONS, Preprocess
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models import hugging_face, torchvision_models, ultralytics_models
 from hirelc_deploy.inputs.models.checks import check_finite
+from hirelc_deploy.inputs.models.onnx_files import load as onnx_files
 from hirelc_deploy.inputs.models.ordinary import (
     all_trained,
     stored_weights,
@@ -56,10 +57,10 @@ class ModelSource:
     Attributes:
         spec: A timm name, with a tag or not, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, as timm takes them;
             `file.py:factory` or `package.module:factory`; `hf:FOLDER` of transformers; `torchvision:NAME`;
-            `ultralytics:NAME.yaml`.
+            `ultralytics:NAME.yaml`; `FILE.onnx`.
         weights: A .safetensors file, or a .pth, .pt or .bin file with a state dict.
         arguments: Keyword arguments of the factory, of `timm.create_model` or torchvision's function, or entries of the
-            config of transformers.
+            config of transformers; of an ONNX file `input_size`, where it leaves that open.
         pretrained: Let timm fetch its own weights over the network; timm names only.
         weights_key: Which of several state dicts in the file is meant; see `load_weights`.
     """
@@ -72,7 +73,9 @@ class ModelSource:
 
     @property
     def kind(self) -> str:
-        """`timm`, `hf`, `torchvision`, `ultralytics` or `factory`."""
+        """`timm`, `hf`, `torchvision`, `ultralytics`, `onnx` or `factory`."""
+        if self.spec.lower().endswith(".onnx"):
+            return "onnx"
         before, colon, _ = self.spec.partition(":")
         if colon:
             return before if before in PREFIXES else "timm" if before in TIMM_PREFIXES else "factory"
@@ -100,6 +103,12 @@ class ModelSource:
             return self
         return replace(self, arguments={**self.arguments, "num_classes": count})
 
+    def with_input_size(self, size: Sequence[int] | None) -> ModelSource:
+        """Return the source with the size of its images, where that is part of the network: in an ONNX file."""
+        if self.kind != "onnx" or size is None or "input_size" in self.arguments:
+            return self
+        return replace(self, arguments={**self.arguments, "input_size": list(size)})
+
     def build(self) -> nn.Module:
         """Return the model as `load` does, without reading `weights`."""
         return all_trained(stored_weights(self.made()))
@@ -115,6 +124,8 @@ class ModelSource:
                 model = hugging_face.build(Path(self._name), self.arguments)
             case "torchvision":
                 model = torchvision_models.build(self._name, self.arguments)
+            case "onnx":
+                model = self._from_onnx()
             case "ultralytics":
                 self._take_no_arguments()
                 model = ultralytics_models.build(self._name)
@@ -144,9 +155,11 @@ class ModelSource:
             "arguments": dict(self.arguments),
             "pretrained": self.pretrained,
         }
-        if self.kind != "factory":
+        if self.kind not in ("factory", "onnx"):
             package = "transformers" if self.kind == "hf" else self.kind
             value[f"{package}_version"] = importlib.metadata.version(package)
+        elif self.kind == "onnx":
+            value["spec_sha256"] = _sha256(Path(self.spec))
         elif self._factory_file is not None:
             value["spec_sha256"] = _sha256(self._factory_file)
         if self.kind == "hf":
@@ -180,6 +193,13 @@ class ModelSource:
             raise InputError(
                 f"--model {self.spec}: takes no {_arguments_text(self.arguments)}; its .yaml says all of the network."
             )
+
+    def _from_onnx(self) -> nn.Module:
+        if self.weights is not None:
+            raise InputError(f"--weights {self.weights}: {self.spec} has its weights in it; leave --weights out.")
+        if unknown := sorted(set(self.arguments) - {"input_size"}):
+            raise InputError(f"--model {self.spec}: an ONNX file takes no argument {unknown[0]!r}, only input_size.")
+        return onnx_files.build(Path(self.spec), self.arguments.get("input_size"))
 
     def _from_timm(self) -> nn.Module:
         import timm
