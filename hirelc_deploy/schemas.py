@@ -87,9 +87,7 @@ ACCURACY = _record(
         "drop_high": _or_null(_number()),
     },
 )
-TEST = _record(
-    "The test images behind `accuracy`.", {"images": _whole(), "labels_sha256": SHA256}
-)
+TEST = _record("The test images behind `accuracy`.", {"images": _whole(), "labels_sha256": SHA256})
 CHANGE = _record(
     "One figure of a new bundle beside the baseline's.",
     {
