@@ -103,6 +103,7 @@ RATIO = {"ratio": _number("Time over that of the reference."), "ratio_low": _num
 LATENCY = _record(
     "The shipped file beside the uncut float file.",
     {"median_ms": _number(), "reference": _text(), **RATIO, "verdict": VERDICT},
+    {"p99_ms": _number("What 99 of 100 inferences stay within.")},
 )
 MACHINE = _record(
     "What a reader needs to judge a timing; null where the system does not say.",
@@ -328,6 +329,7 @@ TIMING = _record(
         "file": _text(),
         "median_ms": _number(),
         "p90_ms": _number(),
+        "p99_ms": _number(),
         **RATIO,
         "verdict": VERDICT,
         "rounds": _whole(),

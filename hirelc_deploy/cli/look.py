@@ -80,12 +80,13 @@ def benchmark(
     from hirelc_deploy import api
 
     machine, timings = api.timed(files, target, threads, seconds)
-    keys = ("file", "median_ms", "p90_ms", "ratio", "ratio_low", "ratio_high", "verdict", "rounds", "contended", "note")
+    times = ("median_ms", "p90_ms", "p99_ms", "ratio", "ratio_low", "ratio_high")
+    keys = ("file", *times, "verdict", "rounds", "contended", "note")
     results = [{key: timing.to_dict()[key] for key in keys} for timing in timings]
-    lines = [f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'ratio':>7}  {'95 % interval':<16} verdict"]
+    lines = [f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'p99 ms':>9} {'ratio':>7}  {'95 % interval':<16} verdict"]
     for r in results:
         lines.append(
-            f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['ratio']:>7.3f}  "
+            f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['p99_ms']:>9.4f} {r['ratio']:>7.3f}  "
             f"{r['ratio_low']:.3f} to {r['ratio_high']:.3f}   {r['verdict']}"
         )
         if r["note"]:

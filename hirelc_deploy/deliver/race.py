@@ -269,6 +269,7 @@ def result_record(pipeline: Pipeline, delivery: Delivery, scores: SplitScores) -
         "metric": metric_record(pipeline.task),
         "latency": {
             "median_ms": timing.median_ms,
+            "p99_ms": timing.p99_ms,
             "reference": delivery.reference.path.name,
             "ratio": timing.ratio,
             "ratio_low": timing.ratio_low,

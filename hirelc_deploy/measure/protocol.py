@@ -91,7 +91,7 @@ class Timing:
 
     Attributes:
         median_ms: Wall time: median over processes of each one's median. Compare across days only by `ratio`.
-        min_ms, p90_ms: Wall time over all runs.
+        min_ms, p90_ms, p99_ms: Wall time over all runs: the shortest, and what 90 and 99 of 100 runs stay within.
         cpu_median_ms: CPU time of the thread (of the process when there are several threads).
         ratio: Time of this file / time of the reference, the median over rounds; judged by `clock`.
         ratio_low, ratio_high: 95 % interval of `ratio`.
@@ -109,6 +109,7 @@ class Timing:
     median_ms: float
     min_ms: float
     p90_ms: float
+    p99_ms: float
     cpu_median_ms: float
     ratio: float
     ratio_low: float
@@ -331,6 +332,7 @@ def judge(
                 median_ms=float(np.median(np.median(wall, axis=1))),
                 min_ms=float(wall.min()),
                 p90_ms=float(np.percentile(wall, 90)),
+                p99_ms=float(np.percentile(wall, 99)),
                 cpu_median_ms=float(np.median(np.median(cpu, axis=1))),
                 ratio=float(np.exp(np.median(log_ratios[index]))),
                 ratio_low=float(np.exp(low)),

@@ -245,7 +245,9 @@ def _headline(result: Record) -> list[dict[str, str]]:
         low, high = positive(latency.get("ratio_low")), positive(latency.get("ratio_high"))
         sure = f"95 % interval {1 / high:.2f} to {1 / low:.2f}" if low and high else "no interval"
         median, verdict = positive(latency.get("median_ms")), text_of(latency.get("verdict"))
-        notes = ["" if verdict == "faster" else verdict, ms_text(median) if median else "", sure]
+        longest = positive(latency.get("p99_ms"))
+        times = [ms_text(median) if median else "", f"99 of 100 within {ms_text(longest)}" if longest else ""]
+        notes = ["" if verdict == "faster" else verdict, *times, sure]
         tiles.append(
             {
                 **_faster(ratio, f"the {_float_name(result)} file"),
