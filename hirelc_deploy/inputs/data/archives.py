@@ -30,8 +30,10 @@ def read_arrays(file: Path, most_bytes: int) -> dict[str, NDArray[Any]]:
     Raises:
         InputError: The file is missing, no archive of plain arrays, damaged, or larger than allowed when unpacked.
     """
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{file}: no such file.")
+    if not file.is_file():
+        raise InputError(f"{file}: not readable as an .npz archive: it is a folder or a device; name a file.")
     try:
         with np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
