@@ -48,6 +48,13 @@ class Nodes:
     ray: Any
     board: loopback.LoopbackBoard | None
 
+    def wait_until_gone(self, name: str) -> None:
+        """Return once the cluster knows that a node was lost: until then it may hand work to it."""
+        deadline = time.monotonic() + 90
+        while any(node["Alive"] for node in self.ray.nodes() if node["NodeName"] == name):
+            assert time.monotonic() < deadline, f"{name} is still counted"
+            time.sleep(0.5)
+
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
@@ -147,6 +154,7 @@ def test_a_node_killed_in_the_middle_takes_no_question_along(nodes: Nodes):
     assert len(said) == 1
     assert "2 left, its plan is judged again" in said[0]
     ahead.close()
+    nodes.wait_until_gone("doomed")
 
 
 @needs_ray

@@ -331,6 +331,11 @@ def rebuild(model_uncut: nn.Module, shapes: Shapes, state_dict: Mapping[str, Ten
                 shape = sizes.get(f"{path}.{name}" if path else name)
                 if tensor is None or shape is None or list(tensor.shape) == shape:
                     continue
+                if len(shape) != tensor.ndim or any(n > full for n, full in zip(shape, tensor.shape, strict=True)):
+                    raise InputError(
+                        f"shape manifest: {path}.{name} has shape {shape}, which is not cut from {list(tensor.shape)}; "
+                        "it belongs to another model."
+                    )
                 if id(tensor) not in resized:
                     resized[id(tensor)] = _like(tensor, tensor.detach().new_empty(tuple(shape)))
                 table[name] = resized[id(tensor)]

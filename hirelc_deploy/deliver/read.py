@@ -193,7 +193,7 @@ def read_shapes(folder: Path) -> Shapes:
     for name, shape in value.items():
         if type(shape) is int or shape in (IDENTITY, ZERO):
             continue
-        if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
             raise InputError(f"{folder / SHAPES}: {name} has shape {shape!r}; give a list of whole numbers.")
     return value
 
