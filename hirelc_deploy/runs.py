@@ -254,7 +254,7 @@ def json_text(value: Any, indent: int) -> str:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or as it was before, whatever happens."""
     with atomic_path(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
