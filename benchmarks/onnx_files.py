@@ -14,7 +14,6 @@ import argparse
 import functools
 import importlib.util
 import json
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 import onnxruntime
 import zoo
 from onnx_read_back import Answer
+from record import provenance
 
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.graph.units import build_graph
@@ -100,8 +100,8 @@ def main() -> None:
         print(f"{name:<18} {shown}", flush=True)
         if given.out:
             versions = {one: version(one) for one in ("torch", "onnx", "onnxruntime")}
-            machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-            record = {"schema_version": 1, "machine": machine, "versions": versions, "files": rows}
+            made = provenance("python benchmarks/onnx_files.py")
+            record = {"schema_version": 1, **made, "versions": versions, "files": rows}
             given.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 

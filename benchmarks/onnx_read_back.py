@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import tempfile
 import time
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import zoo
+from record import provenance
 
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.onnx_file import export
@@ -130,7 +130,7 @@ def record(names: tuple[str, ...], rows: dict[str, dict[str, Any]], seconds: flo
     return {
         "schema_version": 1,
         "question": "units found in networks that were exported to ONNX and read again, beside those of torch",
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        **provenance("python benchmarks/onnx_read_back.py"),
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "timm")},
         "seconds": round(seconds, 1),
         "totals": {
