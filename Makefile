@@ -1,6 +1,7 @@
 # `make demo`, `make test` and `make docs` do everything on a fresh machine, the virtual environment in .venv included.
 #
 #   make demo PYTHON=python3.12        with another Python (3.11 or newer)
+#   make test TEST_JOBS=1                test files one after the other, not one on each core (at most four)
 #   make demo TORCH_ARGS="--index-url URL"
 #                                      with PyTorch's own CPU index, where the default index gives the large CUDA build
 
@@ -8,11 +9,13 @@ PYTHON ?= python3
 TORCH_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_JOBS ?= auto
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 RUNTIME := numpy onnx onnxruntime onnxscript safetensors pillow pyyaml huggingface_hub typer rich jinja2 hatchling editables
-TOOLS := pytest pytest-cov pytest-timeout hypothesis ruff mypy optuna transformers pyarrow pycocotools nbconvert ipykernel jsonschema
+TOOLS := pytest pytest-cov pytest-timeout pytest-xdist hypothesis ruff mypy optuna transformers pyarrow datasets einops \
+	pycocotools nbconvert ipykernel jsonschema
 DOCS := mkdocs-material mkdocstrings[python]
 
 .PHONY: demo test docs install
@@ -24,7 +27,8 @@ demo: install
 test: .venv/tools
 	@start=$$(date +%s); \
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy && \
-	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered $(TEST_ARGS); code=$$?; \
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --maxprocesses 4 --dist loadfile \
+	--cov --cov-report=term:skip-covered $(TEST_ARGS); code=$$?; \
 	echo "test: $$(($$(date +%s) - start)) s"; exit $$code
 
 docs: .venv/tools

@@ -574,11 +574,33 @@ class DetectionContract(TaskContract):
         return [{"boxes": each, "labels": rng.integers(0, 3, 2)} for each in boxes]
 
 
-class TestSsdBySigmoid(DetectionContract):
+class SsdContract(DetectionContract):
+    def perfect(self, targets: Sequence[Any]) -> Answers:
+        """Let every anchor show the object that it overlaps most, and speak for it where it is given to it."""
+        head = FORMS[self.form].head
+        assert isinstance(head, detection_heads.Ssd)
+        anchors = head.anchors.float()
+        scores, codes = torch.full((len(targets), 4, 4), -9.0), torch.zeros(len(targets), 4, 4)
+        scores[..., 0] = 9.0
+        for image, target in enumerate(targets):
+            shares = torch.from_numpy(target["boxes"]).float() / torch.tensor([200.0, 100.0, 200.0, 100.0])
+            boxes = torch.cat([(shares[:, :2] + shares[:, 2:]) / 2, shares[:, 2:] - shares[:, :2]], 1)
+            which = head.assigned(None, image, boxes, torch.from_numpy(target["labels"]))  # type: ignore[arg-type]
+            near = boxes[which.clamp(min=0)]
+            shift, growth = (near[:, :2] - anchors[:, :2]) / anchors[:, 2:], (near[:, 2:] / anchors[:, 2:]).log()
+            codes[image] = torch.cat([shift, growth], 1) / torch.tensor(head.variances)
+            for anchor in range(4):
+                if which[anchor] >= 0:
+                    scores[image, anchor, 0] = -9.0
+                    scores[image, anchor, 1 + int(target["labels"][which[anchor]])] = 9.0
+        return {"scores": scores, "boxes": codes}
+
+
+class TestSsdBySigmoid(SsdContract):
     form = "ssd by sigmoid"
 
 
-class TestSsdBySoftmax(DetectionContract):
+class TestSsdBySoftmax(SsdContract):
     form = "ssd by softmax"
 
 
@@ -596,6 +618,12 @@ class TestDetr(DetectionContract):
 
 class TestYolo(DetectionContract):
     form = "yolo"
+
+    def perfect(self, targets: Sequence[Any]) -> Answers:
+        corners = torch.stack([torch.from_numpy(each["boxes"]) for each in targets]).float()
+        boxes = torch.cat([(corners[..., :2] + corners[..., 2:]) / 2, corners[..., 2:] - corners[..., :2]], 2)
+        labels = torch.stack([torch.from_numpy(each["labels"]) for each in targets])
+        return {"boxes": torch.cat([boxes, torch.nn.functional.one_hot(labels, 3).float()], 2).transpose(1, 2)}
 
 
 class TestDecoded(DetectionContract):
