@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import email
+import importlib.util
+import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -98,3 +101,39 @@ def test_entry_points_lead_to_what_they_name(wheel: zipfile.ZipFile) -> None:
         path = module.replace(".", "/")
         file = f"{path}.py" if f"{path}.py" in wheel.namelist() else f"{path}/__init__.py"
         assert name in wheel.read(file).decode(), target
+
+
+def run(*command: str | Path) -> str:
+    """Run a command that must succeed; nothing of this checkout or environment is on its path."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV") and "COV" not in k}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False, cwd="/", env=clean
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("tool", ["pip", "uv"])
+def test_an_installed_wheel_works_without_the_checkout(built: Path, tmp_path: Path, tool: str) -> None:
+    """`.ci/release` does the same with everything that it depends on, and with pipx."""
+    if importlib.util.find_spec(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    (wheel,) = built.glob("*.whl")
+    environment = tmp_path / "environment"
+    if tool == "uv":
+        run(sys.executable, "-m", "uv", "venv", "-q", "--python", sys.executable, environment)
+        run(
+            sys.executable, "-m", "uv", "pip", "install", "-q", "--offline", "--no-deps", "--python", environment, wheel
+        )
+    else:
+        run(sys.executable, "-m", "venv", environment)
+        run(environment / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel)
+    (site,) = environment.glob("lib/python*/site-packages")
+    # What it depends on is seen from here, behind its own packages.
+    (site / "outer.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n", "utf-8")
+    command, python = environment / "bin" / "hirelc-deploy", environment / "bin" / "python"
+    assert hirelc_deploy.__version__ in run(command, "--version")
+    for module in ("hirelc_deploy", "hirelc_backends"):
+        assert str(site) in run(python, "-c", f"import {module}; print({module}.__path__)")
+    assert "exit" in run(command, "skill").lower()
+    assert "resnet18" in run(command, "inspect", "--model", "resnet18", "--json")
