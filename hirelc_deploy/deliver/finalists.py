@@ -50,6 +50,8 @@ CORRECTIONS = 2
 TOLERANCE = 0.02
 """A file within this share of its latency budget meets it: below what a brief timing can tell."""
 
+UNUSED = 0.05
+"""A file that leaves more than this share of its latency budget unused could have kept more of the network."""
 
 SECOND_CHANCES = 1
 """Finalists beyond those asked for, where none keeps the limits: a search that found nothing has been for nothing."""
@@ -84,8 +86,10 @@ class Finalist:
 class Search:
     """Looks for the fastest plan that keeps the limits.
 
-    With a latency limit it works at that budget. Without one it enters where plans begin to lose, and a finalist that
-    keeps the limits is followed by a faster one, one that does not by a slower one.
+    With a latency limit it works at that budget, and a finalist that breaks another limit is followed by one without
+    other branches: two plans that lose alike after a little training may end two points apart. Without a latency limit
+    it enters where plans begin to lose, and a finalist that keeps the limits is followed by a faster one, one that does
+    not by a slower one.
     """
 
     def __init__(self, pipeline: Pipeline, run: Run, table: LatencyTable, limits: Limits, config: SearchConfig) -> None:
@@ -94,6 +98,7 @@ class Search:
         self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self.searches: list[SearchResult] = []
         self._gone: Gone | None = None
+        self._other_depths: list[Gone] = []  # best first
         self.records: list[dict[str, Any]] = []
         _ = self._elsewhere  # what cannot be read is said before anything is measured
         least = smallest_bytes(pipeline.graph)
@@ -138,8 +143,7 @@ class Search:
         """
         wanted_ms = latency_budget_ms(self.limits, self.pipeline.files.reference_ms)
         if wanted_ms is not None:
-            only = self._finalist(wanted_ms)
-            return [only] if only is not None else []
+            return self._finalists_at(wanted_ms)
         found: list[Finalist] = []
         entry_ms, step, tried = self._entry_ms(), 0, set[int]()
         while self._wants_another(found) and step not in tried:
@@ -154,6 +158,21 @@ class Search:
             if finalist is not None:
                 found.append(finalist)
             step += 1 if finalist is not None and finalist.keeps_limits else -1
+        return found
+
+    def _finalists_at(self, budget_ms: float) -> list[Finalist]:
+        """Return finalists of one budget, each without other branches, until one keeps the limits."""
+        found: list[Finalist] = []
+        for _ in range(self.config.finalists):
+            finalist = self._finalist(budget_ms)
+            if finalist is not None:
+                found.append(finalist)
+            if (finalist is not None and finalist.keeps_limits) or not self._other_depths:
+                break
+            if time.monotonic() > self.deadline:
+                self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
+                break
+            self._gone = self._other_depths.pop(0)
         return found
 
     def _wants_another(self, found: list[Finalist]) -> bool:
@@ -231,31 +250,46 @@ class Search:
         return replace(outcome, **found)
 
     def _best_plan(self, budget_ms: float) -> CompressionPlan | None:
-        """Search at one budget; where a file misses one that was asked for, search again at a corrected one."""
-        aim_ms, best = budget_ms, None
+        """Search at one budget; where a file misses one that was asked for, search again at a corrected one.
+
+        Too slow breaks the limit; too fast gives accuracy away. Of files that meet the budget that which loses least.
+        """
+        aim_ms, tried = budget_ms, list[tuple[CompressionPlan, Measured]]()
         asked_for = latency_budget_ms(self.limits, self.pipeline.files.reference_ms) is not None
         for _ in range(CORRECTIONS + 1 if asked_for else 1):
-            if aim_ms < self.floor_ms:
-                return best
-            problem, budget = self._with_bytes(aim_ms)
-            if not problem.decisions or smallest(problem)[1] > budget:
-                return best
-            result = self._searched(problem, budget, aim_ms)
-            if result.best is None:
-                return best
-            if self._gone is None and time.monotonic() <= self.deadline:
-                self._gone = settled_depth(self.pipeline, problem, budget, result.rivals())
-                if self._gone is not None and self._gone != gone_from(result.best[0]):
-                    problem, budget = self._with_bytes(aim_ms)
-                    result = self._searched(problem, budget, aim_ms)
-            if result.best is None:
-                return best
-            best, outcome = result.best
-            measured_ms = (outcome.ratio or 0.0) * self.pipeline.files.reference_ms
-            if measured_ms <= budget_ms * (1 + TOLERANCE):
-                return best
-            aim_ms *= budget_ms / measured_ms
-        return best
+            found = self._best_at(aim_ms)
+            if found is None:
+                break
+            again = any(found[0] == plan for plan, _ in tried)
+            tried.append(found)
+            used = self._used(found[1], budget_ms)
+            if again or 1 - UNUSED <= used <= 1 + TOLERANCE:
+                break
+            aim_ms /= used
+        if not tried:
+            return None
+        met = [found for found in tried if self._used(found[1], budget_ms) <= 1 + TOLERANCE]
+        return min(met, key=lambda found: found[1].loss)[0] if met else tried[-1][0]
+
+    def _used(self, outcome: Measured, budget_ms: float) -> float:
+        """Return the share of a latency budget that a file takes; all of it where it was not timed."""
+        return 1.0 if outcome.ratio is None else outcome.ratio * self.pipeline.files.reference_ms / budget_ms
+
+    def _best_at(self, aim_ms: float) -> tuple[CompressionPlan, Measured] | None:
+        """Search at one budget, and once, after the first search, settle which branches go; None where nothing fits."""
+        if aim_ms < self.floor_ms:
+            return None
+        problem, budget = self._with_bytes(aim_ms)
+        if not problem.decisions or smallest(problem)[1] > budget:
+            return None
+        result = self._searched(problem, budget, aim_ms)
+        if result.best is not None and self._gone is None and time.monotonic() <= self.deadline:
+            if depths := settled_depth(self.pipeline, problem, budget, result.rivals()):
+                self._gone, *self._other_depths = depths
+            if self._gone is not None and self._gone != gone_from(result.best[0]):
+                problem, budget = self._with_bytes(aim_ms)
+                result = self._searched(problem, budget, aim_ms)
+        return result.best
 
     def _searched(self, problem: Problem, budget: float, aim_ms: float) -> SearchResult:
         """Let the strategy search, and keep what it and its agents learned."""
@@ -302,15 +336,17 @@ class Search:
 
 def settled_depth(
     pipeline: Pipeline, problem: Problem, budget_ms: float, known: Sequence[CompressionPlan]
-) -> Gone | None:
-    """Return which branches are left out, by trial recoveries; None where there is nothing to decide or no training.
+) -> list[Gone]:
+    """Return which branches may be left out, the best set first by trial recoveries.
+
+    Nothing is returned where there is nothing to decide or no training.
 
     Args:
         known: The best plan found so far for each set of branches, best first.
     """
     recovery = pipeline.effort.recovery
     if recovery is None or not branches_of(problem):
-        return None
+        return []
     per_epoch = max(1, len(pipeline.uncut.sensitivity_split) // recovery.batch_size)
     epochs = min(recovery.epochs, max(TRIAL_SHARE * recovery.epochs, TRIAL_STEPS / per_epoch))
     best_first = {gone_from(plan): plan for plan in known}
