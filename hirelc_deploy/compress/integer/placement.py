@@ -4,7 +4,8 @@ Blanket INT8 is a gamble, because a float layer between integer ones costs conve
 fast kernel. So whole files are timed: first the exact patterns of `quantize`, then the fastest of them with the faster
 Gelu, where the network has one, and with bfloat16, where the device multiplies it, then the first few layers and every
 class of equal layers the other way round. Pieces do not add up; what is chosen was timed as a whole. Where the clock
-does not tell files apart, their answers do.
+does not tell files apart, their answers do. What decodes the answers (`ends`) stays float unless integers are faster
+there and answer no worse.
 """
 
 from __future__ import annotations
@@ -51,16 +52,20 @@ class Placement:
 
     Attributes:
         pattern: Of the patterns of the target's form.
-        float_layers: Weight layers that stay float although the pattern would make them integer.
+        float_layers: Weight layers and ends that stay float although the pattern would make them integer.
         ratio: Time of that file / time of the float file.
         candidates: What else was timed: its name to `ratio`, `ratio_low`, `ratio_high` against the float file for
             patterns, against the file it would change for single changes.
+        ends: What was seen of each end as integers, where the pattern would make some of it integer: `divergence` and
+            `float_divergence` of the files with and without, in nats; where the first is no larger, its time against
+            the second as in `candidates`.
     """
 
     pattern: str
     float_layers: tuple[str, ...]
     ratio: float
     candidates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    ends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the placement as JSON values."""
@@ -69,7 +74,8 @@ class Placement:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
         """Rebuild what `to_dict` returned."""
-        return cls(value["pattern"], tuple(value["float_layers"]), value["ratio"], value["candidates"])
+        floats = tuple(value["float_layers"])
+        return cls(value["pattern"], floats, value["ratio"], value["candidates"], value.get("ends", {}))
 
 
 def changes(proto: ModelProto, *, wholly_integer: bool = False) -> dict[str, frozenset[str]]:
@@ -111,6 +117,7 @@ def place(
     time: Callable[[Sequence[Path]], Sequence[Timing]],
     patterns: Sequence[str] = tuple(PATTERNS),
     divergence: Callable[[Path], float] | None = None,
+    ends: frozenset[str] = frozenset(),
 ) -> Placement:
     """Return the fastest placement that was found, and among those that are as fast the one nearest to float.
 
@@ -120,15 +127,17 @@ def place(
     Args:
         reference: The float file.
         tried: Of `changes`.
-        build: Writes the file of a pattern and the layers that stay float, and returns its path.
+        build: Writes the file of a pattern and the layers and ends that stay float, and returns its path.
         time: Times files side by side against the first of them.
         patterns: Those of the form that the target takes.
-        divergence: Of a file's answers from the float ones, in nats; without it the clock alone decides.
+        divergence: Of a file's answers from the float ones, in nats; without it the clock alone decides, and ends stay
+            float.
+        ends: Names of what decodes the answers.
     """
     candidates: dict[str, dict[str, float]] = {}
     files: dict[bytes, tuple[str, Path]] = {}
     for pattern in (name for name in patterns if not name.endswith(COARSER)):
-        path = build(pattern, frozenset())
+        path = build(pattern, ends)
         files.setdefault(path.read_bytes(), (pattern, path))
     found = time([reference, *(path for _, path in files.values())])
     for (pattern, _), timing in zip(files.values(), found[1:], strict=True):
@@ -136,13 +145,13 @@ def place(
     best = min(candidates, key=lambda name: candidates[name]["ratio"])
     for end in COARSER:
         faster = f"{best}{end}"
-        if faster in patterns and (path := build(faster, frozenset())).read_bytes() not in files:
-            timing = time([build(best, frozenset()), path])[1]
+        if faster in patterns and (path := build(faster, ends)).read_bytes() not in files:
+            timing = time([build(best, ends), path])[1]
             candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
             best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
-    starts = {"": frozenset[str]()}
+    starts = {"": ends}
     if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
-        starts = {IN_FLOAT: frozenset[str]().union(*tried.values()), **starts}
+        starts = {IN_FLOAT: ends.union(*tried.values()), **starts}
     found_floats = []
     for where, floats in starts.items():
         changed, seen = _changed(floats, tried, best, build, time)
@@ -152,13 +161,40 @@ def place(
     ratio, floats = min(((t.ratio, f) for t, f in zip(final, found_floats, strict=True)), key=lambda pair: pair[0])
     if divergence is not None:
         others = [(best, floats | layers) for name, layers in tried.items() if _may_be_as_fast(candidates[name], 1.0)]
-        if not floats:  # as the patterns were timed
+        if floats == ends:  # as the patterns were timed
             exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(COARSER))
             limit = candidates[best]["ratio"]
             others += [(name, floats) for name in sorted(exact) if _may_be_as_fast(candidates[name], limit)]
         best, floats, more = _nearest((best, floats), others, build, time, divergence)
         ratio *= more
-    return Placement(best, tuple(sorted(floats)), ratio, candidates)
+    seen_ends: dict[str, dict[str, float]] = {}
+    for end in sorted(ends) if divergence is not None else ():
+        floats, more, seen_end = _with_end(end, best, floats, build, time, divergence)
+        ratio *= more
+        seen_ends |= {end: seen_end} if seen_end else {}
+    return Placement(best, tuple(sorted(floats)), ratio, candidates, seen_ends)
+
+
+def _with_end(
+    end: str,
+    pattern: str,
+    floats: frozenset[str],
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+    divergence: Callable[[Path], float],
+) -> tuple[frozenset[str], float, dict[str, float]]:
+    """Return the float layers without an end where it may be integer, its time by that before, and what was seen."""
+    current, changed = build(pattern, floats), build(pattern, floats - {end})
+    if current.read_bytes() == changed.read_bytes():
+        return floats, 1.0, {}
+    seen = {"divergence": divergence(changed), "float_divergence": divergence(current)}
+    if not seen["divergence"] <= seen["float_divergence"]:
+        return floats, 1.0, seen
+    timing = time([current, changed])[1]
+    seen |= _summary(timing)
+    if timing.ratio_high < 1 - LEAST_GAIN:
+        return floats - {end}, timing.ratio, seen
+    return floats, 1.0, seen
 
 
 def _may_be_as_fast(summary: Mapping[str, float], fastest: float) -> bool:
