@@ -14,7 +14,6 @@ import onnx
 from torch import nn
 
 from hirelc_deploy.compress.integer import placement, qat, quantize
-from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.placement import Placement
 from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
@@ -87,18 +86,14 @@ class Files:
         def measure() -> dict[str, Any]:
             runner = self.backend.build(self.blanket, self.threads)
             wholly_integer = not accuracy.operators(runner, self._uncut.example[:1].numpy()).float_ops
-            tried = placement.changes(onnx.load(str(self._exported.static)), wholly_integer=wholly_integer)
+            exported = self._exported
+            tried = placement.changes(onnx.load(str(exported.static)), wholly_integer=wholly_integer)
             with self._progress.stage("precision placement"):
-                patterns, ends = self.writer.form.patterns, frozenset(end.name for end in self.ends)
+                patterns, ends = self.writer.form.patterns, quantize.ends_of(exported.static, exported.ranges)
                 found = placement.place(self.reference, tried, self.trial, self.time, patterns, self.divergence, ends)
                 return found.to_dict()
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
-
-    @cached_property
-    def ends(self) -> tuple[End, ...]:
-        """What decodes the answers of the uncut model, and stays float unless the placement found otherwise."""
-        return quantize.ends_of(self._exported.static, self._exported.ranges)
 
     @cached_property
     def across_activations(self) -> bool:
@@ -116,8 +111,8 @@ class Files:
                 for across in (False, True):
                     exported = self.writer.exported(self._uncut.model, folder, across=across)
                     static, ranges, path = exported.static, exported.ranges, folder / f"{across}.onnx"
-                    ends = quantize.ends_of(static, ranges)
-                    pattern, layers = self.writer.form.patterns[0], _integer_but(frozenset(e.name for e in ends))
+                    decoding = frozenset(end.name for end in quantize.ends_of(static, ranges))
+                    pattern, layers = self.writer.form.patterns[0], _integer_but(decoding)
                     self.writer.form.write_integer(static, ranges, layers, self.writer.integer, pattern, path)
                     divergences.append(self.divergence(path))
             return divergences[1] < divergences[0]
@@ -149,9 +144,9 @@ class Files:
             InputError: The plan names an end that the files do not have.
         """
         for name in filter(lambda name: name.startswith(END_OF), plan.precision):
-            known = [end.name for end in self.ends]
-            if name not in known:
-                raise InputError(f"plan: {name!r} does not exist; the ends are: {'; '.join(known) or 'none'}.")
+            if name not in self.placement.ends:
+                known = "; ".join(self.placement.ends) or "none"
+                raise InputError(f"plan: {name!r} does not exist in this model; it has: {known}.")
         if plan.default_precision != "auto":
             return plan.precision_of
         floats = frozenset(self.placement.float_layers)

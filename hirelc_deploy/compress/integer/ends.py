@@ -19,7 +19,7 @@ from math import prod
 
 from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
-from hirelc_deploy.compress.onnx_file.export import WEIGHT_OPERATORS
+from hirelc_deploy.compress.onnx_file.export import WEIGHT_OPERATORS, layer_of_node
 from hirelc_deploy.compress.onnx_file.links import shapes_of
 from hirelc_deploy.compress.onnx_file.rewrite import source_of
 from hirelc_deploy.plan import END_OF
@@ -56,16 +56,23 @@ class End:
         outputs: Names of the outputs that it makes, in their order.
         nodes: Names of its nodes; of products only expectations.
         why: What in it suffers from rounding, each in a few words.
+        layers: The layers that compute its expectations.
     """
 
     outputs: tuple[str, ...]
     nodes: frozenset[str]
     why: tuple[str, ...]
+    layers: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
         """What precisions call it: it is asked for among the layers."""
         return f"{END_OF}{', '.join(self.outputs)}"
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Everything in it that has a precision."""
+        return self.layers | {self.name}
 
 
 def find(proto: ModelProto, ranges: Mapping[str, tuple[float, float]]) -> tuple[End, ...]:
@@ -81,13 +88,14 @@ def find(proto: ModelProto, ranges: Mapping[str, tuple[float, float]]) -> tuple[
     behind = frozenset[int]().union(*(flow.behind(start) for start in starts))
     inside = (flow.products - expectations) & behind
     tail = flow.without_behind(flow.products - expectations - inside) - inside
-    found = []
+    layers, found = layer_of_node(proto), []
     for group in flow.connected(tail | inside):
         outputs = tuple(value.name for value in proto.graph.output if flow.maker.get(value.name) in group)
         members = sorted(index for index in group & tail if not flow.is_folded(index))
         why = tuple(dict.fromkeys(flow.reasons(members, expectations, ranges)))
         if why and outputs:
-            found.append(End(outputs, frozenset(flow.nodes[index].name for index in members), why))
+            nodes = frozenset(flow.nodes[index].name for index in members)
+            found.append(End(outputs, nodes, why, frozenset(layers[node] for node in nodes & layers.keys())))
     order = {value.name: index for index, value in enumerate(proto.graph.output)}
     return tuple(sorted(found, key=lambda end: order[end.outputs[0]]))
 

@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
+from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
@@ -56,16 +57,16 @@ class Placement:
         ratio: Time of that file / time of the float file.
         candidates: What else was timed: its name to `ratio`, `ratio_low`, `ratio_high` against the float file for
             patterns, against the file it would change for single changes.
-        ends: What was seen of each end as integers, where the pattern would make some of it integer: `divergence` and
-            `float_divergence` of the files with and without, in nats; where the first is no larger, its time against
-            the second as in `candidates`.
+        ends: Name of each end to `why` it is one and how many `operators` it has. Where the pattern would make some of
+            them integer, also `divergence` and `float_divergence` of the files with and without that, in nats; and
+            where the first is no larger, its time against the second as in `candidates`.
     """
 
     pattern: str
     float_layers: tuple[str, ...]
     ratio: float
     candidates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    ends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    ends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the placement as JSON values."""
@@ -117,7 +118,7 @@ def place(
     time: Callable[[Sequence[Path]], Sequence[Timing]],
     patterns: Sequence[str] = tuple(PATTERNS),
     divergence: Callable[[Path], float] | None = None,
-    ends: frozenset[str] = frozenset(),
+    ends: Sequence[End] = (),
 ) -> Placement:
     """Return the fastest placement that was found, and among those that are as fast the one nearest to float.
 
@@ -132,12 +133,14 @@ def place(
         patterns: Those of the form that the target takes.
         divergence: Of a file's answers from the float ones, in nats; without it the clock alone decides, and ends stay
             float.
-        ends: Names of what decodes the answers.
+        ends: What decodes the answers.
     """
     candidates: dict[str, dict[str, float]] = {}
+    decoding = frozenset[str]().union(*(end.parts for end in ends))
+    tried = {name: layers - decoding for name, layers in tried.items() if layers - decoding}
     files: dict[bytes, tuple[str, Path]] = {}
     for pattern in (name for name in patterns if not name.endswith(COARSER)):
-        path = build(pattern, ends)
+        path = build(pattern, decoding)
         files.setdefault(path.read_bytes(), (pattern, path))
     found = time([reference, *(path for _, path in files.values())])
     for (pattern, _), timing in zip(files.values(), found[1:], strict=True):
@@ -145,13 +148,13 @@ def place(
     best = min(candidates, key=lambda name: candidates[name]["ratio"])
     for end in COARSER:
         faster = f"{best}{end}"
-        if faster in patterns and (path := build(faster, ends)).read_bytes() not in files:
-            timing = time([build(best, ends), path])[1]
+        if faster in patterns and (path := build(faster, decoding)).read_bytes() not in files:
+            timing = time([build(best, decoding), path])[1]
             candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
             best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
-    starts = {"": ends}
+    starts = {"": decoding}
     if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
-        starts = {IN_FLOAT: ends.union(*tried.values()), **starts}
+        starts = {IN_FLOAT: decoding.union(*tried.values()), **starts}
     found_floats = []
     for where, floats in starts.items():
         changed, seen = _changed(floats, tried, best, build, time)
@@ -161,22 +164,24 @@ def place(
     ratio, floats = min(((t.ratio, f) for t, f in zip(final, found_floats, strict=True)), key=lambda pair: pair[0])
     if divergence is not None:
         others = [(best, floats | layers) for name, layers in tried.items() if _may_be_as_fast(candidates[name], 1.0)]
-        if floats == ends:  # as the patterns were timed
+        if floats == decoding:  # as the patterns were timed
             exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(COARSER))
             limit = candidates[best]["ratio"]
             others += [(name, floats) for name in sorted(exact) if _may_be_as_fast(candidates[name], limit)]
         best, floats, more = _nearest((best, floats), others, build, time, divergence)
         ratio *= more
-    seen_ends: dict[str, dict[str, float]] = {}
-    for end in sorted(ends) if divergence is not None else ():
-        floats, more, seen_end = _with_end(end, best, floats, build, time, divergence)
-        ratio *= more
-        seen_ends |= {end: seen_end} if seen_end else {}
-    return Placement(best, tuple(sorted(floats)), ratio, candidates, seen_ends)
+    told: dict[str, dict[str, Any]] = {}
+    for end in ends:
+        told[end.name] = {"why": "; ".join(end.why), "operators": len(end.nodes)}
+        if divergence is not None:
+            floats, more, seen = _with_end(end, best, floats, build, time, divergence)
+            ratio *= more
+            told[end.name] |= seen
+    return Placement(best, tuple(sorted(floats)), ratio, candidates, told)
 
 
 def _with_end(
-    end: str,
+    end: End,
     pattern: str,
     floats: frozenset[str],
     build: Callable[[str, frozenset[str]], Path],
@@ -184,7 +189,7 @@ def _with_end(
     divergence: Callable[[Path], float],
 ) -> tuple[frozenset[str], float, dict[str, float]]:
     """Return the float layers without an end where it may be integer, its time by that before, and what was seen."""
-    current, changed = build(pattern, floats), build(pattern, floats - {end})
+    current, changed = build(pattern, floats), build(pattern, floats - end.parts)
     if current.read_bytes() == changed.read_bytes():
         return floats, 1.0, {}
     seen = {"divergence": divergence(changed), "float_divergence": divergence(current)}
@@ -193,7 +198,7 @@ def _with_end(
     timing = time([current, changed])[1]
     seen |= _summary(timing)
     if timing.ratio_high < 1 - LEAST_GAIN:
-        return floats - {end}, timing.ratio, seen
+        return floats - end.parts, timing.ratio, seen
     return floats, 1.0, seen
 
 
