@@ -142,7 +142,7 @@ def test_a_decoder_of_queries_rounds_only_its_layers():
     graph = onnx.load(str(ours)).graph
     integer = {one.name for one in graph.node if one.op_type == "DequantizeLinear" and "weight" in one.input[0]}
     layers = export.layer_of_node(onnx.load(str(found.static)))
-    assert len(integer) == len(layers) == 9
+    assert len(integer) == len(layers) == 10
 
 
 def test_heat_maps_and_sizes_are_nearer_where_their_sigmoid_and_exponential_are_float():

@@ -105,6 +105,7 @@ class _Flow:
 
     Attributes:
         maker: Tensor to the node that makes it.
+        carriers: These nodes, from the image to the outputs.
         data: Tensors that depend on the image.
         products: Convolutions and products, of weights or of two tensors.
     """
@@ -130,6 +131,7 @@ class _Flow:
             if node.op_type in _PRODUCTS:
                 products.add(index)
         self.products = frozenset(products)
+        self.carriers = tuple(dict.fromkeys(self.maker.values()))
 
     def following(self, index: int) -> Iterator[int]:
         """Yield the nodes that read what a node makes."""
@@ -148,10 +150,10 @@ class _Flow:
     def without_behind(self, barriers: Collection[int]) -> frozenset[int]:
         """Return the nodes behind which none of these comes, and which are none of them."""
         reach = set(barriers)
-        for index in sorted(set(self.maker.values()), reverse=True):
+        for index in reversed(self.carriers):
             if any(following in reach for following in self.following(index)):
                 reach.add(index)
-        return frozenset(self.maker.values()) - reach
+        return frozenset(self.carriers) - reach
 
     def is_folded(self, index: int) -> bool:
         """Return whether a node is a ReLU that the layer before it does without a step of its own."""
@@ -176,7 +178,7 @@ class _Flow:
 
     def expectations(self) -> Iterator[int]:
         """Yield the products and the sums that weigh numbers by a Softmax."""
-        for index in sorted(set(self.maker.values())):
+        for index in self.carriers:
             if self.nodes[index].op_type != "Softmax":
                 continue
             for reader in self._behind_moves(index):
@@ -193,7 +195,7 @@ class _Flow:
         """Yield what ranks, decides or reads at places that the network computes, with little of the work behind it."""
         work = {index: self._work(self.nodes[index]) for index in self.products}
         most = MOST_WORK * sum(work.values())
-        for index in sorted(set(self.maker.values())):
+        for index in self.carriers:
             selects = self.nodes[index].op_type in _SELECTORS or self._reads_anywhere(self.nodes[index])
             if selects and sum(work.get(after, 0) for after in self.behind(index)) <= most:
                 yield index
@@ -201,12 +203,14 @@ class _Flow:
     def reasons(
         self, members: Iterable[int], expectations: Collection[int], ranges: Mapping[str, tuple[float, float]]
     ) -> Iterator[str]:
-        """Yield what of some nodes suffers from rounding, in words."""
-        for index in members:
-            node = self.nodes[index]
-            if node.op_type in ("Concat", "Add"):
-                yield from self._join(node, ranges)
-            elif index in expectations:
+        """Yield what of some nodes suffers from rounding, in words; of joins only that of the unlikest tensors."""
+        nodes = {index: self.nodes[index] for index in members}
+        joins = [self._join(node, ranges) for node in nodes.values() if node.op_type in ("Concat", "Add")]
+        apart, says = max(joins, default=(0.0, ""))
+        if apart > APART:
+            yield says
+        for index, node in nodes.items():
+            if index in expectations:
                 yield "an expectation over a Softmax adds up the rounding of its bins"
             elif node.op_type in _SELECTORS:
                 yield _SELECTORS[node.op_type]
@@ -217,8 +221,8 @@ class _Flow:
             elif node.op_type == "Exp":
                 yield "Exp turns a step of rounding into a factor"
 
-    def _join(self, node: NodeProto, ranges: Mapping[str, tuple[float, float]]) -> Iterator[str]:
-        """Yield a sentence where a tensor meets numbers that are much larger than all of its own."""
+    def _join(self, node: NodeProto, ranges: Mapping[str, tuple[float, float]]) -> tuple[float, str]:
+        """Return how much larger than all of a tensor's numbers those are that it meets, and the same in words."""
         sizes = {}
         for tensor in node.input:
             if tensor in self.constants:
@@ -227,8 +231,10 @@ class _Flow:
             elif source_of(tensor) in ranges:
                 sizes[tensor] = max(map(abs, ranges[source_of(tensor)]))
         narrow = min((sizes[tensor] for tensor in sizes.keys() & self.data if sizes[tensor] > 0), default=0.0)
-        if narrow and (wide := max(sizes.values())) > APART * narrow:
-            yield f"{node.op_type} joins values up to {narrow:.3g} with values up to {wide:.3g}"
+        if not narrow:
+            return 0.0, ""
+        wide = max(sizes.values())
+        return wide / narrow, f"{node.op_type} joins values up to {narrow:.3g} with values up to {wide:.3g}"
 
     def _is_gate(self, sigmoid: NodeProto) -> bool:
         """Return whether a Sigmoid only weighs features, as in a swish or a squeeze-and-excitation block."""
