@@ -104,6 +104,8 @@ class Centres(nn.Module):
         super().__init__()
         self.features = Body()
         self.heat, self.size = nn.Conv2d(16, classes, 1), nn.Conv2d(16, 2, 1)
+        self.heat.weight.data *= 20  # as in a trained one, most places are surely empty
+        self.heat.bias.data -= 6
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.features(x)

@@ -150,8 +150,11 @@ def test_heat_maps_and_sizes_are_nearer_where_their_sigmoid_and_exponential_are_
     wanted, blanket, ours = (
         answers(p) for p in (found.static, found.integer("all", False), found.integer("all", True))
     )
-    assert (blanket["heat"] > 0).sum() > 1.2 * (wanted["heat"] > 0).sum()  # equal neighbours are peaks, too
-    assert np.abs(ours["size"] - wanted["size"]).max() < 0.8 * np.abs(blanket["size"] - wanted["size"]).max()
+    peaks = [int((each["heat"] > 0).sum()) for each in (wanted, blanket, ours)]  # equal neighbours are peaks, too
+    assert peaks[1] > 1.2 * peaks[0]
+    assert peaks[2] < 1.1 * peaks[0]
+    errors = [np.abs(each["size"] - wanted["size"]).mean() for each in (blanket, ours)]
+    assert errors[1] < 0.7 * errors[0]
 
 
 # What is an end

@@ -5,9 +5,9 @@ Where there are images to train on, the placed file is made again of weights tha
 (another pattern), and layers. Layers go back together, and
 every set of them is judged as a whole file, because pieces do not add up: on a MobileNetV3 one float layer in an
 integer file moved the drop up as often as down. What a layer's rounding costs is therefore seen in a file where nothing
-else is rounded; there, and not among the errors of all others, it is the layer's own (`alone`). What decodes the answers
-(`ends`) goes back as one layer does; alone it would not be integer, because nothing integer feeds it, so it counts with
-what it saves in the file where everything is rounded.
+else is rounded; there, and not among the errors of all others, it is the layer's own (`alone`). What decodes the
+answers (`ends`) goes back as one layer does; alone it would not be integer, because nothing integer feeds it, so it
+counts with what it saves in the file where everything is rounded.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Reverted:
     """One layer, or end, that went back to float.
 
     Attributes:
-        divergence: From the float answers, in nats, of a file in which nothing but this layer is rounded; of an end, what
-            it brings to the file in which everything is.
+        divergence: From the float answers, in nats, of a file in which nothing but this layer is rounded; of an end,
+            what it brings to the file in which everything is.
         ms: By how much the integer file gets slower when this layer alone is float; below 0 where it gets faster.
     """
 
