@@ -171,12 +171,12 @@ def place(
         best, floats, more = _nearest((best, floats), others, build, time, divergence)
         ratio *= more
     told: dict[str, dict[str, Any]] = {}
-    for end in ends:
-        told[end.name] = {"why": "; ".join(end.why), "operators": len(end.nodes)}
+    for decoder in ends:
+        told[decoder.name] = {"why": "; ".join(decoder.why), "operators": len(decoder.nodes)}
         if divergence is not None:
-            floats, more, seen = _with_end(end, best, floats, build, time, divergence)
+            floats, more, summary = _with_end(decoder, best, floats, build, time, divergence)
             ratio *= more
-            told[end.name] |= seen
+            told[decoder.name] |= summary
     return Placement(best, tuple(sorted(floats)), ratio, candidates, told)
 
 
