@@ -273,7 +273,8 @@ class _Flow:
         """Return the multiplications of a product for one image; unknown sizes count as 1."""
         size = prod(max(size, 1) for size in self.shapes.get(node.output[0], ()))
         if len(node.input) > 1 and node.input[1] in self.constants:
-            return size * prod(self.constants[node.input[1]].dims) // max(self._columns(node), 1)
+            weights = int(prod(self.constants[node.input[1]].dims))
+            return size * weights // max(self._columns(node), 1)
         return size * max((self.shapes.get(node.input[0], ()) or (1,))[-1], 1)
 
 
