@@ -38,6 +38,7 @@ from hirelc_deploy.tasks.paired import PairedDrop
 from hirelc_deploy.tasks.registry import make_task
 from hirelc_deploy.testing.fake_backend import FakeBackend
 
+FOLDER = tempfile.TemporaryDirectory()
 U8S8 = Precision("int8", "uint8", "int8", 8)
 IMAGES = np.random.default_rng(0).normal(size=(16, 3, 16, 16)).astype(np.float32)
 SCORES = {Ssd: np.s_[:, :, 4:], Yolo: np.s_[:, 4:]}
@@ -80,7 +81,8 @@ class Files:
 
 @cache
 def files(net: Callable[[], nn.Module]) -> Files:
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(FOLDER.name) / net.__name__
+    folder.mkdir()
     torch.manual_seed(0)
     dynamic, static = folder / "dynamic.onnx", folder / "static.onnx"
     export.export_onnx(net().eval(), torch.from_numpy(IMAGES[:2]), dynamic)
