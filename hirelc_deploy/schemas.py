@@ -237,6 +237,17 @@ RESULT = _record(
                 "seconds": _number(),
             },
         ),
+        "ends": _list(
+            _record(
+                "What decodes outputs, and why rounding harms it.",
+                {"name": _text(), "precision": _text(), "why": _text(), "operators": _whole()},
+                {
+                    "divergence": _number("Of the file where it is integer, in nats."),
+                    "float_divergence": _number("Of the file where it is float."),
+                    **RATIO,
+                },
+            )
+        ),
         "latency_model": _map(ANYTHING, "How well the layer table predicts files."),
         "agents": _list(_map(ANYTHING), "What each search learned."),
         "agreement": _map(ANYTHING, "How far tables, F1, F2 and F3 agree."),

@@ -105,6 +105,18 @@ def test_the_guard_of_an_old_run_is_still_listed() -> None:
     assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms", only({**result(), "guard": old}))
 
 
+def test_each_end_is_told_in_a_line_with_what_decided(page: str) -> None:
+    end = {"name": "end of boxes", "precision": "float", "why": "Exp turns a step of rounding into a factor"}
+    far = {**end, "divergence": 0.5, "float_divergence": 0.002}
+    near = {**end, "precision": "int8", "divergence": 0.001, "float_divergence": 0.002, "ratio": 0.9}
+    text = only({"ends": [end, far, near, {"name": "end of nothing"}]})
+    assert "end of boxes float Exp turns a step of rounding into a factor; the fastest pattern rounds nothing" in text
+    assert "factor; as integers 0.5 nats from the float answers, as floats 0.002" in text
+    assert "end of boxes int8 Exp turns a step of rounding into a factor; integers answer no worse" in text
+    assert "end of nothing" not in text
+    assert "What decodes the outputs" not in words(page)
+
+
 def test_without_layer_names_in_the_profile_no_share_of_time_is_shown() -> None:
     value = result()
     assert re.search(r"MACs Time", only(value))

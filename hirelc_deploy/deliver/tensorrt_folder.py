@@ -28,7 +28,7 @@ from hirelc_deploy.inputs.fitting import answering
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.accuracy import finite
 from hirelc_deploy.measure.registry import get_backend
-from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.plan import END_OF, CompressionPlan
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.paired import paired_drop
 
@@ -101,8 +101,11 @@ def forms(plan: CompressionPlan) -> dict[str, tuple[str, str]]:
 
 
 def precision_of(plan: CompressionPlan, precision: str, layer: str) -> str:
-    """Return what a layer runs in: what the plan says of it, or nothing but FP16 in the form of that name."""
-    if precision == "float":
+    """Return what a layer runs in: what the plan says of it, or nothing but FP16 in the form of that name.
+
+    What decodes the answers is FP16 unless the plan says otherwise: no clock was asked.
+    """
+    if precision == "float" or (layer.startswith(END_OF) and layer not in plan.precision):
         return "float"
     return plan.precision.get(layer, "float" if plan.default_precision == "float" else precision)
 

@@ -17,6 +17,7 @@ from hirelc_deploy.compress.integer import placement, qat, quantize
 from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.placement import Placement
 from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
+from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate.cutting import FLOAT, divergence, judged, tensors
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.evaluate.writer import Exported, Writer
@@ -25,7 +26,7 @@ from hirelc_deploy.measure.backend import Backend
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
 from hirelc_deploy.outcome import Fidelity
-from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.plan import END_OF, CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run, atomic_path
 from hirelc_deploy.tasks.paired import PairedDrop, paired_drop
@@ -85,10 +86,11 @@ class Files:
         def measure() -> dict[str, Any]:
             runner = self.backend.build(self.blanket, self.threads)
             wholly_integer = not accuracy.operators(runner, self._uncut.example[:1].numpy()).float_ops
-            tried = placement.changes(onnx.load(str(self._exported.static)), wholly_integer=wholly_integer)
+            exported = self._exported
+            tried = placement.changes(onnx.load(str(exported.static)), wholly_integer=wholly_integer)
             with self._progress.stage("precision placement"):
-                patterns = self.writer.form.patterns
-                found = placement.place(self.reference, tried, self.trial, self.time, patterns, self.divergence)
+                patterns, ends = self.writer.form.patterns, quantize.ends_of(exported.static, exported.ranges)
+                found = placement.place(self.reference, tried, self.trial, self.time, patterns, self.divergence, ends)
                 return found.to_dict()
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
@@ -109,7 +111,8 @@ class Files:
                 for across in (False, True):
                     exported = self.writer.exported(self._uncut.model, folder, across=across)
                     static, ranges, path = exported.static, exported.ranges, folder / f"{across}.onnx"
-                    pattern, layers = self.writer.form.patterns[0], _integer_but(frozenset())
+                    decoding = frozenset(end.name for end in quantize.ends_of(static, ranges))
+                    pattern, layers = self.writer.form.patterns[0], _integer_but(decoding)
                     self.writer.form.write_integer(static, ranges, layers, self.writer.integer, pattern, path)
                     divergences.append(self.divergence(path))
             return divergences[1] < divergences[0]
@@ -135,7 +138,15 @@ class Files:
         return FLOAT
 
     def precision_of(self, plan: CompressionPlan) -> Callable[[str], str]:
-        """Return layer name to `int8` or `float`; where the plan leaves it to measurement, the placement says."""
+        """Return name of a layer or end to `int8` or `float`; where a plan leaves it open, the placement says.
+
+        Raises:
+            InputError: The plan names an end that the files do not have.
+        """
+        for name in filter(lambda name: name.startswith(END_OF), plan.precision):
+            if name not in self.placement.ends:
+                known = "; ".join(self.placement.ends) or "none"
+                raise InputError(f"plan: {name!r} does not exist in this model; it has: {known}.")
         if plan.default_precision != "auto":
             return plan.precision_of
         floats = frozenset(self.placement.float_layers)

@@ -27,7 +27,8 @@ def guarded(pipeline: Pipeline, max_drop: float) -> tuple[CompressionPlan, Guard
     always = frozenset(placed.float_layers)
     timed = {name: found["ratio"] for name, found in placed.candidates.items() if name in files.writer.form.patterns}
     patterns = sorted(timed, key=lambda name: (name != placed.pattern, timed[name]))
-    layers = [layer.name for layer in pipeline.graph.layers if layer.name not in always]
+    parts = [*(layer.name for layer in pipeline.graph.layers), *placed.ends]
+    layers = [part for part in parts if part not in always]
     trials = guard.Trials(
         lambda pattern, floats: files.trial(pattern, floats | always),
         files.divergence,

@@ -23,6 +23,7 @@ from hirelc_deploy.deliver.race import (
     unpruned,
 )
 from hirelc_deploy.deliver.samples import write_samples
+from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.workplace import PRINTED, RESULT, Workplace
 from hirelc_deploy.measure import accuracy
@@ -60,6 +61,13 @@ def deliver(
         )
     if candidate is None:
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
+    ends = end_records(shipped.home(pipeline), shipped.plan)
+    warnings += [
+        f"{end['name']} is integer in the shipped file, as the plan wants it; precision auto would keep it float: "
+        f"{end['why']}."
+        for end in ends
+        if end["precision"] == "int8" and end["name"] in shipped.home(pipeline).placement.float_layers
+    ]
     scores = final_accuracy(pipeline, delivery)
     record = result_record(pipeline, delivery, scores)
     home = shipped.home(pipeline)
@@ -106,6 +114,7 @@ def deliver(
         "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
         "operators": operators,
         "placement": pipeline.files.placement.candidates,
+        "ends": ends,
         "guard": delivery.guard.to_dict() if delivery.guard else None,
         "by_class": scores.by_class,
         "samples": write_samples(run.directory, pipeline.task, pipeline.data.preprocess, samples, answers),
@@ -115,6 +124,12 @@ def deliver(
     write_atomic(run.directory / RESULT, json_text(result, indent=1) + "\n")
     write_report(read_run(run.directory), run.directory / "report.html")
     return {key: result[key] for key in PRINTED}
+
+
+def end_records(files: Files, plan: CompressionPlan) -> list[dict[str, Any]]:
+    """Return what decodes the answers, its precision in the file of a plan, and what the placement saw of it."""
+    precision_of = files.precision_of(plan)
+    return [{"name": name, "precision": precision_of(name), **told} for name, told in files.placement.ends.items()]
 
 
 def operator_records(runner: Runner, path: Path, image: NDArray[np.float32]) -> list[dict[str, Any]]:

@@ -186,6 +186,7 @@ def render(run: ReportInput) -> str:
         config=json.dumps(run.config, indent=2, default=str, ensure_ascii=False) if run.config else "",
         plan=json.dumps(plan, indent=2, ensure_ascii=False) if plan else "",
         guard=_guard(result),
+        ends=_ends(result),
         command=text_of(result.get("command")) or text_of(run.manifest.get("command")),
         warnings=[text_of(item) for item in list_of(result.get("warnings")) if text_of(item)],
         absent=[
@@ -454,6 +455,25 @@ def _guard(result: Record) -> dict[str, Any]:
         return {}
     trained = totals.get("trained") is True
     return {"steps": steps, "pattern": pattern, "numbers": None if None in numbers else numbers, "trained": trained}
+
+
+def _ends(result: Record) -> list[dict[str, str]]:
+    """Return what decodes the outputs, whether it is float, and why, in one line each."""
+    rows = []
+    for end in records(result.get("ends")):
+        name, why, precision = (text_of(end.get(key)) for key in ("name", "why", "precision"))
+        if not (name and why and precision):
+            continue
+        nats, float_nats = number(end.get("divergence")), number(end.get("float_divergence"))
+        ratio = positive(end.get("ratio"))
+        if nats is None or float_nats is None:
+            decided = "the fastest pattern rounds nothing of it"
+        elif ratio is None:
+            decided = f"as integers {nats:.2g} nats from the float answers, as floats {float_nats:.2g}"
+        else:
+            decided = f"integers answer no worse here and take {ratio:.3f} of the time"
+        rows.append({"name": name, "precision": precision, "why": f"{why}; {decided}"})
+    return rows
 
 
 def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:
