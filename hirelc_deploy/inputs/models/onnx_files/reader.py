@@ -37,6 +37,8 @@ from hirelc_deploy.inputs.models.onnx_files.node import (
     Function,
     Node,
     NotReadError,
+    TooLargeError,
+    UnreadError,
     Value,
     check_size,
 )
@@ -63,7 +65,8 @@ def read_graph(file: OnnxFile, input_name: str, shape: Sequence[int], fixed_batc
         fixed_batch: The number of images that the file is written for; None where any will do.
 
     Raises:
-        InputError: An operator cannot become a module; the sentence names it.
+        UnreadError: An operator cannot become a module; the text names it.
+        InputError: It makes more than any network of pictures, or its outputs are of no use.
     """
     batches = BATCHES if fixed_batch is None else (fixed_batch, *BATCHES)
     generator = torch.Generator().manual_seed(0)
@@ -171,18 +174,12 @@ class _Reader:
                 raise NotReadError("there is no module for it")
             else:
                 self.call(node, BUILDERS[node.operator](node))
+        except TooLargeError as error:
+            raise InputError(f"{self.file.path}: {refusal(node, str(error))}; export the network without it.") from None
         except NotReadError as error:
-            raise self.refusal(node, str(error)) from None
+            raise UnreadError(refusal(node, str(error))) from None
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError) as error:
-            raise self.refusal(node, first_line(error)) from None
-
-    def refusal(self, node: Node, reason: str) -> InputError:
-        """Return what a user is told of an operator that cannot be read."""
-        name = node.name or (node.outputs[0] if node.outputs else "without a name")
-        return InputError(
-            f"{self.file.path}: operator {node.operator} (node {name}) cannot be read: {reason}; export the network "
-            "without it, or give its torch code (file.py:make)."
-        )
+            raise UnreadError(refusal(node, first_line(error))) from None
 
     # Constants
 
@@ -421,3 +418,9 @@ def _computed(proto: NodeProto, feeds: Mapping[str, Any], opset: int) -> list[An
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     return list(onnx.reference.ReferenceEvaluator(model).run(None, dict(feeds)))
+
+
+def refusal(node: Node, reason: str) -> str:
+    """Return what a user is told of an operator that cannot be read."""
+    name = node.name or (node.outputs[0] if node.outputs else "without a name")
+    return f"operator {node.operator} (node {name}) cannot be read: {reason}"
