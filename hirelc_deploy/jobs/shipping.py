@@ -58,7 +58,9 @@ def deliver(
         warnings.append(
             f"compression did not help: {shipped.name} is at least as fast as the best plan, so it is shipped."
         )
-    if candidate is None:
+    if candidate is None and not pipeline.graph.units:
+        warnings.append(f"nothing can be cut: {shipped.name}, the fastest file that keeps the limits, is shipped.")
+    elif candidate is None:
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
     scores = final_accuracy(pipeline, delivery)
     record = result_record(pipeline, delivery, scores)

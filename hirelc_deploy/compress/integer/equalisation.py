@@ -25,7 +25,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from hirelc_deploy.compress.onnx_file.export import give_each_layer_its_own_constants, layer_of_node
 from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of
-from hirelc_deploy.compress.onnx_file.watch import Watch
+from hirelc_deploy.compress.onnx_file.watch import Watch, as_taken
 
 LARGEST = 16.0
 """A channel is multiplied or divided by this at most: silent channels are not blown up to noise. Across activations a
@@ -222,7 +222,7 @@ def _ranges(
     for tensor in tensors:
         for operator in ("ReduceMin", "ReduceMax"):
             watch.reduce(operator, tensor, [axis for axis in range(ranks[tensor]) if axis != 1])
-    values = [*map(watch.open(), images)]
+    values = [*map(watch.open(), as_taken(proto, images))]
     largest = {
         tensor: np.max([np.abs(seen[end]) for seen in values for end in (2 * index, 2 * index + 1)], axis=0)
         for index, tensor in enumerate(tensors)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.user_code import first_line
@@ -100,11 +100,11 @@ def read_file(path: Path) -> OnnxFile:
 
 def self_contained(file: OnnxFile) -> ModelProto:
     """Return the model of a file with the tensors that lie beside it in it."""
-    if sum(math.prod(tensor.dims) * 4 for tensor in file.graph.initializer) > LARGEST_FILE:
+    if sum(math.prod(tensor.dims) * 4 for tensor in tensors_of(file.graph)) > LARGEST_FILE:
         raise InputError(f"{file.path}: its tensors take more than {LARGEST_FILE} bytes; such files are not placed.")
     model = ModelProto()
     model.CopyFrom(file.model)
-    for tensor in model.graph.initializer:
+    for tensor in tensors_of(model.graph):
         if _is_external(tensor):
             tensor.CopyFrom(_within(file.path, tensor))
     return model
@@ -138,6 +138,19 @@ def nodes_of(graph: GraphProto, depth: int = 0) -> Iterator[NodeProto]:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs) if depth < DEEPEST else ():
                 yield from nodes_of(inner, depth + 1)
+
+
+def names_within(proto: NodeProto) -> set[str]:
+    """Return the names that graphs within a node read."""
+    found: set[str] = set()
+    waiting = [item.g for item in proto.attribute if item.type == AttributeProto.GRAPH]
+    while waiting:
+        graph = waiting.pop()
+        for node in graph.node:
+            found.update(node.input)
+            waiting += [item.g for item in node.attribute if item.type == AttributeProto.GRAPH]
+        found.update(value.name for value in graph.output)
+    return found
 
 
 def _foreign(path: Path, model: ModelProto) -> str:

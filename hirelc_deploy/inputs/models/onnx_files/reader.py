@@ -42,7 +42,7 @@ from hirelc_deploy.inputs.models.onnx_files.node import (
     Value,
     check_size,
 )
-from hirelc_deploy.inputs.models.onnx_files.proto import DEEPEST, OnnxFile, array_of
+from hirelc_deploy.inputs.models.onnx_files.proto import DEEPEST, OnnxFile, array_of, names_within
 from hirelc_deploy.user_code import first_line
 
 BATCHES = (2, 3)
@@ -119,7 +119,7 @@ class _Reader:
         for node in nodes:
             for name in set(node.input_names):
                 readers.setdefault(name, []).append(node)
-        inner = {name for proto in graph.node for name in _names_within(proto)}
+        inner = {name for proto in graph.node for name in names_within(proto)}
         for name in (*outputs, *inner):
             readers.pop(name, None)
         last = {name: number for number, node in enumerate(nodes) for name in node.input_names}
@@ -361,19 +361,6 @@ class ForEachImage(nn.Module):
 
 
 WIDTHS = (np.dtype(np.float64), np.dtype(np.float16))
-
-
-def _names_within(proto: NodeProto) -> set[str]:
-    """Return the names that graphs within a node read."""
-    found: set[str] = set()
-    waiting = [item.g for item in proto.attribute if item.type == AttributeProto.GRAPH]
-    while waiting:
-        graph = waiting.pop()
-        for node in graph.node:
-            found.update(node.input)
-            waiting += [item.g for item in node.attribute if item.type == AttributeProto.GRAPH]
-        found.update(value.name for value in graph.output)
-    return found
 
 
 def _check_growth(node: Node, given: Sequence[Any]) -> None:
