@@ -15,6 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.answers import stacked
 from hirelc_deploy.inputs.data.archives import memory_bytes
 from hirelc_deploy.user_code import first_line
 
@@ -107,8 +108,7 @@ def run(
         raise InputError(f"{where}: ONNX Runtime does not run it ({first_line(error)}).") from None
     columns = zip(*parts, strict=True)
     return {
-        name: np.concatenate(column)[: len(images)].astype(np.float32)
-        for name, column in zip(names, columns, strict=True)
+        name: stacked(column)[: len(images)].astype(np.float32) for name, column in zip(names, columns, strict=True)
     }
 
 

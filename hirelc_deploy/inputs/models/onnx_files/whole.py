@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.answers import stacked
 from hirelc_deploy.inputs.models.onnx_files import runtime
 from hirelc_deploy.inputs.models.onnx_files.network import constant, place
 from hirelc_deploy.inputs.models.onnx_files.proto import OnnxFile, self_contained, tensors_of
@@ -50,7 +51,7 @@ class WholeFile:
         parts = [self._session.run(None, {name: images[at : at + rows]}) for at in range(0, len(images), rows)]
         columns = zip(*parts, strict=True)
         return {
-            output: np.concatenate(column).astype(np.float32, copy=False)
+            output: stacked(column).astype(np.float32, copy=False)
             for output, column in zip(self.outputs, columns, strict=True)
         }
 
