@@ -438,9 +438,7 @@ def _config(
     weights, folder = job.get("weights"), job.get("data_dir")
     if data is None:
         if not (isinstance(model, str) and model.lower().endswith(".onnx")):
-            raise InputError(
-                "--data is missing: name what the model is judged by; only an ONNX file can do without it."
-            )
+            raise InputError("--data is missing: name what judges the model; only an ONNX file can do without it.")
         data = NO_DATA
     named = isinstance(model, str)
     source = None if named else source_of(model, weights, job.get("model_args"), job.get("pretrained", False))

@@ -179,7 +179,7 @@ def test_an_image_that_is_not_finite_is_named_as_the_tensor_it_breaks(cnn):
 def test_calibration_wants_a_known_method_and_a_dynamic_file(cnn, tmp_path):
     with pytest.raises(InputError, match="'median' is unknown; use minmax"):
         calibrate(cnn[0], [images(1)], "median")
-    set_static_batch(cnn[0], tmp_path / "two.onnx", 2)
+    export.set_static_batch(cnn[0], tmp_path / "two.onnx", 2)
     with pytest.raises(InputError, match="fixed batch"):
         calibrate(tmp_path / "two.onnx", [images(2)])
 

@@ -67,12 +67,8 @@ def stacked(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     if len({part.shape[1:] for part in parts}) == 1:
         return np.concatenate(parts)
     size = np.max([part.shape[1:] for part in parts], axis=0)
-    return np.concatenate(
-        [
-            np.pad(part, [(0, 0), *((0, most - there) for most, there in zip(size, part.shape[1:], strict=True))])
-            for part in parts
-        ]
-    )
+    fill = [[(0, 0), *((0, int(missing)) for missing in size - np.array(part.shape[1:], int))] for part in parts]
+    return np.concatenate([np.pad(part, edges) for part, edges in zip(parts, fill, strict=True)])
 
 
 def _collect(value: Any, path: str, found: Answers) -> None:

@@ -75,8 +75,9 @@ def load_data(
     Args:
         spec: `npz:FILE`, `imagefolder:DIR`, `coco:FILE.json` or `coco:DIR`, `yolo:DIR` or `yolo:data.yaml`, `voc:DIR`,
             `masks:DIR`, `csv:FILE`, `hfdata:DIR`, `FILE.py:FACTORY` (returns data sets of Python), `torch/cifar10`,
-            `synthetic:N` (N random inputs in each split), `pixels:N` (N random pictures), or `demo`. From `coco` to `hfdata`, options may follow, each
-            after a comma, as in `masks:camvid,void=11`; the reader of a format says which there are.
+            `synthetic:N` (N random inputs in each split), `pixels:N` (N random pictures), or `demo`. From `coco` to
+            `hfdata`, options may follow, each after a comma, as in `masks:camvid,void=11`; the reader of a format says
+            which there are.
         data_dir: Where `torch/cifar10` lies: the folder with cifar-10-batches-py (or -bin) in it, or that folder; and
             where the pictures of a COCO file are.
         seed: Of the random crops and flips, and of synthetic inputs.
