@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.models.onnx_files import runtime
 from hirelc_deploy.inputs.models.onnx_files.network import OnnxNetwork
 from hirelc_deploy.inputs.models.onnx_files.node import LARGEST_VALUE, UnreadError
-from hirelc_deploy.inputs.models.onnx_files.proto import OnnxFile, read_file
+from hirelc_deploy.inputs.models.onnx_files.proto import OnnxFile, read_file, with_told
 from hirelc_deploy.inputs.models.onnx_files.reader import read_graph
 from hirelc_deploy.inputs.models.onnx_files.runtime import difference
 from hirelc_deploy.inputs.models.onnx_files.whole import whole_network
@@ -49,28 +52,38 @@ PREPROCESSING = (
 )
 
 
-def build(path: Path, input_size: Sequence[int] | None = None) -> nn.Module:
+def build(
+    path: Path, input_size: Sequence[int] | None = None, told: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
     """Return the network of a file, which answers (n, channels, height, width) images by the names of its outputs.
 
     It is an `OnnxNetwork`, or a `FileNetwork` where the file cannot become one and ONNX Runtime runs it.
 
     Args:
         input_size: (channels, height, width); needed where the file leaves the height or width open.
+        told: Values of the other inputs, by name, which become constants.
 
     Raises:
         InputError: It is no file of pictures, or ONNX Runtime does not run it.
     """
     try:
         state = path.stat()
-        key = (str(path), None if input_size is None else tuple(input_size), state.st_mtime_ns, state.st_size)
+        size = None if input_size is None else tuple(input_size)
+        key = (
+            str(path),
+            size,
+            json.dumps(dict(told), default=lambda array: array.tolist()),
+            state.st_mtime_ns,
+            state.st_size,
+        )
     except OSError:
         raise InputError(f"{path}: no such ONNX file.") from None
     return copy.deepcopy(_built(*key))
 
 
 @functools.lru_cache(maxsize=1)
-def _built(name: str, input_size: tuple[int, ...] | None, _changed: int, _size: int) -> nn.Module:
-    file = read_file(Path(name))
+def _built(name: str, input_size: tuple[int, ...] | None, told: str, _changed: int, _size: int) -> nn.Module:
+    file = with_told(read_file(Path(name)), json.loads(told))
     given, batch, size, last = _input_of(file, input_size)
     try:
         network: nn.Module = _of_layers(file, given, batch, size, last)
@@ -98,7 +111,10 @@ def _input_of(file: OnnxFile, wanted: Sequence[int] | None) -> tuple[str, int | 
     inputs = [value for value in file.graph.input if value.name not in file.tensors]
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs[:4]) or "none"
-        raise InputError(f"{file.path}: it must have one input, the images; it has {len(inputs)} ({names}).")
+        raise InputError(
+            f"{file.path}: it must have one input, the images; it has {len(inputs)} ({names}); give values of the "
+            "others with --model-arg NAME=VALUE."
+        )
     kind = inputs[0].type.tensor_type
     sizes = [dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim]
     if not inputs[0].type.HasField("tensor_type") or kind.elem_type not in FLOATS or len(sizes) != 4:
@@ -133,8 +149,7 @@ def _input_of(file: OnnxFile, wanted: Sequence[int] | None) -> tuple[str, int | 
 def _check_parity(file: OnnxFile, network: OnnxNetwork, size: tuple[int, int, int], batch: int | None) -> None:
     """Raise UnreadError unless the network answers two random images as the file does in ONNX Runtime."""
     images = torch.randn((2, *size), generator=torch.Generator().manual_seed(1))
-    source = file.path if file.has_external else file.path.read_bytes()
-    wanted = runtime.run(source, file.path, network.output_names, images.numpy(), batch, network.channels_last)
+    wanted = runtime.run(file.source, file.path, network.output_names, images.numpy(), batch, network.channels_last)
     with torch.no_grad():
         found = {name: values.numpy() for name, values in network(images).items()}
     sigmoids = {name for node in file.graph.node if node.op_type == "Sigmoid" for name in node.output}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,6 +55,7 @@ class OnnxFile:
         has_external: Whether tensors came from files beside it.
         half: Whether any of its tensors is a 16-bit float.
         foreign: The first operator that neither the standard nor the file defines, `` for none.
+        told: Inputs that were told beforehand and are tensors now.
     """
 
     path: Path
@@ -63,6 +65,14 @@ class OnnxFile:
     has_external: bool
     half: bool
     foreign: str = ""
+    told: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> Path | bytes:
+        """What ONNX Runtime is given: the path only where tensors lie beside it."""
+        if self.told:
+            return self_contained(self).SerializeToString()
+        return self.path if self.has_external else self.path.read_bytes()
 
     @property
     def graph(self) -> GraphProto:
@@ -96,6 +106,43 @@ def read_file(path: Path) -> OnnxFile:
     halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
     half = any(tensor.data_type in halves for tensor in model.graph.initializer)
     return OnnxFile(path, model, opset, tensors, external, half, foreign)
+
+
+def with_told(file: OnnxFile, told: Mapping[str, Any]) -> OnnxFile:
+    """Return a file some of whose inputs are constants.
+
+    Args:
+        told: Name of an input to its value: a number, or lists of numbers.
+
+    Raises:
+        InputError: There is no such input, or it takes no such value.
+    """
+    if not told:
+        return file
+    model, tensors = ModelProto(), dict(file.tensors)
+    model.CopyFrom(file.model)
+    for name, value in told.items():
+        given = {one.name: one for one in model.graph.input if one.name not in tensors}
+        if name not in given:
+            raise InputError(f"{file.path}: it takes no argument {name!r}, only input_size and {', '.join(given)}.")
+        kind = given[name].type.tensor_type
+        try:
+            array = np.array(value, helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{file.path}: input {name} cannot be {value!r:.60} ({first_line(error)}).") from None
+        sizes = [dim.dim_value for dim in kind.shape.dim]
+        if array.ndim != len(sizes) or any(
+            want not in (0, size) for want, size in zip(sizes, array.shape, strict=True)
+        ):
+            raise InputError(f"{file.path}: input {name} has the shape {sizes}, the value given {list(array.shape)}.")
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+        model.graph.input.remove(given[name])
+        tensors[name] = _as_float32(array)
+    return replace(file, model=model, tensors=tensors, told=tuple(told))
+
+
+def _as_float32(array: Array) -> Array:
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
 def self_contained(file: OnnxFile) -> ModelProto:

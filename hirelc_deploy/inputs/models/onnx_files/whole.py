@@ -109,8 +109,7 @@ def whole_network(
                 f"first dimension must be the image; {HELP}."
             )
     images = np.random.default_rng(1).standard_normal((2, *size), np.float32)
-    source = file.path if file.has_external else file.path.read_bytes()
-    wanted = runtime.run(source, file.path, names, images, batch or 1, last)
+    wanted = runtime.run(file.source, file.path, names, images, batch or 1, last)
     alone = FileNetwork(WholeFile(file.path.name, model, reason, batched=False))
     found = alone.file.answer(images)
     for name, values in wanted.items():
