@@ -60,7 +60,8 @@ class ModelSource:
             `ultralytics:NAME.yaml`; `FILE.onnx`.
         weights: A .safetensors file, or a .pth, .pt or .bin file with a state dict.
         arguments: Keyword arguments of the factory, of `timm.create_model` or torchvision's function, or entries of the
-            config of transformers; of an ONNX file `input_size`, where it leaves that open, and values of inputs beside the images.
+            config of transformers; of an ONNX file `input_size`, where it leaves that open, and the values of inputs
+            beside the images.
         pretrained: Let timm fetch its own weights over the network; timm names only.
         weights_key: Which of several state dicts in the file is meant; see `load_weights`.
     """
