@@ -468,7 +468,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop without end is waited for at the first try, in a process of its own."""
-    monkeypatch.setattr(runtime, "SECONDS", 4.0)
+    monkeypatch.setattr(runtime, "SECONDS", 4)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -34,17 +34,20 @@ from hirelc_deploy.tasks.none import NoTask
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(autouse=True)
-def _without_a_trial(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+REAL_TRIAL = runtime.shapes_of_answers
+
+
+def shapes_here(model: bytes, shape: Any) -> list[tuple[int, ...]]:
     """Files of these tests do no harm: they need no process of their own, but where that is what is tested."""
+    session = runtime.open_plain(model)
+    return [one.shape for one in session.run(None, {session.get_inputs()[0].name: np.ones(shape, np.float32)})]
 
-    def shapes(model: bytes, shape: Any) -> list[tuple[int, ...]]:
-        session = runtime.open_plain(model)
-        found = session.run(None, {session.get_inputs()[0].name: np.ones(shape, np.float32)})
-        return [one.shape for one in found]
 
-    if "trial" not in request.node.name:
-        monkeypatch.setattr(runtime, "shapes_of_answers", shapes)
+@pytest.fixture(autouse=True, scope="module")
+def _without_a_trial() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "shapes_of_answers", shapes_here)
+        yield
 
 
 def whole(model: Any, folder: Path) -> FileNetwork:
@@ -67,7 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pixels = np.random.default_rng(0).integers(0, 256, (160, 16, 16, 3), dtype=np.uint8)
     (said,) = answers(network, torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255))
     labels = said.argmax(1)
-    labels[:2] = 0, 1
+    labels[:5] = range(5)
     np.savez(folder / "d.npz", x_train=pixels[:120], y_train=labels[:120], x_test=pixels[120:], y_test=labels[120:])
     with pytest.MonkeyPatch.context() as patch:
         on_fake_device(patch, folder / "cache")
@@ -109,6 +112,13 @@ def test_its_bundle_runs_alone_and_is_verified(searched: hirelc_deploy.Result, p
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert hirelc_deploy.verify(searched.bundle, f"npz:{place}/d.npz").ok
+
+
+def test_inspect_counts_its_layers_and_says_why_none_is_cut(place: Path) -> None:
+    record = hirelc_deploy.inspect(str(place / "net.onnx")).record
+    assert record["units"] == []
+    assert record["kept_whole"][0]["reason"].startswith("operator Loop")
+    assert record["params"] > sum(layer.params for layer in graph_of_file(build(place / "net.onnx")).layers)
 
 
 def test_a_plan_that_cuts_is_refused_and_leaves_no_run(place: Path) -> None:
@@ -184,9 +194,11 @@ def test_a_file_that_answers_otherwise_each_time_is_refused(tmp_path: Path) -> N
 
 
 def test_the_first_trial_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "SECONDS", 3.0)
-    with pytest.raises(InputError, match=r"operator Loop .* did not answer one image within 3 seconds"):
-        build(saved(looped_net(turns=2**62), tmp_path / "net.onnx"))
+    monkeypatch.setattr(runtime, "SECONDS", 2)
+    monkeypatch.setattr(runtime, "shapes_of_answers", REAL_TRIAL)
+    assert whole(looped_net(), tmp_path).file.batched
+    with pytest.raises(InputError, match=r"operator Loop .* did not answer one image within 2 seconds"):
+        build(saved(looped_net(turns=2**62), tmp_path / "endless.onnx"))
 
 
 def test_what_a_body_reads_is_kept_and_comes_before_it() -> None:
@@ -256,7 +268,9 @@ def test_an_input_beside_the_image_may_be_told_beforehand(tmp_path: Path, make: 
     model.graph.input.append(helper.make_tensor_value_info("factor", FLOAT, [1, 1]))
     path = saved(model, tmp_path / "net.onnx")
     wanted = 3 * answers(saved(make(), tmp_path / "plain.onnx"), IMAGES)[0]
-    np.testing.assert_allclose(build(path, told={"factor": [[3]]})(IMAGES)["scaled"].numpy(), wanted, atol=1e-4)
+    np.testing.assert_allclose(
+        build(path, told={"factor": [[3]]})(IMAGES)["scaled"].detach().numpy(), wanted, atol=1e-4
+    )
     for told, words in (({}, "--model-arg"), ({"factor": 3}, "shape"), ({"f": 3}, "only input_size and x, factor")):
         with pytest.raises(InputError, match=words):
             build(path, told=told)

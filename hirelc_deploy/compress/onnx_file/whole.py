@@ -118,7 +118,7 @@ def _converted(file: WholeFile) -> ModelProto:
                 f"({first_line(error)}); export it with {OLDEST_OPSET} or later."
             ) from None
         return model
-    return ModelProto.FromString(converted.SerializeToString())
+    return converted
 
 
 def _name_layers(model: ModelProto) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,13 +20,17 @@ from hirelc_deploy.graph.answers import stacked
 from hirelc_deploy.inputs.data.archives import memory_bytes
 from hirelc_deploy.user_code import first_line
 
-SECONDS = 120.0
-"""One image may take this long at the first try; the networks of this project's benchmarks take less than five."""
+SECONDS = 120
+"""Computing that one image may take at the first try; the networks of this project's benchmarks take less than five."""
+
+PATIENCE = 20
+"""Times as long it may take by the clock, on a machine that is busy otherwise."""
 
 TRIAL = """
 import json, resource, sys
-path, most_bytes, *shape = sys.argv[1:]
+path, most_bytes, seconds, *shape = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_AS, (int(most_bytes),) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, (int(seconds),) * 2)
 import numpy as np
 import onnxruntime
 options = onnxruntime.SessionOptions()
@@ -52,11 +57,14 @@ def shapes_of_answers(model: bytes, shape: Sequence[int]) -> list[tuple[int, ...
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
         path.write_bytes(model)
-        command = [sys.executable, "-c", TRIAL, str(path), str(memory_bytes()), *map(str, shape)]
+        command = [sys.executable, "-c", TRIAL, str(path), str(memory_bytes()), str(SECONDS), *map(str, shape)]
+        endless = InputError(f"ONNX Runtime did not answer one image within {SECONDS} seconds")
         try:
-            done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False, text=True)
+            done = subprocess.run(command, capture_output=True, timeout=PATIENCE * SECONDS, check=False, text=True)
         except subprocess.TimeoutExpired:
-            raise InputError(f"ONNX Runtime did not answer one image within {SECONDS:g} seconds") from None
+            raise endless from None
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise endless
     try:
         said = json.loads(done.stdout)
     except ValueError:

@@ -111,11 +111,11 @@ def whole_network(
     images = np.random.default_rng(1).standard_normal((2, *size), np.float32)
     wanted = runtime.run(file.source, file.path, names, images, batch or 1, last)
     alone = FileNetwork(WholeFile(file.path.name, model, reason, batched=False))
-    found = alone.file.answer(images)
+    found, again = alone.file.answer(images), alone.file.answer(images)
     for name, values in wanted.items():
         if not np.isfinite(values).all():
             raise InputError(f"{file.path}: output {name} holds NaN or infinity on random images; check its weights.")
-        if runtime.difference(found[name], values) > SAME:
+        if max(runtime.difference(found[name], other) for other in (values, again[name])) > SAME:
             raise InputError(f"{file.path}: {reason}, and as it is it answers otherwise each time; {HELP}.")
     together = _any_batch(file.path.name, model, reason)
     if batch is not None or together is None or not _same(together, images, found):
