@@ -74,10 +74,10 @@ def shapes_of_answers(model: bytes, shape: Sequence[int]) -> list[tuple[int, ...
     return [tuple(one) for one in said["shapes"]]
 
 
-def open_plain(source: Path | bytes) -> onnxruntime.InferenceSession:
-    """Return a session that runs a file as it is written, by one thread; raises whatever ONNX Runtime raises."""
+def open_plain(source: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
+    """Return a session that runs a file as it is written; raises whatever ONNX Runtime raises."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     given = str(source) if isinstance(source, Path) else source

@@ -57,7 +57,7 @@ class WholeFile:
 
     @cached_property
     def _session(self) -> Any:
-        return runtime.open_plain(self.model.SerializeToString())
+        return runtime.open_plain(self.model.SerializeToString(), torch.get_num_threads())
 
 
 class FileNetwork(nn.Module):
@@ -110,17 +110,16 @@ def whole_network(
             )
     images = np.random.default_rng(1).standard_normal((2, *size), np.float32)
     wanted = runtime.run(file.source, file.path, names, images, batch or 1, last)
-    alone = FileNetwork(WholeFile(file.path.name, model, reason, batched=False))
-    found, again = alone.file.answer(images), alone.file.answer(images)
+    alone = WholeFile(file.path.name, model, reason, batched=False)
+    found, again = alone.answer(images), alone.answer(images)
     for name, values in wanted.items():
         if not np.isfinite(values).all():
             raise InputError(f"{file.path}: output {name} holds NaN or infinity on random images; check its weights.")
         if max(runtime.difference(found[name], other) for other in (values, again[name])) > SAME:
             raise InputError(f"{file.path}: {reason}, and as it is it answers otherwise each time; {HELP}.")
-    together = _any_batch(file.path.name, model, reason)
-    if batch is not None or together is None or not _same(together, images, found):
-        return alone.eval()
-    return FileNetwork(together).eval()
+    together = _any_batch(file.path.name, model, reason) if batch is None else None
+    same = together is not None and _same(together, images, found)
+    return FileNetwork(together if together is not None and same else alone).eval()
 
 
 def _standard(file: OnnxFile, given: str, size: tuple[int, int, int], last: bool) -> ModelProto:
