@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
@@ -19,6 +19,9 @@ from hirelc_deploy.inputs.models.onnx_files.network import constant, place
 from hirelc_deploy.inputs.models.onnx_files.proto import OnnxFile, self_contained, tensors_of
 
 HELP = "export the network without it, or give its torch code (file.py:make)"
+
+INPUT = "input"
+"""What the only input is called in every file that is made here; the programs of bundles know it by that."""
 
 SAME = 1e-5
 """Largest difference of an image alone and beside another, as a share of the output's largest value."""
@@ -131,20 +134,37 @@ def _standard(file: OnnxFile, given: str, size: tuple[int, int, int], last: bool
     (value,) = [one for one in graph.input if one.name == given]
     if value.type.tensor_type.elem_type != TensorProto.FLOAT:
         raise InputError(f"{file.path}: its input holds doubles and it cannot become layers; export it with floats.")
+    if given != INPUT:
+        _rename(graph, INPUT, f"{INPUT}:own")
+        _rename(graph, given, INPUT)
     if last:
-        image = f"{given}:first"
-        node = helper.make_node("Transpose", [image], [given], f"{given}/Transpose", perm=[0, 2, 3, 1])
+        turned = f"{INPUT}:last"
+        _rename(graph, INPUT, turned)
+        node = helper.make_node("Transpose", [INPUT], [turned], f"{turned}/Transpose", perm=[0, 2, 3, 1])
         nodes = [node, *graph.node]
         del graph.node[:]
         graph.node.extend(nodes)
-        given = image
     del graph.input[:]  # older files list their tensors here too
-    graph.input.append(helper.make_tensor_value_info(given, TensorProto.FLOAT, (1, *size)))
+    graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, (1, *size)))
     del graph.value_info[:]
     for output in graph.output:
         if output.type.HasField("tensor_type"):
             output.type.tensor_type.ClearField("shape")
     return model
+
+
+def _rename(graph: GraphProto, old: str, new: str) -> None:
+    """Call a tensor otherwise, in the graphs within nodes too; outputs of the network keep their names."""
+    for tensor in graph.initializer:
+        tensor.name = new if tensor.name == old else tensor.name
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        node.output[:] = [new if name == old else name for name in node.output]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _rename(inner, old, new)
+                for value in inner.output:
+                    value.name = new if value.name == old else value.name
 
 
 def _any_batch(name: str, model: ModelProto, reason: str) -> WholeFile | None:
