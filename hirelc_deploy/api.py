@@ -34,7 +34,7 @@ from hirelc_deploy.deliver.verify import VerifyResult, verify_against
 from hirelc_deploy.deliver.verify import verify as verify_bundle
 from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.inputs.data.datasets import data_from_datasets
-from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.data.load import NO_DATA, load_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
 from hirelc_deploy.inputs.fitting import plain
 from hirelc_deploy.inputs.models.given import source_of
@@ -190,7 +190,7 @@ class Inspection:
 @usual_torch()
 def search(
     model: Model,
-    data: Splits,
+    data: Splits | None = None,
     *,
     out: str | Path,
     task: str | None = None,
@@ -213,6 +213,7 @@ def search(
     """Find the fastest file that the target can run within the limits; a killed or finished search is taken up again.
 
     Args:
+        data: None, for an ONNX file: random pictures, for structure and speed alone; accuracy stays unknown.
         out: Folder of the run, which is made.
         task: Of an installed task, where model and data leave a doubt.
         limits: Fields of `config.Limits`; {"max_drop": 1.0} where nothing is said.
@@ -243,7 +244,7 @@ def search(
 @usual_torch()
 def apply(
     model: Model,
-    data: Splits,
+    data: Splits | None,
     plan: str | Path | CompressionPlan,
     *,
     out: str | Path,
@@ -383,7 +384,7 @@ def summary(record: Mapping[str, Any], out: Path) -> str:
     metric = record.get("metric", {"name": "accuracy", "scale": 100.0, "unit": "points"})  # older runs: classifiers
     scale, unit = metric["scale"], metric["unit"]
     if found["test"] is None:
-        lines.append("no accuracy is claimed: the data has no labels")
+        lines.append("no accuracy is claimed: the data has no labels, so the accuracy guard could not count")
     else:
         sign = " %" if scale == 100 else f" {unit}".rstrip()
         drop = f"{found['drop_points']:+.2f} {unit}".rstrip()
@@ -421,7 +422,7 @@ def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by
 
 def _config(
     model: Model,
-    data: Splits,
+    data: Splits | None,
     task: str | None,
     target: str,
     metric: Callable[..., Any] | str | None,
@@ -435,6 +436,10 @@ def _config(
     if job.get("lower_is_better") is not None and metric is None:
         raise InputError("lower_is_better: it is said of a metric of your own; name one with --metric.")
     weights, folder = job.get("weights"), job.get("data_dir")
+    if data is None:
+        if not (isinstance(model, str) and model.lower().endswith(".onnx")):
+            raise InputError("--data is missing: name what judges the model; only an ONNX file can do without it.")
+        data = NO_DATA
     named = isinstance(model, str)
     source = None if named else source_of(model, weights, job.get("model_args"), job.get("pretrained", False))
     splits = None if isinstance(data, str) else _data(data, job)

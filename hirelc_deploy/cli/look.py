@@ -27,6 +27,7 @@ from hirelc_deploy.cli.options import (
     arguments_of,
     numbers,
 )
+from hirelc_deploy.errors import InputError
 from hirelc_deploy.progress import Progress
 
 
@@ -121,7 +122,7 @@ def profile(
     import torch
 
     from hirelc_deploy.compress.branches import proven
-    from hirelc_deploy.graph.units import build_graph
+    from hirelc_deploy.evaluate.uncut import seen_graph
     from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
     from hirelc_deploy.jobs.profile import profile_model
     from hirelc_deploy.measure.targets import find_target, open_target
@@ -133,7 +134,11 @@ def profile(
     network = source.with_input_size(wanted).load().eval()
     size = preprocess_of(network, None, {"input_size": wanted}).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
-    graph = proven(network, build_graph(network, images, exclude=tuple(exclude or ())), images)
+    graph = seen_graph(network, images, tuple(exclude or ()))
+    if not graph.units:
+        why = f" ({graph.kept_whole[0].reason})" if graph.kept_whole else ""
+        raise InputError(f"profile: nothing of {model} can be cut{why}, so there are no widths to time.")
+    graph = proven(network, graph, images)
     found = profile_model(
         graph,
         backend,

@@ -106,8 +106,8 @@ def job_options(given: Mapping[str, Any]) -> JobOptions:
 def search(
     context: typer.Context,
     model: Model,
-    data: DataSpec,
     out: Out,
+    data: DataSpec = None,
     target: Target = "cpu",
     model_arg: ModelArg = None,
     weights: Weights = None,
@@ -202,7 +202,6 @@ def search(
 def apply(
     context: typer.Context,
     model: Model,
-    data: DataSpec,
     out: Out,
     plan: Annotated[
         str,
@@ -211,6 +210,7 @@ def apply(
             show_default=False,
         ),
     ],
+    data: DataSpec = None,
     target: Target = "cpu",
     model_arg: ModelArg = None,
     weights: Weights = None,

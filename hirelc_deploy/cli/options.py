@@ -26,11 +26,11 @@ WeightsKey = Annotated[
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm fetch its own trained weights.")]
 DataSpec = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--data",
         help="npz:, imagefolder:, coco:, yolo:, voc:, masks:, csv: or hfdata:PATH, FILE.py:factory, torch/cifar10, "
-        "synthetic:N.",
+        "synthetic:N. An ONNX file can do without: structure and speed, no accuracy.",
         show_default=False,
     ),
 ]

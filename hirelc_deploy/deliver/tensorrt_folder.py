@@ -25,6 +25,7 @@ from hirelc_deploy.inputs.data.batches import batches, two_images
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.fitting import answering
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.accuracy import finite
 from hirelc_deploy.measure.registry import get_backend
@@ -61,6 +62,10 @@ def write_folder(run: Path, out: Path) -> list[Path]:
     source = ModelSource(config.model.spec, arguments=dict(config.model.arguments))
     source = source.with_input_size(config.preprocess.input_size)
     model = load_bundle(bundle, None if source.is_timm else source.build)
+    if isinstance(model, FileNetwork):
+        raise InputError(
+            f"{run}: {model.file.name} is placed as it is, which is for ONNX Runtime alone; use --format onnx."
+        )
     data = configured_data(config).preprocessed(preprocess)
     task = read_task(bundle, config.task.options.get("decode"))
     answering(model, task, model(two_images(data)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress import norms, recovery, slicing
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.evaluate.effort import SMALL_BATCH
-from hirelc_deploy.graph.answers import Answers, named
+from hirelc_deploy.graph.answers import Answers, named, stacked
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.measure.backend import Outputs
@@ -93,7 +93,7 @@ def forward(model: nn.Module, pictures: Tensor) -> Answers:
     """Return the float32 answers to (n, channels, height, width) pictures, in batches."""
     with torch.no_grad():
         parts = [named(model(batch)) for batch in pictures.split(SMALL_BATCH)]
-    return {name: torch.cat([part[name].float() for part in parts]) for name in parts[0]}
+    return {name: torch.from_numpy(stacked([part[name].float().numpy() for part in parts])) for name in parts[0]}
 
 
 def tensors(outputs: Outputs) -> Answers:

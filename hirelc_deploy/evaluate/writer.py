@@ -19,10 +19,12 @@ from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.integer.equalisation import wide_streams, write_equalised
 from hirelc_deploy.compress.integer.forms import Form, form_of
 from hirelc_deploy.compress.onnx_file.refill import Exporter
+from hirelc_deploy.compress.onnx_file.whole import FileExporter
 from hirelc_deploy.errors import TargetUnavailable
 from hirelc_deploy.evaluate.cutting import FLOAT
 from hirelc_deploy.evaluate.effort import EQUALISING_BATCHES
 from hirelc_deploy.evaluate.uncut import UncutModel
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.measure.backend import Backend, Precision
 from hirelc_deploy.runs import write_atomic
 
@@ -65,9 +67,10 @@ class Writer:
         return form_of(self._backend.precisions())
 
     @cached_property
-    def exporter(self) -> Exporter:
+    def exporter(self) -> Exporter | FileExporter:
         """Writes float files; it learns from each export how to do without the next."""
-        return Exporter(self._uncut.example)
+        is_file = isinstance(self._uncut.model, FileNetwork)
+        return FileExporter(self._uncut.example) if is_file else Exporter(self._uncut.example)
 
     def exported(
         self, model: nn.Module, folder: Path, *, equalise: bool = True, across: bool | None = None

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from hirelc_deploy.compress.branches import proven
+from hirelc_deploy.evaluate.uncut import seen_graph
 from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph, Unit
-from hirelc_deploy.graph.units import build_graph, matches
+from hirelc_deploy.graph.units import matches
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import preprocess_of
@@ -31,10 +32,10 @@ def inspected(
     network = source.with_input_size(overrides.get("input_size")).load().eval()
     size = preprocess_of(network, None, overrides).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
-    everything = graph = build_graph(network, images)
+    everything = graph = seen_graph(network, images)
     if patterns := [*exclude, *include]:
-        graph = build_graph(network, images, exclude=tuple(exclude), include=tuple(include))
-    graph = proven(network, graph, images)
+        graph = seen_graph(network, images, tuple(exclude), tuple(include))
+    graph = proven(network, graph, images) if graph.units else graph
     return {
         "model": source.spec,
         "notes": list(notes_of(network)),

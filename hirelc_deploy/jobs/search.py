@@ -27,6 +27,12 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
     started = time.monotonic()
     if pipeline.uncut.doubt:
         pipeline.progress.say(f"warning: {pipeline.uncut.doubt}")
+    keeps = unpruned_limits(pipeline, config.limits)
+    if not pipeline.graph.units:
+        try:
+            return deliver(workplace, None, {}, started, keeps=keeps, max_drop=config.limits.max_drop)
+        except ConstraintError as error:
+            raise ConstraintError(f"search: nothing can be cut; {error} Allow a larger drop, or more time.") from None
     path = table_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +58,6 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
         "agreement": agreement(search.problem, run.trials, pipeline.files.reference_ms),
         "finalists": [finalist_record(f) for f in finalists],
     }
-    keeps = unpruned_limits(pipeline, config.limits)
     try:
         plan = chosen.plan if chosen else None
         return deliver(workplace, plan, facts, started, keeps=keeps, max_drop=config.limits.max_drop)

@@ -35,6 +35,10 @@ from hirelc_deploy.results.report import read_run, write_report
 from hirelc_deploy.runs import Run, json_text, write_atomic
 
 SAMPLES = 8
+UNKNOWN = (
+    "accuracy is unknown: the data has no labels, so the accuracy guard counted nothing and no limit on a drop was "
+    "looked at; give labelled data with --data"
+)
 
 
 def deliver(
@@ -55,11 +59,15 @@ def deliver(
     doubt = pipeline.uncut.doubt
     warnings = [*workplace.notes, *([doubt] if doubt else [])]
     warnings += [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
+    if not pipeline.data.labelled:
+        warnings.append(UNKNOWN)
     if candidate is not None and shipped not in delivery.ours:
         warnings.append(
             f"compression did not help: {shipped.name} is at least as fast as the best plan, so it is shipped."
         )
-    if candidate is None:
+    if candidate is None and not pipeline.graph.units:
+        warnings.append(f"nothing can be cut: {shipped.name}, the fastest file that keeps the limits, is shipped.")
+    elif candidate is None:
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
     ends = end_records(shipped.home(pipeline), shipped.plan)
     warnings += [

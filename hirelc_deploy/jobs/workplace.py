@@ -28,8 +28,10 @@ from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.given import Source
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import ModelSource
+from hirelc_deploy.measure.backend import TENSORRT_FORM
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
@@ -118,11 +120,22 @@ def open_workplace(
         )
     # Whatever can be wrong with the options is found before the run directory is made.
     graph = proven_graph(model, data, config.exclude, config.include)
+    is_file = isinstance(model, FileNetwork)
+    if is_file and backend.precisions()[0].form == TENSORRT_FORM:
+        raise InputError(
+            f"--model {source.spec}: {graph.kept_whole[0].reason}, so it is placed as it is, which is for ONNX Runtime "
+            f"alone; use --target cpu, or give its torch code."
+        )
     if not config.search.depth:
         graph = graph.without_branches()
     options = config
     if config.plan is not None:
         plan = read_plan(config.plan, graph)
+        if is_file and config.plan.startswith("uniform:") and parse_uniform(config.plan)[0] < 1:
+            raise InputError(
+                f"--plan {config.plan}: nothing of {source.spec} can be cut: {graph.kept_whole[0].reason}; use "
+                "--plan uniform:precision=auto, which places its precision."
+            )
         if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
             options = replace(config, plan=f"{config.plan} ({plan.digest})")
     run = Run.open(directory, options.to_toml(), describe(backend))
@@ -132,7 +145,9 @@ def open_workplace(
         run.__exit__(type(error), error, error.__traceback__)
         raise
     values = math.prod(data.preprocess.input_size)
-    effort = Effort(recovery=recovery_of(config, values)).for_inputs(values)
+    trains = not is_file and not config.data.spec.startswith("pixels:")  # random pictures teach nothing
+    effort = Effort(recovery=recovery_of(config, values) if trains else None).for_inputs(values)
+    earlier = Path(config.plan) / "weights.safetensors" if config.plan and not is_file else None
     pipeline = Pipeline(
         model,
         data,
@@ -144,11 +159,11 @@ def open_workplace(
         threads=config.threads or target.threads,
         progress=progress,
         graph=graph,
-        start=earlier if config.plan and (earlier := Path(config.plan) / "weights.safetensors").is_file() else None,
+        start=earlier if earlier is not None and earlier.is_file() else None,
         jobs=jobs,
         evaluators=evaluators,
         rounds=config.search.precisions,
-        others=open_others(target),
+        others=() if is_file else open_others(target),
     )
     return Workplace(config, pipeline, run, source, fitted.record, command, notes)
 

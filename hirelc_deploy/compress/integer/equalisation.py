@@ -25,7 +25,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from hirelc_deploy.compress.onnx_file.export import give_each_layer_its_own_constants, layer_of_node
 from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of
-from hirelc_deploy.compress.onnx_file.watch import Watch
+from hirelc_deploy.compress.onnx_file.watch import Watch, as_taken
 
 LARGEST = 16.0
 """A channel is multiplied or divided by this at most: silent channels are not blown up to noise. Across activations a
@@ -121,7 +121,7 @@ def equalise(
         across: Streams with a channel that is WIDE are followed across activations too.
     """
     images = list(images)
-    found, wide = streams(proto), wide_streams(proto, images) if across else []
+    found, wide = _of_known_rank(proto, streams(proto)), wide_streams(proto, images) if across else []
     covered = {tensor for stream in wide for tensor in stream.tensors}
     found = [*wide, *(stream for stream in found if not covered & set(stream.tensors))]
     if not found:
@@ -144,7 +144,7 @@ def equalise(
 
 def wide_streams(proto: ModelProto, images: Iterable[NDArray[np.float32]]) -> list[Stream]:
     """Return the streams across activations that have a channel which is WIDE in the images."""
-    found = streams(proto, across=True)
+    found = _of_known_rank(proto, streams(proto, across=True))
     ranges = _ranges(proto, found, images)
     return [
         stream for stream in found if ranges[stream].max() > WIDE * max(float(np.median(ranges[stream])), LEAST_RANGE)
@@ -217,17 +217,28 @@ def _ranges(
     if not found:
         return {}
     tensors = list(dict.fromkeys(tensor for stream in found for tensor in stream.tensors))
-    watch, graph = Watch(proto), onnx.shape_inference.infer_shapes(proto).graph
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input)}
+    watch, ranks = Watch(proto), _ranks(proto)
     for tensor in tensors:
         for operator in ("ReduceMin", "ReduceMax"):
             watch.reduce(operator, tensor, [axis for axis in range(ranks[tensor]) if axis != 1])
-    values = [*map(watch.open(), images)]
+    values = [*map(watch.open(), as_taken(proto, images))]
     largest = {
         tensor: np.max([np.abs(seen[end]) for seen in values for end in (2 * index, 2 * index + 1)], axis=0)
         for index, tensor in enumerate(tensors)
     }
     return {stream: np.max([largest[tensor] for tensor in stream.tensors], axis=0) for stream in found}
+
+
+def _of_known_rank(proto: ModelProto, found: Sequence[Stream]) -> list[Stream]:
+    """Return the streams of which it is known which dimension holds the channels: behind a loop it may not be."""
+    ranks = _ranks(proto) if found else {}
+    return [stream for stream in found if all(ranks.get(tensor) for tensor in stream.tensors)]
+
+
+def _ranks(proto: ModelProto) -> dict[str, int]:
+    """Return tensor to its number of dimensions; 0 where it is not known."""
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    return {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input)}
 
 
 def _group(node: NodeProto) -> int:

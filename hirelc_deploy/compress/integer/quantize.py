@@ -24,7 +24,7 @@ from hirelc_deploy.compress.integer.four_bits import use_four_bits
 from hirelc_deploy.compress.integer.sums import align_sums
 from hirelc_deploy.compress.onnx_file import constant_factors, rewrite
 from hirelc_deploy.compress.onnx_file.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
-from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of
+from hirelc_deploy.compress.onnx_file.links import makers_of, put_in_order, readers_of
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import FLOAT_AS, Precision
 from hirelc_deploy.plan import LAYER_PRECISIONS
@@ -212,6 +212,7 @@ def quantize(
     if padded:
         _round_before_padding(result, padded[0].output[0])
     quantizer.model.topological_sort()
+    put_in_order(result.graph)
     out.write_bytes((use_four_bits(result, four) if four else result).SerializeToString())
 
 

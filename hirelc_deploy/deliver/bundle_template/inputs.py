@@ -53,3 +53,10 @@ def model_input(image: np.ndarray) -> np.ndarray:
         mean, std = (np.array(OPTIONS[name], np.float32) for name in ("mean", "std"))
         image = image * (np.float32(1 / 255) / std) - mean / std
     return image.transpose(2, 0, 1)[None]
+
+
+def stacked(rows: "list[np.ndarray]") -> "np.ndarray":
+    """Return the answers to all images; where their sizes depend on the image, zeros fill the shorter."""
+    size = np.max([row.shape[1:] for row in rows], axis=0)
+    fill = [[(0, 0)] + [(0, int(n)) for n in size - np.array(row.shape[1:], int)] for row in rows]
+    return np.concatenate([np.pad(row, pads) for row, pads in zip(rows, fill)])  # noqa: B905

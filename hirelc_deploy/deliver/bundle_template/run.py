@@ -24,7 +24,7 @@ try:
     for path in sys.argv[1:] or ["--check"]:
         data = INPUTS.read(str(HERE / "samples.npz") if path == "--check" else path)
         rows = [model(INPUTS.model_input(image)) for image in data["images"]]
-        outputs = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        outputs = {name: INPUTS.stacked([row[name] for row in rows]) for name in rows[0]}
         results = decode(outputs, TASK["decoder"], ARRAYS)
         for number, result in enumerate(results):
             print(line(result))
