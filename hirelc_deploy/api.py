@@ -79,6 +79,9 @@ class JobOptions(TypedDict, total=False):
         geometry, interpolation: Of pictures of another size: `crop`, `stretch` or `letterbox`, and how.
         recovery_epochs, learning_rate: Of the recovery of each finalist.
         exclude, include: Patterns of units and layers.
+        float_layers: Patterns of layers that stay float in every integer file.
+        equalise: Patterns of layers whose channels are made alike across activations, too.
+        ranges: Pattern of layers to how the ranges at their ends are taken: `minmax`, `percentile` or `mse`.
         threads: Of one inference.
         seed: Of every random choice.
         progress: Called with a line of text for everything that is begun or done; without it nothing is said.
@@ -105,6 +108,9 @@ class JobOptions(TypedDict, total=False):
     learning_rate: float
     exclude: Sequence[str]
     include: Sequence[str]
+    float_layers: Sequence[str]
+    equalise: Sequence[str]
+    ranges: Mapping[str, str] | None
     threads: int | None
     seed: int
     progress: Listener | Progress | None
@@ -459,6 +465,9 @@ def _config(
         learning_rate=job.get("learning_rate", 0.01),
         exclude=_several("exclude", job.get("exclude")) or (),
         include=_several("include", job.get("include")) or (),
+        float_layers=_several("float_layers", job.get("float_layers")) or (),
+        equalise=_several("equalise", job.get("equalise")) or (),
+        ranges=_named("ranges", job.get("ranges")),
         preprocess=PreprocessConfig(
             _several("input_size", job.get("input_size")),
             _several("mean", job.get("mean")),

@@ -24,7 +24,7 @@ def guarded(pipeline: Pipeline, max_drop: float) -> tuple[CompressionPlan, Guard
     """
     files = pipeline.files
     placed = files.placement
-    always = frozenset(placed.float_layers)
+    always = frozenset(placed.float_layers) | files.writer.by_layer.in_float
     timed = {name: found["ratio"] for name, found in placed.candidates.items() if name in files.writer.form.patterns}
     patterns = sorted(timed, key=lambda name: (name != placed.pattern, timed[name]))
     layers = [layer.name for layer in pipeline.graph.layers if layer.name not in always]

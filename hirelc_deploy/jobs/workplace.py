@@ -20,6 +20,7 @@ from hirelc_deploy.config import JobConfig
 from hirelc_deploy.deliver.race import metric_record
 from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.errors import HirelcError, InputError
+from hirelc_deploy.evaluate.by_layer import ByLayer
 from hirelc_deploy.evaluate.effort import GRADIENT_VALUES, LEAST_BATCH, Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.uncut import proven_graph
@@ -120,6 +121,12 @@ def open_workplace(
     graph = proven_graph(model, data, config.exclude, config.include)
     if not config.search.depth:
         graph = graph.without_branches()
+    by_layer = ByLayer.of(
+        [layer.name for layer in graph.layers if layer.shape.kind != "attention"],
+        config.float_layers,
+        config.ranges,
+        config.equalise,
+    )
     options = config
     if config.plan is not None:
         plan = read_plan(config.plan, graph)
@@ -149,6 +156,7 @@ def open_workplace(
         evaluators=evaluators,
         rounds=config.search.precisions,
         others=open_others(target),
+        by_layer=by_layer,
     )
     return Workplace(config, pipeline, run, source, fitted.record, command, notes)
 
