@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from hirelc_deploy.compress.integer.calibration import METHODS
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.plan import CompressionPlan
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,26 @@ class ByLayer:
             frozenset(name for pattern in equalised for name in _matching(layers, pattern, "--equalise")),
         )
 
+    def __or__(self, other: ByLayer) -> ByLayer:
+        """Return both; where they differ about a layer's ranges, the other one counts."""
+        ranges = {**self.ranges, **other.ranges}
+        return ByLayer(self.in_float | other.in_float, ranges, self.equalised | other.equalised)
+
+    @property
+    def options(self) -> str:
+        """The options of `search` and `apply` that ask for this."""
+        words = [("--float-layers", name) for name in sorted(self.in_float)]
+        words += [("--ranges", f"{name}={method}") for name, method in sorted(self.ranges.items())]
+        words += [("--equalise", name) for name in sorted(self.equalised)]
+        return shlex.join(word for pair in words for word in pair)
+
+    def stated(self, plan: CompressionPlan, graph: ModelGraph) -> CompressionPlan:
+        """Return a plan that says itself which layers stay float, for those who see the plan alone."""
+        if plan.default_precision == "float" or not self.in_float:
+            return plan
+        floats = [layer for layer in self.in_float if not graph.leaves_out(layer, plan.keep)]
+        return replace(plan, precision={**plan.precision, **dict.fromkeys(floats, "float")})
+
     def precision_of(self, asked: Callable[[str], str]) -> Callable[[str], str]:
         """Return layer name to precision: what `asked` says, but for the layers that stay float."""
         return lambda layer: "float" if layer in self.in_float else asked(layer)
@@ -52,7 +75,7 @@ AS_USUAL = ByLayer()
 
 
 def _matching(layers: Sequence[str], pattern: str, option: str) -> list[str]:
-    found = [name for name in layers if fnmatchcase(name, pattern)]
+    found = [name for name in layers if name == pattern or fnmatchcase(name, pattern)]
     if not found:
         near = get_close_matches(pattern, layers, 3, 0.4) or layers[:3]
         raise InputError(f"{option} {pattern}: no layer has this name; near names: {', '.join(near)}.")
