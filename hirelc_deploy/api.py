@@ -50,6 +50,7 @@ from hirelc_deploy.outcome import Outcome, outcome_from_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
 from hirelc_deploy.results.layer_text import why_text
+from hirelc_deploy.results.summary import summary
 from hirelc_deploy.runs import CONFIG, PARETO
 from hirelc_deploy.user_code import usual_torch
 
@@ -450,32 +451,6 @@ def _splits_again(run: Path, data: Splits, data_dir: str | Path | None) -> Data:
         seed=config.seed,
     )
     return _data(data, job)
-
-
-def summary(record: Mapping[str, Any], out: Path) -> str:
-    """Return what a person wants to know first about a finished job."""
-    latency, unpruned, found = record["latency"], record["best_unpruned"], record["accuracy"]
-    lines = [
-        f"{1 / latency['ratio']:.2f} times faster than the uncut float file "
-        f"({1 / latency['ratio_high']:.2f} to {1 / latency['ratio_low']:.2f}), verdict: {latency['verdict']}",
-        f"{unpruned['ratio'] / latency['ratio']:.2f} times faster than the best unpruned file ({unpruned['name']})",
-        f"{record['size_ratio']:.1f} times smaller: {record['size_bytes']:,} bytes, {record['params']:,} parameters, "
-        f"{record['macs']:,} multiply-accumulates",
-    ]
-    metric = record.get("metric", {"name": "accuracy", "scale": 100.0, "unit": "points"})  # older runs: classifiers
-    scale, unit = metric["scale"], metric["unit"]
-    if found["test"] is None:
-        lines.append("no accuracy is claimed: the data has no labels")
-    else:
-        sign = " %" if scale == 100 else f" {unit}".rstrip()
-        drop = f"{found['drop_points']:+.2f} {unit}".rstrip()
-        lines.append(
-            f"{metric['name']} on the test split {scale * found['test']:.2f}{sign} "
-            f"(uncut {scale * found['baseline_test']:.2f}), drop {drop} "
-            f"({found['drop_low']:+.2f} to {found['drop_high']:+.2f})"
-        )
-    lines += [f"bundle: {record['bundle']}", f"report: {out / 'report.html'}"]
-    return "\n".join(lines)
 
 
 def run_config(config: JobConfig, out: Path, progress: Progress, command: str) -> Result:
