@@ -152,6 +152,12 @@ def test_the_same_again_measures_nothing_and_the_run_keeps_what_was_found(
     assert "Which layer lost what" in (cut / "report.html").read_text("utf-8")
 
 
+def test_a_run_of_a_plan_file_that_is_gone_can_be_exported_again(cut: Path, tmp_path: Path) -> None:
+    command = ["export", str(cut), "--format", "onnx", "--dynamic-batch", "--out", str(tmp_path / "many")]
+    assert application.run(command) == 0
+    assert (tmp_path / "many/model.onnx").is_file()
+
+
 def test_a_run_that_shipped_nothing_has_its_placed_file_explained(cut: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(cut, run)
