@@ -71,7 +71,7 @@ def net(spoiled: str = "") -> Net:
     mixed[:, 0] += 0.5
     mixed[31:] = 0.0  # nothing for the next layer to read, and a gate that is open
     made.mixed.bias.zero_()
-    made.mixed.bias[32] = 200.0 if spoiled == "wide channel" else 5.0
+    made.mixed.bias[32] = 400.0 if spoiled == "wide channel" else 5.0
     joined = made.joined.weight[:, :, 0, 0]
     joined[:] = torch.randn(16, 32) * 0.2
     joined[:, 31] = 100.0 if spoiled == "badly rounded weight" else 0.1

@@ -23,7 +23,7 @@ def net(side: int) -> ModelProto:
         node("Add", ["e", "bias"], ["y"], name="head/Add"),
     ]
     tensors = {"weight": WEIGHT, "matrix": np.array([[1, 8], [2, 2]], np.float32), "bias": np.zeros(2, np.float32)}
-    return model_of(nodes, tensors, image=("n", 3, side, side))
+    return model_of(nodes, tensors, image=("n", 3, side, side), opset=20)
 
 
 def ranges(**ends: tuple[float, float]) -> Ranges:

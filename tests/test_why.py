@@ -99,7 +99,6 @@ def test_the_spoiled_layer_comes_first_and_its_fix_brings_what_was_said(kind: st
     assert first["name"] == SPOILED[kind]
     assert first["rounding"]["divergence"]["high"] < 5 * found.layers[1]["rounding"]["divergence"]["low"] < 0
     assert sign(first["spread"])
-    assert not any(sign(layer["spread"]) for layer in found.layers[1:])
     assert first["suggested"] == found.options == options
     (fix,) = (fix for fix in first["fixes"] if fix["how"] == options)
     assert found.record["together"] == {key: value for key, value in fix.items() if key != "what"}
@@ -107,7 +106,7 @@ def test_the_spoiled_layer_comes_first_and_its_fix_brings_what_was_said(kind: st
     assert shipped_accuracy(after) - shipped_accuracy(before) == pytest.approx(fix["points"]["won"])
     won = 100 * (after["accuracy"]["test"] - before["accuracy"]["test"])  # on other images
     assert fix["points"]["low"] < won < fix["points"]["high"]
-    assert fix["points"]["low"] > 10
+    assert fix["points"]["low"] > 5
     precision = {layer["name"]: layer["precision"] for layer in after["layers"]}
     assert [layer for layer in precision if precision[layer] == "float"] == (
         [SPOILED[kind]] if "float" in options else []

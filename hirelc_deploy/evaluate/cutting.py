@@ -85,7 +85,8 @@ def divergence(task: Task, wanted: Answers, found: Answers) -> float:
 
 def divergences(task: Task, wanted: Answers, found: Answers) -> NDArray[np.float64]:
     """Return the (n,) divergence of each image."""
-    return torch.cat(list(_divergences(task, wanted, found))).numpy()
+    each: NDArray[np.float64] = torch.cat(list(_divergences(task, wanted, found))).numpy()
+    return each
 
 
 def _divergences(task: Task, wanted: Answers, found: Answers) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from hirelc_deploy.evaluate.effort import SMALL_BATCH
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.writer import Exported, ranged_as
 from hirelc_deploy.graph.answers import Answers
+from hirelc_deploy.measure.backend import Outputs
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.tasks.paired import PairedDrop, mean_drop, paired_drop
@@ -80,7 +81,8 @@ class Effect:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Effect:
         """Rebuild what `to_dict` returned."""
-        return cls(**{name: None if one is None else Won(**one) for name, one in value.items()})
+        points, ms = (None if one is None else Won(**one) for one in (value["points"], value["ms"]))
+        return cls(Won(**value["divergence"]), points, ms)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class LayerLosses:
         self._scratch, self._built = tempfile.TemporaryDirectory(), itertools.count()
         self._by_method: dict[str, Ranges] = {}
         self._taken: dict[str, Path] = {}
+        self._judgements: dict[Path, _Judged] = {}
 
     # What it costs
 
@@ -189,17 +192,18 @@ class LayerLosses:
         """Return what one unit's cut costs before any recovery, and wins of the time, where nothing else is cut."""
 
         def measure() -> Effect:
-            alone = CompressionPlan({unit: kept}, default_precision=self.plan.default_precision, pattern=self.pattern)
-            model = self.pipeline.cut(alone)
-            whole, narrow = Path(self._scratch.name) / "whole.onnx", Path(self._scratch.name) / "narrow.onnx"
-            uncut = replace(alone, keep={})
-            for path, plan, written in ((whole, uncut, self.pipeline.cut(uncut)), (narrow, alone, model)):
-                if path == narrow or not path.exists():
-                    self._files.write_plan(written, plan, path)
-            timing = self._files.time([whole, narrow])
+            model = self.pipeline.cut(CompressionPlan({unit: kept}))
+            narrow = self._build(self.precision_of, exported=self._writer.exported(model, self._folder("cut")))
+            timing = self._files.time([self._whole, narrow])
             return self._beside_uncut(forward(model, self._uncut.selection[0]), timing[1], timing[0].median_ms)
 
         return self._remembered(f"cut of {unit} to {kept}", measure)
+
+    @cached_property
+    def _whole(self) -> Path:
+        """The file with nothing cut."""
+        exported = self._writer.exported(self._uncut.model, self._folder("whole"))
+        return self._build(self.precision_of, exported=exported)
 
     def spread(self) -> dict[str, LayerSpread]:
         """Return layer to its ranges and outliers, on a part of the selection images."""
@@ -227,7 +231,7 @@ class LayerLosses:
         for what, wish, pattern in self._changes(layer):
             effect = self._remembered(
                 f"{what} for {layer} after {taken.options or 'nothing'}",
-                lambda w=wish, p=pattern: self._change(self._with(taken), taken | w, p),
+                partial(self._change, taken, taken | wish, pattern),
             )
             how = wish.options if pattern == self.pattern else f'{wish.options} and "pattern": "{pattern}" in the plan'
             found.append(Fix(what, how, wish, effect))
@@ -235,11 +239,11 @@ class LayerLosses:
 
     def together(self, wish: ByLayer) -> Effect:
         """Return what several changes bring together."""
-        return self._remembered(f"together: {wish.options}", lambda: self._change(self.file, wish, self.pattern))
+        return self._remembered(f"together: {wish.options}", lambda: self._change(AS_USUAL, wish, self.pattern))
 
-    def _change(self, before: Path, wish: ByLayer, pattern: str) -> Effect:
+    def _change(self, taken: ByLayer, wish: ByLayer, pattern: str) -> Effect:
         path = self._changed(wish, pattern)
-        effect = self._against(before, path)
+        effect = self._against(self._with(taken), path)
         path.unlink()
         return effect
 
@@ -282,11 +286,17 @@ class LayerLosses:
         return self._build(lambda layer: FLOAT, pattern=FLOAT)
 
     def _export(self, wish: ByLayer, name: str) -> Exported:
+        return self._writer.exported(
+            self.model,
+            self._folder(name),
+            equalise=not self.plan.trained_rounding,
+            asked=sorted(wish.equalised),
+        )
+
+    def _folder(self, name: str) -> Path:
         folder = Path(self._scratch.name) / name
         folder.mkdir(exist_ok=True)
-        return self._writer.exported(
-            self.model, folder, equalise=not self.plan.trained_rounding, asked=sorted(wish.equalised)
-        )
+        return folder
 
     def _changed(self, wish: ByLayer, pattern: str) -> Path:
         exported = self._export(wish, "equalised") if wish.equalised else self.exported
@@ -320,18 +330,22 @@ class LayerLosses:
     # Judging
 
     @cached_property
-    def _float_answers(self) -> Mapping[str, NDArray[np.float32]]:
+    def _float_answers(self) -> Outputs:
         return self._infer(self.in_float)
 
-    def _infer(self, path: Path) -> dict[str, NDArray[np.float32]]:
+    def _infer(self, path: Path) -> Outputs:
         return self.pipeline.backend.build(path, self._files.threads).infer(self._uncut.selection[0].numpy())
 
     def _judged(self, path: Path) -> _Judged:
+        if path not in self._judgements:
+            self._judgements[path] = self._judge(path)
+        return self._judgements[path]
+
+    def _judge(self, path: Path) -> _Judged:
         outputs = self._float_answers if path == self.in_float else self._infer(path)
         targets, task, count = self._uncut.selection[1], self._uncut.task, self._uncut.judged_images
         wanted, found = (
-            {name: values[:count] for name, values in tensors(dict(each)).items()}
-            for each in (self._float_answers, outputs)
+            {name: values[:count] for name, values in tensors(each).items()} for each in (self._float_answers, outputs)
         )
         parts = None if targets is None else task.parts(outputs, targets)
         return _Judged(divergences(task, wanted, found), parts)

@@ -154,14 +154,15 @@ def _spreads(
         # An odd step walks through all columns of an even-sized image.
         watch.sample(tensor, (int(np.prod([one for one in size if one > 0])) // SAMPLES_PER_IMAGE) | 1)
     values_of = watch.open(threads)
-    low, high, histograms = {}, {}, {tensor: Histogram() for tensor in tensors}
+    low, high = dict[str, NDArray[np.float32]](), dict[str, NDArray[np.float32]]()
+    histograms = {tensor: Histogram() for tensor in tensors}
     outside, seen = dict.fromkeys(tensors, 0), dict.fromkeys(tensors, 0)
     for batch in images:
         values = iter(values_of(batch))
         for tensor in tensors:
             least, largest, sample = next(values), next(values), next(values)
-            low[tensor] = np.minimum(low.get(tensor, np.inf), least)
-            high[tensor] = np.maximum(high.get(tensor, -np.inf), largest)
+            low[tensor] = np.minimum(low.get(tensor, least), least)
+            high[tensor] = np.maximum(high.get(tensor, largest), largest)
             histograms[tensor].add(sample)
             outside[tensor] += int(((sample < ranges.low[tensor]) | (sample > ranges.high[tensor])).sum())
             seen[tensor] += sample.size
