@@ -119,6 +119,9 @@ def test_layers_that_stay_float_are_in_the_plan_of_the_bundle(place: Place) -> N
         place.apply("wide_channel", out.name, WHOLE, "--float-layers", "mixed")
     manifest = json.loads((out / "bundle/manifest.json").read_text("utf-8"))
     assert manifest["plan"]["precision"] == {"mixed": "float"}
+    last = hirelc_deploy.why(out, fixes=0).layers[-1]  # what its rounding would cost is told all the same
+    assert (last["name"], last["precision"]) == ("mixed", "float")
+    assert last["rounding"]["divergence"]["high"] < -0.1
 
 
 # A cut network

@@ -318,9 +318,11 @@ class LayerLosses:
     ) -> Path:
         exported = exported or self.exported
         path = Path(self._scratch.name) / f"{next(self._built)}.onnx"
-        self._writer.write_form(
-            exported.plain, exported.static, exported.ranges, path, pattern or self.pattern, precision_of
-        )
+        form, pattern = self._writer.form, pattern or self.pattern
+        if pattern == FLOAT:
+            form.write_float(exported.plain, exported.static, exported.ranges, path)
+        else:  # as asked: also a layer that the user wants in float, to see what its integers would cost
+            form.write_integer(exported.static, exported.ranges, precision_of, self._writer.integer, pattern, path)
         return path
 
     def _switched(self, layer: str) -> Callable[[str], str]:
