@@ -6,8 +6,9 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from spoiled_nets import SPOILED, write_pictures
 
 import hirelc_deploy
 from hirelc_deploy.cli import application
+from hirelc_deploy.compress.integer.guard import Guarded, Other
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
 from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.layer_losses import Effect, Fix, Won, suggested
+from hirelc_deploy.jobs.why import training_record
 from hirelc_deploy.results.layer_text import why_text
 from hirelc_deploy.runs import Run
 
@@ -245,6 +248,19 @@ def test_of_changes_that_help_nearly_as_much_the_one_that_costs_least_time_is_su
     assert suggested([fix("bf16", 1.0, 0.0, how="a plan")], lost=1.0) is None
     assert suggested([best], lost=30.0) is None, "it brings less than can be told from nothing"
     assert suggested([], lost=1.0) is None
+
+
+def test_what_the_guard_of_the_run_saw_of_training_is_told() -> None:
+    trained, other = Guarded("all", (), 3.0, 0.5, 2.0, 2.0, trained=True), Other(True, "all", (), 1.5, 0.0)
+    for found, points in ((trained, 0.5), (replace(trained, trained=False, others=(other,)), 1.5)):
+        facts = {"accuracy guard at 1 on here": found.to_dict()}
+        pipeline = SimpleNamespace(run=SimpleNamespace(fact=facts.get), files=SimpleNamespace(machine="here"))
+        limits = SimpleNamespace(max_drop=1.0)
+        place: Any = SimpleNamespace(pipeline=pipeline, config=SimpleNamespace(limits=limits))
+        assert training_record(place)["points_before"] == 3.0
+        assert training_record(place)["points"] == points
+        facts.clear()
+        assert training_record(place)["points"] is None
 
 
 # What the user wants otherwise for single layers

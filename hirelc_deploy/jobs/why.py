@@ -106,11 +106,8 @@ def explained(workplace: Workplace, fixes: int) -> dict[str, Any]:
     alone = {layer: losses.alone(layer) for layer in names}
     ms, spread = losses.milliseconds(), losses.spread()
 
-    def own(layer: str) -> tuple[bool, float]:
-        """Order: layers that are integer in the file first, those whose rounding costs most before others."""
-        return layer not in alone or losses.precision_of(layer) == FLOAT, alone[layer].divergence.won
-
-    worst = sorted(losses.layers, key=own)
+    # Layers that are integer in the file come first, and of these the ones whose rounding costs most.
+    worst = sorted(losses.layers, key=lambda name: (losses.precision_of(name) == FLOAT, alone[name].divergence.won))
     rounded = [layer for layer in worst if losses.precision_of(layer) != FLOAT]
     helped, taken = dict[str, list[Fix]](), dict[str, Fix]()
     for layer in pipeline.progress.track(rounded[:fixes], "changes that may help", len(rounded[:fixes])):
