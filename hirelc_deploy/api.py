@@ -41,6 +41,7 @@ from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.inspect import inspected, inspection_text
 from hirelc_deploy.jobs.search import run_search
+from hirelc_deploy.jobs.why import explain, run_of
 from hirelc_deploy.jobs.workplace import RESULT, Given, Workplace, open_workplace
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
@@ -48,10 +49,12 @@ from hirelc_deploy.measure.targets import find_target, open_target
 from hirelc_deploy.outcome import Outcome, outcome_from_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
-from hirelc_deploy.runs import PARETO
+from hirelc_deploy.results.layer_text import why_text
+from hirelc_deploy.results.summary import summary
+from hirelc_deploy.runs import CONFIG, PARETO
 from hirelc_deploy.user_code import usual_torch
 
-__all__ = ["Inspection", "Result", "apply", "benchmark", "inspect", "load", "search", "verify"]
+__all__ = ["Inspection", "Result", "Why", "apply", "benchmark", "inspect", "load", "search", "verify", "why"]
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A timm name or another spec of the command line, a module (which is copied), or a function that makes one."""
@@ -79,6 +82,9 @@ class JobOptions(TypedDict, total=False):
         geometry, interpolation: Of pictures of another size: `crop`, `stretch` or `letterbox`, and how.
         recovery_epochs, learning_rate: Of the recovery of each finalist.
         exclude, include: Patterns of units and layers.
+        float_layers: Patterns of layers that stay float in every integer file.
+        equalise: Patterns of layers whose channels are made alike across activations, too.
+        ranges: Pattern of layers to how the ranges at their ends are taken: `minmax`, `percentile` or `mse`.
         threads: Of one inference.
         seed: Of every random choice.
         progress: Called with a line of text for everything that is begun or done; without it nothing is said.
@@ -105,6 +111,9 @@ class JobOptions(TypedDict, total=False):
     learning_rate: float
     exclude: Sequence[str]
     include: Sequence[str]
+    float_layers: Sequence[str]
+    equalise: Sequence[str]
+    ranges: Mapping[str, str] | None
     threads: int | None
     seed: int
     progress: Listener | Progress | None
@@ -185,6 +194,33 @@ class Inspection:
     def __str__(self) -> str:
         """Return what `inspect` prints."""
         return inspection_text(self.record)
+
+
+@dataclass(frozen=True)
+class Why:
+    """Which layers of an integer file lost what, and what would help.
+
+    Attributes:
+        record: As `why --json` prints it.
+    """
+
+    record: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def layers(self) -> Sequence[Mapping[str, Any]]:
+        """Every layer, those whose rounding costs most first."""
+        layers: Sequence[Mapping[str, Any]] = self.record["layers"]
+        return layers
+
+    @property
+    def options(self) -> str:
+        """What is added to the command of the run, to make all suggested changes; empty where none surely helps."""
+        together = self.record["together"]
+        return str(together["how"]) if together else ""
+
+    def __str__(self) -> str:
+        """Return what `why` prints."""
+        return why_text(self.record)
 
 
 @usual_torch()
@@ -371,30 +407,51 @@ def verify(
     )
 
 
-def summary(record: Mapping[str, Any], out: Path) -> str:
-    """Return what a person wants to know first about a finished job."""
-    latency, unpruned, found = record["latency"], record["best_unpruned"], record["accuracy"]
-    lines = [
-        f"{1 / latency['ratio']:.2f} times faster than the uncut float file "
-        f"({1 / latency['ratio_high']:.2f} to {1 / latency['ratio_low']:.2f}), verdict: {latency['verdict']}",
-        f"{unpruned['ratio'] / latency['ratio']:.2f} times faster than the best unpruned file ({unpruned['name']})",
-        f"{record['size_ratio']:.1f} times smaller: {record['size_bytes']:,} bytes, {record['params']:,} parameters, "
-        f"{record['macs']:,} multiply-accumulates",
-    ]
-    metric = record.get("metric", {"name": "accuracy", "scale": 100.0, "unit": "points"})  # older runs: classifiers
-    scale, unit = metric["scale"], metric["unit"]
-    if found["test"] is None:
-        lines.append("no accuracy is claimed: the data has no labels, so the accuracy guard could not count")
-    else:
-        sign = " %" if scale == 100 else f" {unit}".rstrip()
-        drop = f"{found['drop_points']:+.2f} {unit}".rstrip()
-        lines.append(
-            f"{metric['name']} on the test split {scale * found['test']:.2f}{sign} "
-            f"(uncut {scale * found['baseline_test']:.2f}), drop {drop} "
-            f"({found['drop_low']:+.2f} to {found['drop_high']:+.2f})"
-        )
-    lines += [f"bundle: {record['bundle']}", f"report: {out / 'report.html'}"]
-    return "\n".join(lines)
+@usual_torch()
+def why(
+    run: str | Path,
+    *,
+    model: Model | None = None,
+    data: Splits | None = None,
+    metric: Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    data_dir: str | Path | None = None,
+    fixes: int = 3,
+    progress: Listener | Progress | None = None,
+    command: str = "hirelc_deploy.why(...)",
+) -> Why:
+    """Say which layers of a run's integer file lost what, and try what would help; nothing is trained.
+
+    It is also written to `why.json` of the run, and to its report.
+
+    Args:
+        run: The folder of a search or apply, or the bundle in it.
+        model, data, metric, loss: Where the run was given objects, or its data lie elsewhere now: the same again.
+        data_dir: Beside data that are a text.
+        fixes: Layers, those that lost most, for which changes are tried.
+        progress: As in `JobOptions`.
+        command: What the record says it was made by.
+
+    Raises:
+        HirelcError: No run, its model or data are not at hand, or the target has no integers.
+    """
+    splits = None if data is None else _splits_again(Path(run), data, data_dir)
+    source = None if model is None else source_of(model)
+    given = Given(source, splits, metric, loss)
+    found = explain(Path(run), fixes=fixes, given=given, progress=_progress(progress), command=command)
+    return Why(found)
+
+
+def _splits_again(run: Path, data: Splits, data_dir: str | Path | None) -> Data:
+    """Return the data of a run from where they are now, in the splits that it had."""
+    config = JobConfig.read(run_of(run) / CONFIG)
+    job = JobOptions(
+        data_dir=data_dir or config.data.directory,
+        calibration_images=config.data.calibration_images,
+        selection_images=config.data.selection_images,
+        seed=config.seed,
+    )
+    return _data(data, job)
 
 
 def run_config(config: JobConfig, out: Path, progress: Progress, command: str) -> Result:
@@ -410,14 +467,16 @@ def _finished(workplace: Workplace) -> Result:
 
 
 def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Result:
-    progress = job.get("progress")
-    if progress is not None and not isinstance(progress, Progress) and not callable(progress):
-        raise InputError(f"progress = {progress!r:.60}: give a function of one line of text.")
-    if not isinstance(progress, Progress):
-        progress = Progress(quiet=progress is None, listener=progress)
+    progress = _progress(job.get("progress"))
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
     workplace = open_workplace(config, out, command, progress, given=given, **side_by_side)
     return _finished(workplace)
+
+
+def _progress(given: Listener | Progress | None) -> Progress:
+    if given is not None and not isinstance(given, Progress) and not callable(given):
+        raise InputError(f"progress = {given!r:.60}: give a function of one line of text.")
+    return given if isinstance(given, Progress) else Progress(quiet=given is None, listener=given)
 
 
 def _config(
@@ -464,6 +523,9 @@ def _config(
         learning_rate=job.get("learning_rate", 0.01),
         exclude=_several("exclude", job.get("exclude")) or (),
         include=_several("include", job.get("include")) or (),
+        float_layers=_several("float_layers", job.get("float_layers")) or (),
+        equalise=_several("equalise", job.get("equalise")) or (),
+        ranges=_named("ranges", job.get("ranges")),
         preprocess=PreprocessConfig(
             _several("input_size", job.get("input_size")),
             _several("mean", job.get("mean")),
@@ -520,6 +582,12 @@ def _data(data: Splits, job: JobOptions) -> Data:
         return data
     folder, seed = job.get("data_dir"), job.get("seed", 0)
     if isinstance(data, str):
-        return load_data(data, data_dir=Path(folder) if folder else None, seed=seed)
+        return load_data(
+            data,
+            data_dir=Path(folder) if folder else None,
+            calibration_images=job.get("calibration_images"),
+            selection_images=job.get("selection_images"),
+            seed=seed,
+        )
     sizes = SplitSizes(job.get("calibration_images"), job.get("selection_images"))
     return data_from_datasets(data, sizes, seed, job.get("collate_fn"), classes=job.get("classes"))

@@ -177,6 +177,9 @@ class JobConfig:
         learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
         exclude: Patterns of units and layers that stay whole.
         include: Patterns of units and layers; when given, only these may be cut.
+        float_layers: Patterns of layers that stay float in every integer file.
+        equalise: Patterns of layers whose channels are made alike across activations.
+        ranges: Pattern of layers to the calibration method of what they read and write.
     """
 
     model: ModelConfig
@@ -189,6 +192,9 @@ class JobConfig:
     learning_rate: float = 0.01
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()
+    equalise: tuple[str, ...] = ()
+    ranges: Mapping[str, str] = field(default_factory=dict)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     limits: Limits = field(default_factory=Limits)

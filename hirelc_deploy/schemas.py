@@ -348,6 +348,61 @@ TIMING = _record(
         "note": _text("What a reader must know about these numbers, or empty."),
     },
 )
+WON = _or_null(_map(_or_null(_number()), "`won`, and its 95 % interval `low` to `high`; below 0 it was lost."))
+EFFECT = {
+    "divergence": {**WON, "description": "From the same model in float; of a cut, from the uncut model."},
+    "points": {**WON, "description": "Of the metric, in its unit; null without labels."},
+    "ms": {**WON, "description": "Of one inference; null where nothing was timed."},
+}
+SPREAD = _or_null(
+    _record(
+        "Activations in some selection images: range of integers, values, share that 0.1 % take, share clipped.",
+        {name: _number() for name in ("low", "high", "least", "largest", "tail_share", "clipped")},
+        {"widest_channel": _or_null(_number("Its largest magnitude over that of the middle channel."))},
+    )
+)
+TRIED = {"how": _text("Options of `search` and `apply`."), **EFFECT}
+EXPLAINED_LAYER = _record(
+    "A layer; those that are integer come first, by what their rounding costs.",
+    {
+        **{name: _text() for name in ("name", "block", "kind")},
+        "precision": _one_of("int8", "int4", "float", "left out"),
+        "rounding": _or_null(
+            _record("Where nothing else is rounded; `ms`: in the whole file.", {"as": _text(), **EFFECT})
+        ),
+        "cut": _or_null(
+            _record("Alone, before any recovery.", {"unit": _text(), "kept": _whole(), "full": _whole(), **EFFECT})
+        ),
+        "spread": _or_null(
+            _record(
+                "Its values.", {"reads": SPREAD, "writes": SPREAD, "widest_weight": _number("Over the middle one.")}
+            )
+        ),
+        "fixes": _list(_record("Tried in the whole file, beside what is suggested above.", {"what": _text(), **TRIED})),
+        "suggested": _or_null(_text("`how` of the change to make; null where none surely helps.")),
+    },
+)
+WHY = _record(
+    "`why --json`, and `why.json` of a run: what each layer's rounding and cut cost, and what would help.",
+    {
+        "schema_version": VERSION,
+        **{name: _text() for name in ("run", "model", "target", "pattern", "command")},
+        "explains": _one_of("shipped", "placed", description="Or the uncut model's fastest integer file."),
+        "plan": PLAN_AS_WRITTEN,
+        "images": _whole("Of the selection split."),
+        "metric": METRIC,
+        "rounding": _record("The whole file beside the same model in float.", EFFECT),
+        "cutting": _or_null(_record("The model in float beside the uncut one.", EFFECT)),
+        "layers": _list(EXPLAINED_LAYER),
+        "together": _or_null(_record("All suggested changes.", TRIED)),
+        "training": _record(
+            "While rounded; and what the accuracy guard saw lost before and after it.",
+            {"how": _text(), "points_before": _or_null(_number()), "points": _or_null(_number())},
+        ),
+        "notes": _list(_text()),
+        "machine": MACHINE,
+    },
+)
 STRATEGY = _record(
     "A strategy over all its searches.",
     {
@@ -467,6 +522,7 @@ _SCHEMAS: dict[str, Schema] = {
             "changes": _list(CHANGE, "Figures beside those of --against; empty without it."),
         },
     ),
+    "why": WHY,
     "doctor": _record(
         "`doctor --json`: what can run here, what is missing, and how to get it.",
         {"findings": _list(_record("One finding.", {"what": _text(), "ok": _truth(), "says": _text()}))},
@@ -520,7 +576,7 @@ _SCHEMAS: dict[str, Schema] = {
 }
 COMMANDS = {
     **dict.fromkeys(("search", "apply", "demo"), "search"),
-    **{name: name for name in ("inspect", "benchmark", "verify", "doctor", "targets", "profile", "compare")},
+    **{name: name for name in ("inspect", "benchmark", "verify", "why", "doctor", "targets", "profile", "compare")},
     "targets add": "targets-add",
 }
 """Command that takes --json, to the name of its schema."""

@@ -100,6 +100,33 @@ def test_a_file_that_keeps_the_drop_by_training_is_told() -> None:
     assert "Back to float" not in text
 
 
+def test_what_why_found_is_a_section_and_escaped(tmp_path: Path) -> None:
+    won = {"won": -3.25, "low": -5.0, "high": -1.5}
+    effect = {"points": won, "divergence": {"won": -0.125, "low": -0.25, "high": 0.0}, "ms": None}
+    fix = {"what": "float", "how": f"--float-layers {EVIL}", **effect}
+    layer = {
+        "name": EVIL,
+        "precision": "int8",
+        "rounding": effect,
+        "cut": None,
+        "fixes": [fix],
+        "suggested": fix["how"],
+    }
+    found = {"explains": "shipped", "pattern": "all", "images": 500, "rounding": effect, "layers": [layer]}
+    run = write_run(tmp_path / "run")
+    (run / "why.json").write_text(json.dumps({**found, "together": fix}))
+    html = render(read_run(run))
+    text = words(html)
+    assert re.search(r"Which layer lost what The shipped file, pattern all, on 500 selection images\.", text)
+    assert "int8 −3.25 (−5.00 to −1.50) −0.1250 (−0.2500 to +0.0000) –" in text
+    assert f"--float-layers {EVIL} : −3.25 (−5.00 to −1.50) points, −0.1250" in text
+    assert "suggested" in text
+    assert "<script" not in html
+    assert "Which layer lost what" not in words(render(read_run(write_run(tmp_path / "other"))))
+    (run / "why.json").write_text("[" * 5)
+    assert "why.json cannot be read" in words(render(read_run(run)))
+
+
 def test_the_guard_of_an_old_run_is_still_listed() -> None:
     old = [{"layer": "stage1.conv", "divergence": 0.01, "drop_points": 0.75, "ms": 0.125}]
     assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms", only({**result(), "guard": old}))

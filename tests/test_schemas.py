@@ -51,6 +51,7 @@ OUTPUTS: dict[str, list[str]] = {
     "benchmark": ["benchmark", "run/bundle/model.onnx", "run/bundle/model.onnx", "--json"],
     "profile": ["profile", *MODEL, "--out", "stairs", "--steps", "3", "--json", "-q"],
     "compare": [*COMPARE, "--out", "compared", "--json", "-q"],
+    "why": ["why", "run", "--fixes", "1", "--json", "-q"],
     "doctor": ["doctor", "--json"],
     "targets": ["targets", "--json"],
     "search": SEARCH,  # a finished run, which prints what it found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -78,15 +78,24 @@ def judged(task: Task, found: Answers, wanted: Answers, targets: Targets | None)
 def divergence(task: Task, wanted: Answers, found: Answers) -> float:
     """Return the mean divergence over images, in double precision."""
     total = torch.zeros((), dtype=torch.float64)
-    count = len(next(iter(wanted.values())))
-    for start in range(0, count, SMALL_BATCH):
-        pair = (
+    for part in _divergences(task, wanted, found):
+        total += part.sum()
+    return float(total / len(next(iter(wanted.values()))))
+
+
+def divergences(task: Task, wanted: Answers, found: Answers) -> NDArray[np.float64]:
+    """Return the (n,) divergence of each image."""
+    each: NDArray[np.float64] = torch.cat(list(_divergences(task, wanted, found))).numpy()
+    return each
+
+
+def _divergences(task: Task, wanted: Answers, found: Answers) -> Iterator[Tensor]:
+    for start in range(0, len(next(iter(wanted.values()))), SMALL_BATCH):
+        uncut, ours = (
             {name: values[start : start + SMALL_BATCH].double() for name, values in each.items()}
             for each in (wanted, found)
         )
-        uncut, ours = pair
-        total += task.divergence(uncut, ours).sum()
-    return float(total / count)
+        yield task.divergence(uncut, ours)
 
 
 def forward(model: nn.Module, pictures: Tensor) -> Answers:

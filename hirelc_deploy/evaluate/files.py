@@ -18,6 +18,7 @@ from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.placement import Placement
 from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.cutting import FLOAT, divergence, judged, tensors
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.evaluate.writer import Exported, Writer
@@ -48,12 +49,13 @@ class Files:
         threads: int,
         progress: Progress,
         folder: str = "files",
+        by_layer: ByLayer = AS_USUAL,
     ) -> None:
         self.backend, self.run, self.threads = backend, run, threads
         self.folder = run.directory / folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = fingerprint(describe(backend))
-        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations)
+        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations, by_layer)
         self._uncut, self._progress = uncut, progress
         self._scratch = tempfile.TemporaryDirectory()
 
@@ -87,7 +89,9 @@ class Files:
             runner = self.backend.build(self.blanket, self.threads)
             wholly_integer = not accuracy.operators(runner, self._uncut.example[:1].numpy()).float_ops
             exported = self._exported
-            tried = placement.changes(onnx.load(str(exported.static)), wholly_integer=wholly_integer)
+            changes = placement.changes(onnx.load(str(exported.static)), wholly_integer=wholly_integer)
+            free = {name: layers - self.writer.by_layer.in_float for name, layers in changes.items()}
+            tried = {name: layers for name, layers in free.items() if layers}
             with self._progress.stage("precision placement"):
                 patterns, ends = self.writer.form.patterns, quantize.ends_of(exported.static, exported.ranges)
                 found = placement.place(self.reference, tried, self.trial, self.time, patterns, self.divergence, ends)
@@ -113,7 +117,7 @@ class Files:
                     static, ranges, path = exported.static, exported.ranges, folder / f"{across}.onnx"
                     decoding = frozenset(end.name for end in quantize.ends_of(static, ranges))
                     pattern, layers = self.writer.form.patterns[0], _integer_but(decoding)
-                    self.writer.form.write_integer(static, ranges, layers, self.writer.integer, pattern, path)
+                    self.writer.write_integer(static, ranges, layers, pattern, path)
                     divergences.append(self.divergence(path))
             return divergences[1] < divergences[0]
 
@@ -140,6 +144,8 @@ class Files:
     def precision_of(self, plan: CompressionPlan) -> Callable[[str], str]:
         """Return name of a layer or end to `int8` or `float`; where a plan leaves it open, the placement says.
 
+        Layers that the user wants in float are float.
+
         Raises:
             InputError: The plan names an end that the files do not have.
         """
@@ -148,9 +154,10 @@ class Files:
                 known = "; ".join(self.placement.ends) or "none"
                 raise InputError(f"plan: {name!r} does not exist in this model; it has: {known}.")
         if plan.default_precision != "auto":
-            return plan.precision_of
+            return self.writer.by_layer.precision_of(plan.precision_of)
         floats = frozenset(self.placement.float_layers)
-        return lambda layer: plan.precision.get(layer, "float" if layer in floats else "int8")
+        placed = lambda layer: plan.precision.get(layer, "float" if layer in floats else "int8")  # noqa: E731
+        return self.writer.by_layer.precision_of(placed)
 
     def file_of(self, plan: CompressionPlan, fidelity: Fidelity) -> Path:
         """Return where the exported file of a plan is, or would be."""
@@ -186,7 +193,7 @@ class Files:
         path = Path(self._scratch.name) / f"{pattern}-{_digest(floats)}.onnx"
         if not path.exists():
             static, ranges = self._exported.static, self._exported.ranges
-            self.writer.form.write_integer(static, ranges, _integer_but(floats), self.writer.integer, pattern, path)
+            self.writer.write_integer(static, ranges, _integer_but(floats), pattern, path)
         return path
 
     def roundings_of(self, model: nn.Module, plans: Sequence[CompressionPlan]) -> list[qat.Rounding]:
@@ -203,7 +210,7 @@ class Files:
                     found.append(qat.Rounding({}, {}))
                     continue
                 static, ranges = exported.static, exported.ranges
-                self.writer.form.write_integer(static, ranges, precision_of, self.writer.integer, pattern, path)
+                self.writer.write_integer(static, ranges, precision_of, pattern, path)
                 integer = onnx.load(str(path))
                 found.append(
                     qat.rounding_of(model, batched, integer, self._uncut.example, self.writer.integer.weight_bits)

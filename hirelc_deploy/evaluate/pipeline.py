@@ -15,6 +15,7 @@ from torch import nn
 
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError, SliceError
+from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.clock import clocked
 from hirelc_deploy.evaluate.cutting import FLOAT, cut
 from hirelc_deploy.evaluate.effort import Effort
@@ -69,17 +70,18 @@ class Pipeline:
         evaluators: Callable[[Callable[[str], str], int], Evaluators] = Ahead,
         rounds: bool = False,
         others: Sequence[Backend] = (),
+        by_layer: ByLayer = AS_USUAL,
     ) -> None:
-        """Args: `graph` and `start` as of `UncutModel` and `Training`."""
+        """Args: `graph`, `start` and `by_layer` as of `UncutModel`, `Training` and `Writer`."""
         self.data, self.backend, self.run, self.effort = data, backend, run, effort
         self.seed, self.threads, self.task = seed, threads, task
         self.progress = progress or Progress(quiet=True)
         self.jobs, self.evaluators, self.rounds = jobs, evaluators, rounds
         self.uncut = UncutModel(model, data, task, effort, self.progress, graph)
         self.model = self.uncut.model
-        self.files = Files(self.uncut, backend, run, threads, self.progress)
+        self.files = Files(self.uncut, backend, run, threads, self.progress, by_layer=by_layer)
         self.others = tuple(
-            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}") for other in others
+            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}", by_layer) for other in others
         )
         roundings = lambda: tuple(self.roundings.values())  # noqa: E731
         self.training = Training(self.uncut, self.files, effort, seed, self.progress, start, roundings)

@@ -90,7 +90,7 @@ def deliver(
             model_onnx=shipped.path,
             model=shipped_model(pipeline, shipped),
             source=workplace.source.describe(),
-            plan=shipped.plan,
+            plan=home.writer.by_layer.stated(shipped.plan, pipeline.graph),
             preprocess=pipeline.data.preprocess,
             classes=pipeline.task.classes or pipeline.data.classes,
             task=pipeline.task,

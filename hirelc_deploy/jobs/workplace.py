@@ -12,21 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer.forms import BFLOAT_PATTERNS
 from hirelc_deploy.compress.integer.quantize import PATTERNS
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.deliver.race import metric_record
+from hirelc_deploy.deliver.read import load as load_bundle
 from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.errors import HirelcError, InputError
+from hirelc_deploy.evaluate.by_layer import ByLayer
 from hirelc_deploy.evaluate.effort import GRADIENT_VALUES, LEAST_BATCH, Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.uncut import proven_graph
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.data.splits import Data
-from hirelc_deploy.inputs.fitting import fit
+from hirelc_deploy.inputs.fitting import answering, fit
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.inputs.models.ordinary import notes_of
@@ -36,7 +40,7 @@ from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.runs import Run
+from hirelc_deploy.runs import CONFIG, Run
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.together.processes import Ahead, Evaluators
 from hirelc_deploy.together.ray_cluster import connect
@@ -89,6 +93,7 @@ def open_workplace(
     jobs: int | None = None,
     ray: str | None = None,
     given: Given | None = None,
+    again: bool = False,
 ) -> Workplace:
     """Load model and data, open the target and the run directory; every problem with them is one sentence.
 
@@ -96,6 +101,7 @@ def open_workplace(
         jobs: Processes that judge cut models side by side. It changes no result, so it is no part of the configuration.
         ray: Address of the Ray cluster on whose hosts they are; None for this machine.
         given: Objects in place of what the configuration names.
+        again: The configuration is that of a run which is there: the file of its plan is not read once more.
     """
     given = given or Given()
     evaluators, jobs = evaluators_of(ray, jobs, config.model.spec, progress.say)
@@ -128,8 +134,14 @@ def open_workplace(
         )
     if not config.search.depth:
         graph = graph.without_branches()
+    by_layer = ByLayer.of(
+        [layer.name for layer in graph.layers if layer.shape.kind != "attention"],
+        config.float_layers,
+        config.ranges,
+        config.equalise,
+    )
     options = config
-    if config.plan is not None:
+    if config.plan is not None and not again:
         plan = read_plan(config.plan, graph)
         if is_file and config.plan.startswith("uniform:") and parse_uniform(config.plan)[0] < 1:
             raise InputError(
@@ -164,8 +176,23 @@ def open_workplace(
         evaluators=evaluators,
         rounds=config.search.precisions,
         others=() if is_file else open_others(target),
+        by_layer=by_layer,
     )
     return Workplace(config, pipeline, run, source, fitted.record, command, notes)
+
+
+def reopened(directory: Path, progress: Progress, *, command: str = "", given: Given | None = None) -> Workplace:
+    """Open the workplace of a run that is there; see `open_workplace`."""
+    config = JobConfig.read(directory / CONFIG)
+    return open_workplace(config, directory, command, progress, given=given, again=True)
+
+
+def shipped_of(workplace: Workplace) -> tuple[nn.Module, CompressionPlan]:
+    """Return the float model in a run's bundle, answering as its task wants, and its plan."""
+    bundle, pipeline = workplace.run.directory / "bundle", workplace.pipeline
+    plan = CompressionPlan.from_dict(read_manifest(bundle)["plan"], f"{bundle}: plan")
+    model = load_bundle(bundle, None if workplace.source.is_timm else workplace.source.build)
+    return answering(model, pipeline.task, model(pipeline.uncut.example)), plan
 
 
 def evaluators_of(

@@ -17,6 +17,7 @@ import jinja2
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.measure.accuracy import WITHOUT_ARITHMETIC
+from hirelc_deploy.results.layer_text import WHY, effect_text, layer_rows, sentences
 from hirelc_deploy.results.scatter import Point, draw, frame
 from hirelc_deploy.results.values import (
     MetricWords,
@@ -63,6 +64,7 @@ class ReportInput:
     Attributes:
         name: Shown where the run does not name its model.
         manifest: Of the bundle; where the result does not tell date, command and plan, they come from here.
+        why: What `why` found, if it was asked.
         trials: One record per evaluation; the outcome's keys lie in it or under `outcome`.
         pictures: Place of a sample picture in the run to its data URI.
         absent: One sentence for each part of the run that was missing or could not be read.
@@ -74,6 +76,7 @@ class ReportInput:
     machine: Record = field(default_factory=dict)
     config: Record = field(default_factory=dict)
     manifest: Record = field(default_factory=dict)
+    why: Record = field(default_factory=dict)
     pictures: Mapping[str, str] = field(default_factory=dict)
     absent: Sequence[str] = ()
 
@@ -126,6 +129,7 @@ def read_run(directory: Path) -> ReportInput:
         machine=read(MACHINE, json.loads, {}),
         config=read(CONFIG, tomllib.loads, {}),
         manifest=read(BUNDLE_MANIFEST, json.loads, {}),
+        why=read(WHY, json.loads, {}) if (directory / WHY).is_file() else {},
         pictures=_pictures(directory / SAMPLES),
         absent=absent,
     )
@@ -187,6 +191,7 @@ def render(run: ReportInput) -> str:
         plan=json.dumps(plan, indent=2, ensure_ascii=False) if plan else "",
         guard=_guard(result),
         ends=_ends(result),
+        why=_why(run.why),
         command=text_of(result.get("command")) or text_of(run.manifest.get("command")),
         warnings=[text_of(item) for item in list_of(result.get("warnings")) if text_of(item)],
         absent=[
@@ -474,6 +479,19 @@ def _ends(result: Record) -> list[dict[str, str]]:
             decided = f"integers answer no worse here and take {ratio:.3f} of the time"
         rows.append({"name": name, "precision": precision, "why": f"{why}; {decided}"})
     return rows
+
+
+def _why(found: Record) -> dict[str, Any]:
+    """Return what `why` says of the file and of each layer; empty where it was not asked."""
+    together, words = record(found.get("together")), MetricWords.of(found)
+    if not records(found.get("layers")):
+        return {}
+    return {
+        "sentences": sentences(found),
+        "unit": words.unit or words.name,
+        "layers": layer_rows(found),
+        "together": {"how": text_of(together.get("how")), "effect": effect_text(together, words)} if together else {},
+    }
 
 
 def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,16 @@ class Ranges:
             return cls(**value)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a file of calibration ranges ({error}); calibrate again.") from None
+
+
+def with_other(ranges: Ranges, other: Ranges, tensors: Iterable[str]) -> Ranges:
+    """Return ranges that are those of `other` for these tensors; tensors without a range are passed by."""
+    known = [tensor for tensor in tensors if tensor in other.low]
+    return replace(
+        ranges,
+        low={**ranges.low, **{tensor: other.low[tensor] for tensor in known}},
+        high={**ranges.high, **{tensor: other.high[tensor] for tensor in known}},
+    )
 
 
 class Histogram:

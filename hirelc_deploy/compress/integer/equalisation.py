@@ -14,7 +14,7 @@ MobileNetV2 with ImageNet weights the divergence of the integer file from the fl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +111,11 @@ def streams(proto: ModelProto, *, across: bool = False) -> list[Stream]:
 
 
 def equalise(
-    proto: ModelProto, images: Iterable[NDArray[np.float32]], *, across: bool = False
+    proto: ModelProto,
+    images: Iterable[NDArray[np.float32]],
+    *,
+    across: bool = False,
+    asked: Collection[str] = (),
 ) -> tuple[Factors, Factors]:
     """Return what the outputs of writers and the inputs of readers are multiplied by; nothing without a stream.
 
@@ -119,9 +123,11 @@ def equalise(
         proto: A float file of any batch.
         images: Batches of (n, channels, height, width).
         across: Streams with a channel that is WIDE are followed across activations too.
+        asked: Layers at whose ends streams are followed across activations, WIDE or not.
     """
     images = list(images)
     found, wide = _of_known_rank(proto, streams(proto)), wide_streams(proto, images) if across else []
+    wide += [stream for stream in streams_at(proto, asked) if not any(s.tensors == stream.tensors for s in wide)]
     covered = {tensor for stream in wide for tensor in stream.tensors}
     found = [*wide, *(stream for stream in found if not covered & set(stream.tensors))]
     if not found:
@@ -140,6 +146,15 @@ def equalise(
         written |= {layers[node.name]: factors for node in stream.writers}
         read |= {layers[node.name]: 1 / factors for node in stream.readers}
     return written, read
+
+
+def streams_at(proto: ModelProto, layers: Collection[str]) -> list[Stream]:
+    """Return the streams across activations that one of these layers writes or reads."""
+    if not layers:
+        return []
+    named = layer_of_node(proto)
+    found = streams(proto, across=True)
+    return [s for s in found if any(named.get(node.name) in layers for node in (*s.writers, *s.readers))]
 
 
 def wide_streams(proto: ModelProto, images: Iterable[NDArray[np.float32]]) -> list[Stream]:
@@ -188,16 +203,21 @@ def scale(proto: ModelProto, written: Factors, read: Factors) -> None:
 
 
 def write_equalised(
-    batched: Path, static: Path, images: Sequence[NDArray[np.float32]], *, across: bool = False
+    batched: Path,
+    static: Path,
+    images: Sequence[NDArray[np.float32]],
+    *,
+    across: bool = False,
+    asked: Collection[str] = (),
 ) -> tuple[Path, Path]:
     """Write a model's two float files with like channels beside them and return their paths, or those given.
 
     Args:
         batched, static: Of any batch and of one; they stay as they are.
         images: Batches of (n, channels, height, width); a few dozen images do.
-        across: See `equalise`.
+        across, asked: See `equalise`.
     """
-    written, read = equalise(onnx.load(str(batched)), images, across=across)
+    written, read = equalise(onnx.load(str(batched)), images, across=across, asked=asked)
     if not written:
         return batched, static
     paths = []
