@@ -279,10 +279,10 @@ MANIFEST = _record(
     {"runtime": _record("What runs the file, and how it was opened.", {"name": _text(), "options": _map(ANYTHING)})},
 )
 FORETOLD = _record(
-    "What one thing can bring. Nothing of it was measured as a whole file; numbers are null where it cannot be known.",
+    "What one thing can bring. Nothing of it was measured as a whole file; numbers are null where there are none.",
     {
         "what": _text("`int8`, `bf16`, `cutting half of the channels`, or another runtime."),
-        "verdict": _one_of("faster", "slower", "same", "not told apart", "unknown"),
+        "verdict": _one_of("faster", "slower", "same", "not told apart", "unknown", "impossible"),
         "speedup": _or_null(_number("Times as fast as the uncut float file on the target's own runtime.")),
         "speedup_low": _or_null(_number("It is expected between this")),
         "speedup_high": _or_null(_number("and this.")),
@@ -291,7 +291,7 @@ FORETOLD = _record(
         "runtime": _or_null(_text("Name of the backend.")),
         "pattern": _or_null(_text("Which operators are integer or have 16 bits; `float` for none.")),
         "says": _text("All that in a sentence, or why it cannot be known."),
-        "command": _text("What does it, measured; DATA and WEIGHTS stand for yours. Empty where it cannot be known."),
+        "command": _text("What does it, measured; DATA and WEIGHTS stand for yours. Empty without a number."),
     },
 )
 FORETELLING = _record(

@@ -23,15 +23,14 @@ from hirelc_deploy import api
 from hirelc_deploy.cli import app
 from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.onnx_file.refill import Exporter
-from hirelc_deploy.compress.slicing import slice_model, uniform_plan
 from hirelc_deploy.errors import ExportError, InputError
-from hirelc_deploy.evaluate.foretold import PieceTime, foretell, piece_time, total
+from hirelc_deploy.evaluate.foretold import PieceTime, Times, foretell, piece_time, total
 from hirelc_deploy.evaluate.pieces import OUTSIDE, Part, Pieces, pieces_of, with_one_input
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.inspect import inspected
-from hirelc_deploy.jobs.verdict import ACCURACY, TRIED, Commands, Place, verdict_of
-from hirelc_deploy.measure.backend import OperatorTime
+from hirelc_deploy.jobs.verdict import ACCURACY, TRIED, Answers, Commands, Place, float_file, halved, verdict_of
+from hirelc_deploy.measure.backend import BFLOAT_FORM, OperatorTime, Precision
 from hirelc_deploy.measure.targets import find_target
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.testing import fake_backend
@@ -73,8 +72,7 @@ def network() -> nn.Module:
 
 def exported(model: nn.Module, folder: Path) -> tuple[Path, calibration.Ranges]:
     images = torch.rand((2, *SIZE))
-    Exporter(images).write(model, folder / "batched.onnx", folder / "static.onnx")
-    return folder / "static.onnx", calibration.calibrate(folder / "batched.onnx", [images.numpy()])
+    return float_file(Exporter(images), model, images, folder)
 
 
 def microseconds(file: Path) -> float:
@@ -148,7 +146,7 @@ def test_long_branches_are_taken_apart_after_a_few_layers_and_all_their_inputs_a
     ]
     nodes.append(helper.make_node("Add", ["t0", "t11"], ["y"], "last/Add"))  # t0 is open all the way
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
-    proto = helper.make_model(helper.make_graph(nodes, "long", ends[:1], ends[1:], weights))
+    proto = helper.make_model(helper.make_graph(nodes, "long", ends[:1], ends[1:], weights), ir_version=10)
     proto.opset_import[0].version = 20
     pieces = pieces_of(proto)
     assert [len(pieces.files[part.kind].graph.node) for part in pieces.parts] == [1, 8, 1, 1, 2]
@@ -234,10 +232,7 @@ def test_int8_and_cutting_are_foretold_as_the_whole_files_then_measure(verdict: 
     assert integer["speedup_low"] < measured < integer["speedup_high"]
     assert integer["covered"] == 1
 
-    model, images = network(), torch.rand((2, *SIZE))
-    graph = build_graph(model, images)
-    keep = uniform_plan(graph, 0.5, "float").keep
-    half, _ = exported(slice_model(model, graph, {name: np.arange(width) for name, width in keep.items()}), tmp_path)
+    half, ranges = exported(halved(network(), build_graph(network(), torch.rand((2, *SIZE)))), tmp_path)
     uncut = 1000 * verdict["float_ms"]
     for what in ("cutting half of the channels", "cutting half of the channels, with int8"):
         found = about(verdict, what)
@@ -259,12 +254,41 @@ def test_a_device_on_which_int8_is_slower_is_told_so(monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_known_is_said_and_has_no_number(verdict: dict[str, Any]) -> None:
     missing = about(verdict, "openvino")
     assert missing["says"] == "openvino: cannot be known; it is not installed; `pip install openvino`."
-    assert about(verdict, "bf16")["verdict"] == "unknown"
+    assert missing["verdict"] == "unknown"
     for one in (missing, about(verdict, "bf16")):
         assert one["speedup"] is None
         assert one["ms"] is None
         assert one["command"] == ""
     assert verdict["unknown"] == [ACCURACY]
+
+
+@pytest.mark.parametrize(
+    ("features", "verdict", "words"),
+    [
+        (["avx2"], "impossible", "bf16: this CPU does not multiply it"),
+        (["avx512_bf16"], "unknown", "no runtime of this target that can run here offers it"),
+        (None, "unknown", "no runtime of this target that can run here offers it"),
+    ],
+)
+def test_bfloat16_is_looked_up_where_no_runtime_offers_it(
+    features: list[str] | None, verdict: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hirelc_deploy.jobs.verdict.describe", lambda backend: {"features": features})
+    times = Times(Pieces((), (), ()), {}, {})
+    found = Answers(Place(find_target("cpu"), 1, FakeBackend()), {}, times, None).bfloat()  # type: ignore[arg-type]
+    assert found["verdict"] == verdict
+    assert found["says"].endswith(words)
+
+
+def test_a_device_with_bfloat16_is_foretold_it_and_the_search_that_tries_it() -> None:
+    class WithBfloat(FakeBackend):
+        def precisions(self) -> tuple[Precision, ...]:
+            return tuple(replace(one, form=BFLOAT_FORM) for one in super().precisions())
+
+    found = about(foretold(WithBfloat()), "bf16")
+    assert found["pattern"] == "float+bf16"
+    assert found["speedup"] == pytest.approx(1.0)  # the fake device multiplies it as it does float
+    assert "search" in found["command"]
 
 
 def test_another_runtime_is_foretold_over_the_target_s_own_float_file() -> None:
@@ -284,7 +308,8 @@ def test_seconds_are_bounded_and_what_they_do_not_reach_is_unknown() -> None:
     assert found["seconds"] <= 40
     few = foretold(seconds=1.0, progress=Progress(quiet=True, clock=clock))
     assert few["covered"] == 0
-    assert {one["verdict"] for one in few["foretold"]} == {"unknown"}
+    assert {one["speedup"] for one in few["foretold"]} == {None}
+    assert about(few, "int8")["verdict"] == "unknown"
     assert "give more with --seconds" in about(few, "int8")["says"]
 
 

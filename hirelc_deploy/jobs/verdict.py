@@ -6,6 +6,7 @@ of one half as wide too, and the uncut float file. A verdict is no promise: it s
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import tempfile
@@ -113,7 +114,8 @@ class Commands:
         source = self.source
         weights = source.weights or ("WEIGHTS" if source.is_untrained else None)
         parts = ["hirelc-deploy", verb, "--model", source.spec]
-        parts += [part for name, value in source.arguments.items() for part in ("--model-arg", f"{name}={value}")]
+        for name, value in source.arguments.items():
+            parts += ["--model-arg", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
         parts += ["--weights", str(weights)] if weights else []
         parts += ["--weights-key", source.weights_key] if source.weights_key else []
         parts += ["--pretrained"] if source.pretrained else []
@@ -147,7 +149,7 @@ def verdict_of(
         folder = Path(temporary)
         before = clock()
         with progress.stage("export of the uncut model"):
-            plain, ranges = _exported(exporter, network, images, folder)
+            plain, ranges = float_file(exporter, network, images, folder)
         export_seconds = clock() - before
         with progress.stage("the uncut float file as a whole"):
             whole = _timed_whole(place, plain, ranges, folder, FLOAT_SHARE * (until - clock()), clock)
@@ -169,7 +171,7 @@ def verdict_of(
             own = [form for form in (answers.float, answers.fastest_integer(place.backend)) if form is not None]
             try:
                 with progress.stage("export of the cut model"):
-                    cut, ranges = _exported(exporter, _halved(network, graph), images, folder)
+                    cut, ranges = float_file(exporter, halved(network, graph), images, folder)
             except (SliceError, ExportError) as error:
                 answers.refusal = str(error)
             else:
@@ -193,7 +195,7 @@ def verdict_of(
     }
 
 
-def _exported(exporter: Exporter, network: nn.Module, images: Tensor, folder: Path) -> tuple[Path, calibration.Ranges]:
+def float_file(exporter: Exporter, network: nn.Module, images: Tensor, folder: Path) -> tuple[Path, calibration.Ranges]:
     """Return the float file for one image, and the ranges of all its tensors on these images."""
     batched, static = folder / "batched.onnx", folder / "static.onnx"
     exporter.write(network, batched, static)
@@ -203,7 +205,7 @@ def _exported(exporter: Exporter, network: nn.Module, images: Tensor, folder: Pa
     return static, replace(ranges, low=low, high=high)
 
 
-def _halved(network: nn.Module, graph: ModelGraph) -> nn.Module:
+def halved(network: nn.Module, graph: ModelGraph) -> nn.Module:
     """Return the network with HALF of each unit; which half changes no time."""
     keep = slicing.uniform_plan(graph, HALF, FLOAT).keep
     return slicing.slice_model(network, graph, {unit: np.arange(width) for unit, width in keep.items()})
@@ -273,7 +275,7 @@ class Answers:
         """Return the answer about INT8."""
         form = self.fastest_integer(self._place.backend)
         if form is None:
-            return self._unknown("int8", self._why_not(self._place.backend))
+            return self._why_not("int8", self._place.backend)
         return self._answer("int8", self._foretold(form), form, self._command("apply", "int8", AS_PLACED))
 
     def bfloat(self) -> dict[str, Any]:
@@ -282,18 +284,22 @@ class Answers:
             if form[1] == forms.WHOLLY_BFLOAT and self._uncut.covered:
                 command = self._command("search", "bf16", target=self._target_of(form[0]))
                 return self._answer("bf16", self._foretold(form), form, command)
-        machine = describe(self._place.backend)
-        if machine["features"] is None or WITH_BFLOAT & {*machine["features"]}:
-            return self._unknown("bf16", "no runtime of this target that can run here offers it")
-        return self._unknown("bf16", "this CPU does not multiply it")
+        if form_of(self._place.backend.precisions()).float_name == "fp16":
+            return self._without("bf16", "impossible", "what is float on this target has 16 bits already")
+        if any(form[1] == forms.WHOLLY_BFLOAT for form in (*self._uncut.turns, *self._uncut.refused)):
+            return self._without("bf16", "unknown", self._uncut.refused.get(form, TOO_SHORT))
+        features = describe(self._place.backend)["features"]
+        if features is None or WITH_BFLOAT & {*features}:
+            return self._without("bf16", "unknown", "no runtime of this target that can run here offers it")
+        return self._without("bf16", "impossible", "this CPU does not multiply it")
 
     def cut(self, half: Times | None, graph: ModelGraph) -> list[dict[str, Any]]:
         """Return the answers about HALF of the channels, in float and with integers."""
         what = "cutting half of the channels"
         if not graph.units:
-            return [self._unknown(what, "nothing can be cut, as said above")]
+            return [self._without(what, "impossible", "nothing of this model can be cut")]
         if half is None or not half.covered:
-            return [self._unknown(what, self.refusal or TOO_SHORT)]
+            return [self._without(what, "unknown", self.refusal or TOO_SHORT)]
         found = []
         for form in half.turns:
             name = what if form == self.float else f"{what}, with int8"
@@ -308,7 +314,7 @@ class Answers:
         for backend in self._place.others:
             target = self._target_of(backend.name)
             if (backend.name, FLOAT) not in self._uncut.turns or not self._uncut.covered:
-                found.append(self._unknown(target, self._why_not(backend)))
+                found.append(self._why_not(target, backend))
                 continue
             for form in ((backend.name, FLOAT), self.fastest_integer(backend)):
                 if form is not None:
@@ -316,7 +322,8 @@ class Answers:
                     plan = "uniform:keep=1.0,precision=float" if form[1] == FLOAT else AS_PLACED
                     command = self._command("apply", target, plan, target)
                     found.append(self._answer(name, self._foretold(form), form, command))
-        return [*found, *(self._unknown(self._target_of(name), why) for name, why in self._place.missing.items())]
+        missing = self._place.missing.items()
+        return [*found, *(self._without(self._target_of(name), "unknown", why) for name, why in missing)]
 
     def _foretold(self, form: FormName, times: Times | None = None) -> Foretold:
         """Return the speed-up over the target's own float file."""
@@ -343,16 +350,17 @@ class Answers:
             "command": command,
         }
 
-    def _unknown(self, what: str, why: str) -> dict[str, Any]:
+    def _without(self, what: str, verdict: str, why: str) -> dict[str, Any]:
+        """Return an answer without numbers: `unknown`, or `impossible`."""
         numbers = dict.fromkeys(("speedup", "speedup_low", "speedup_high", "ms", "covered", "runtime", "pattern"))
-        says = f"{what}: cannot be known; {why}"
-        return {"what": what, "verdict": "unknown", **numbers, "says": says, "command": ""}
+        says = f"{what}: {'cannot be known; ' if verdict == 'unknown' else ''}{why}"
+        return {"what": what, "verdict": verdict, **numbers, "says": says, "command": ""}
 
-    def _why_not(self, backend: Backend) -> str:
+    def _why_not(self, what: str, backend: Backend) -> dict[str, Any]:
         refused = [why for form, why in self._uncut.refused.items() if form[0] == backend.name]
-        if refused:
-            return refused[0]
-        return TOO_SHORT if self._uncut.turns and not self._uncut.covered else "this target executes no int8"
+        if refused or not self._uncut.covered:
+            return self._without(what, "unknown", refused[0] if refused else TOO_SHORT)
+        return self._without(what, "impossible", "this target executes no such precision")
 
     def _target_of(self, backend: str) -> str:
         """Return the target that a search for this runtime alone is told; the backend's name where there is none."""
