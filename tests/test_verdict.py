@@ -25,7 +25,7 @@ from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.onnx_file.refill import Exporter
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.evaluate.foretold import PieceTime, Times, foretell, piece_time, total
-from hirelc_deploy.evaluate.pieces import OUTSIDE, Part, Pieces, pieces_of, with_one_input
+from hirelc_deploy.evaluate.pieces import OUTSIDE, Part, Pieces, inside_a_network, pieces_of
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.inspect import inspected
@@ -120,8 +120,8 @@ def test_equal_blocks_are_one_kind_and_every_node_is_in_one_piece(tmp_path: Path
 
 def test_a_piece_computes_what_its_nodes_compute_in_the_network(tmp_path: Path) -> None:
     static, _ = exported(network(), tmp_path)
-    image = np.random.default_rng(0).standard_normal((1, *SIZE)).astype(np.float32)
-    found = -image  # a piece turns the sign of what it is given
+    image = np.random.default_rng(0).random((1, *SIZE), np.float32)
+    given = image = image - image.min()
     pieces = pieces_of(onnx.load(str(static)))
     # Equal pieces have the weights of the first of them, and so has the network here.
     model = network()
@@ -129,12 +129,13 @@ def test_a_piece_computes_what_its_nodes_compute_in_the_network(tmp_path: Path) 
         block.load_state_dict(model.blocks[0].state_dict())  # type: ignore[index]
     static, _ = exported(model, tmp_path)
     for part in pieces.parts:
-        wrapped, shape = with_one_input(pieces.files[part.kind])
+        wrapped, shape = inside_a_network(pieces.files[part.kind])
         onnx.checker.check_model(wrapped)
         session = onnxruntime.InferenceSession(wrapped.SerializeToString())
-        found = -session.run(None, {session.get_inputs()[0].name: found.reshape(shape)})[0]
+        # The piece reads the largest value minus each: what a ReLU left has zeros, and so has the image here.
+        given = -session.run(None, {session.get_inputs()[0].name: (given.max() - given).reshape(shape)})[0]
     whole = onnxruntime.InferenceSession(str(static)).run(None, {"input": image})[0]
-    np.testing.assert_allclose(-found, whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(given, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_long_branches_are_taken_apart_after_a_few_layers_and_all_their_inputs_are_given() -> None:
@@ -152,12 +153,13 @@ def test_long_branches_are_taken_apart_after_a_few_layers_and_all_their_inputs_a
     assert [len(pieces.files[part.kind].graph.node) for part in pieces.parts] == [1, 8, 1, 1, 2]
     last = pieces.files[-1]
     assert {value.name for value in last.graph.input} == {"t0", last.graph.node[0].input[0]}
-    wrapped, flat = with_one_input(last)
-    onnx.checker.check_model(wrapped, full_check=True)
-    session = onnxruntime.InferenceSession(wrapped.SerializeToString())
-    values = np.random.default_rng(0).standard_normal(flat).astype(np.float32)
-    assert flat == (2 * 4 * 64,)
-    assert session.run(None, {session.get_inputs()[0].name: values})[0].shape == tuple(shape)
+    for swept, values in ((0, 2 * 4 * 64), (4000, 1000)):
+        wrapped, shape = inside_a_network(last, swept)
+        onnx.checker.check_model(wrapped, full_check=True)
+        session = onnxruntime.InferenceSession(wrapped.SerializeToString())
+        assert shape == (values,)
+        found = session.run(None, {session.get_inputs()[0].name: np.ones(shape, np.float32)})[0]
+        assert found.shape == (1, 4, 8, 8)
 
 
 def test_a_network_with_a_loop_or_a_branch_stays_in_one_piece() -> None:

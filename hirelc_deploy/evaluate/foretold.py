@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from hirelc_deploy.errors import ExportError
-from hirelc_deploy.evaluate.pieces import Pieces, with_one_input
+from hirelc_deploy.evaluate.pieces import Pieces, inside_a_network
 from hirelc_deploy.measure.backend import Backend, OperatorTime
 from hirelc_deploy.measure.protocol import MARGIN
 from hirelc_deploy.measure.table import (
@@ -24,7 +24,6 @@ from hirelc_deploy.measure.table import (
     CONVERSIONS,
     LEAST_RUNS,
     MACS_PER_SECOND,
-    MOST_RUNS,
     REFORMAT,
     SECONDS_PER_LAYER,
 )
@@ -35,8 +34,15 @@ TURNS = 3
 
 USUAL_ERROR = 0.15
 """Half the width of an interval, in log time, where turns agree and nothing is missing. Three patterns of each of three
-networks (ResNet-18, ViT-Tiny, MobileNetV3-Small), foretold by two turns on a crowded x86 core with VNNI, were off by
-14 % at most, 6 % in the median. benchmarks/verdict.py measures it on more."""
+networks (ResNet-18, ViT-Tiny, MobileNetV3-Small) on a crowded x86 core with VNNI: their speed-ups were foretold 5 % off
+in the median, 14 % at most. benchmarks/verdict.py measures it on more."""
+
+SWEPT = 1 << 22
+"""Bytes read before each run of a piece: more than a core's own caches hold. ResNet-18 at 64x64 is 5.0 times as fast in
+INT8 as in float (measure/worker.py). Foretold were 3.3 where nothing was read between runs, 4.5 with 4 or 16 MiB."""
+
+MOST_RUNS = 50
+"""Of one turn; the time of small pieces scatters more between turns than within one."""
 
 ROUNDING = frozenset(("QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Convert", "Cast", REFORMAT))
 """Conversions between float and integer, as ONNX, OpenVINO and TensorRT call them."""
@@ -183,7 +189,7 @@ def _while(items: Iterable[int], condition: Callable[[], bool]) -> Iterable[int]
 def _profiled(backend: Backend, path: Path, threads: int, runs: int) -> Callable[[], PieceTime]:
     """Return what profiles a file; raises ExportError where the runtime refuses it."""
     proto = onnx.load(str(path))
-    wrapped, shape = with_one_input(proto)
+    wrapped, shape = inside_a_network(proto, SWEPT)
     path.write_bytes(wrapped.SerializeToString())
     runner = backend.build(path, threads)
     names = frozenset(node.name for node in proto.graph.node)

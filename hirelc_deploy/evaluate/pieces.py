@@ -1,7 +1,7 @@
 """In: a float ONNX file for one image. Out: the pieces that it consists of, each kind once as a file of its own.
 
 A piece is a residual block, or a layer with the activation behind it: it ends where a single tensor goes on. A network
-has few kinds of them: ResNet-50 has 54 layers in 18 pieces of 12 kinds, a vision transformer 12 equal blocks.
+has few kinds of them: ViT-Tiny has 26 pieces of 5 kinds, MobileNetV3-Small 24 of 22.
 """
 
 from __future__ import annotations
@@ -121,33 +121,49 @@ def pieces_of(proto: ModelProto) -> Pieces:
     return Pieces(tuple(files), tuple(work), parts)
 
 
-def with_one_input(proto: ModelProto) -> tuple[ModelProto, tuple[int, ...]]:
-    """Return a piece that takes a single tensor, as every file that is profiled, and the shape of that.
+def inside_a_network(proto: ModelProto, swept: int = 0) -> tuple[ModelProto, tuple[int, ...]]:
+    """Return a piece as a file to be profiled, in which it fares as in the network, and the shape of its one input.
 
-    What hands the tensor on is named as a border, which does not count. It is the first operator of a run, too, which
-    pays for more than itself.
+    Operators of borders, which do not count, stand around it. The first ones read the whole input, so that the piece
+    finds its weights no nearer than the rest of the network would leave them (the classifier of MobileNetV3-Small
+    took 0.05 ms where nothing else was read, 0.25 ms in the network), and then write what the piece reads. The last
+    ones read what it makes: a runtime fuses less into what is an output of the file.
+
+    Args:
+        swept: Bytes of memory that are read before.
     """
     wrapped = ModelProto()
     wrapped.CopyFrom(proto)
-    graph = wrapped.graph
+    graph, inner = wrapped.graph, list(proto.graph.node)
     given = {value.name: shapes_of(graph)[value.name] for value in graph.input}
     sizes = [math.prod(shape) for shape in given.values()]
-    source, inner = f"{BORDER}input", list(graph.node)
-    if len(given) == 1:
-        ((name, shape),) = given.items()
-        nodes = [helper.make_node("Neg", [source], [name], f"{BORDER}Neg")]
-    else:
-        shape = (sum(sizes),)
-        flat = [f"{BORDER}{index}" for index in range(len(given))]
-        nodes = [helper.make_node("Split", [source, f"{BORDER}sizes"], flat, f"{BORDER}Split", axis=0)]
-        graph.initializer.append(numpy_helper.from_array(np.array(sizes, np.int64), f"{BORDER}sizes"))
-        for part, (name, wanted) in zip(flat, given.items(), strict=True):
-            graph.initializer.append(numpy_helper.from_array(np.array(wanted, np.int64), f"{part}/shape"))
-            nodes.append(helper.make_node("Reshape", [part, f"{part}/shape"], [name], f"{part}/Reshape"))
+    length = max(sum(sizes), swept // 4)
+    source = f"{BORDER}input"
+    nodes: list[NodeProto] = []
+
+    def add(operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, inputs, [output], f"{BORDER}{len(nodes)}/{operator}", **attributes))
+        return output
+
+    def integers(*values: int) -> str:
+        name = f"{BORDER}constant{len(graph.initializer)}"
+        graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    largest = add("ReduceMax", [source], f"{BORDER}largest", keepdims=1)
+    starts = np.cumsum([0, *sizes])
+    for number, (name, shape) in enumerate(given.items()):
+        bounds = integers(int(starts[number])), integers(int(starts[number + 1]))
+        part = add("Slice", [source, *bounds], f"{BORDER}{number}/part")
+        sum_ = add("Sub", [largest, part], f"{BORDER}{number}/read")
+        add("Reshape", [sum_, integers(*shape)], name)
+    nodes += inner
+    for value in graph.output:
+        value.name = add("Neg", [value.name], f"{BORDER}{value.name}")
     del graph.node[:], graph.input[:]
-    graph.node.extend([*nodes, *inner])
-    graph.input.append(helper.make_tensor_value_info(source, TensorProto.FLOAT, shape))
-    return wrapped, shape
+    graph.node.extend(nodes)
+    graph.input.append(helper.make_tensor_value_info(source, TensorProto.FLOAT, [length]))
+    return wrapped, (length,)
 
 
 def _ends(graph: GraphProto, layers: Mapping[str, str], constants: Mapping[str, TensorProto]) -> list[int]:

@@ -52,8 +52,8 @@ HALF = 0.5
 FLOAT_SHARE, UNCUT_SHARE = 0.15, 0.6
 """Of the time that is left: for the uncut float file, then for its pieces before those of the cut one."""
 
-WITH_BFLOAT = frozenset(("avx512_bf16", "amx_bf16", "amx_tile"))
-"""Features of x86 CPUs that multiply bfloat16."""
+WITH_BFLOAT = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
+"""Features of CPUs that multiply bfloat16: x86 and, last, ARM."""
 
 AS_PLACED = "uniform:keep=1.0,precision=auto"
 """The plan that cuts nothing and lets the clock decide what becomes integer."""
