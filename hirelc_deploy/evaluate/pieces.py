@@ -158,6 +158,8 @@ def inside_a_network(proto: ModelProto, swept: int = 0) -> tuple[ModelProto, tup
         sum_ = add("Sub", [largest, part], f"{BORDER}{number}/read")
         add("Reshape", [sum_, integers(*shape)], name)
     nodes += inner
+    known = {value.name for value in graph.value_info}
+    graph.value_info.extend(v for v in (*proto.graph.input, *proto.graph.output) if v.name not in known)
     for value in graph.output:
         value.name = add("Neg", [value.name], f"{BORDER}{value.name}")
     del graph.node[:], graph.input[:]
