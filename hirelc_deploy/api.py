@@ -318,12 +318,12 @@ def inspect(
     started = told.clock()
     source = source_of(model, weights, model_args, pretrained, weights_key)
     overrides = PreprocessConfig(_several("input_size", input_size)).overrides()
-    patterns = [_several(*named) or () for named in (("exclude", exclude), ("include", include))]
+    excluded, included = _several("exclude", exclude) or (), _several("include", include) or ()
     if not verdict:
         for name, value in (("target", target), ("threads", threads), ("seconds", seconds)):
             if value is not None:
                 raise InputError(f"--{name} {value}: a device is asked for a verdict only; add --verdict.")
-        return Inspection(inspected(source, overrides, *patterns))
+        return Inspection(inspected(source, overrides, excluded, included))
     limit = SECONDS if seconds is None else seconds
     if not 0 < limit < math.inf:
         raise InputError(f"--seconds {limit:g}: give a finite number above 0.")
@@ -331,14 +331,14 @@ def inspect(
     place = place_of(profile, threads, open_target(profile))
     options = {
         "--input-size": [",".join(map(str, input_size))] if input_size else [],
-        "--exclude": patterns[0],
-        "--include": patterns[1],
+        "--exclude": excluded,
+        "--include": included,
         "--threads": [str(threads)] if threads else [],
     }
     given = [part for name, values in options.items() for value in values for part in (name, value)]
     command = Commands(source, given, profile)
     foretold = partial(verdict_of, place=place, command=command, seconds=limit, started=started, progress=told)
-    return Inspection(inspected(source, overrides, *patterns, foretold))
+    return Inspection(inspected(source, overrides, excluded, included, foretold))
 
 
 def benchmark(

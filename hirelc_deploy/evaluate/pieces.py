@@ -94,7 +94,8 @@ def pieces_of(proto: ModelProto) -> Pieces:
             for tensor in node.input:
                 readers.setdefault(tensor, set()).add(index)
     kinds: dict[Any, int] = {}
-    files, work, kind_of, ins, outs = [], [], [], [], []
+    files: list[ModelProto] = []
+    work, kind_of, ins, outs = [], [], [], []
     for index, nodes in enumerate(spans):
         made = [tensor for node in nodes for tensor in node.output]
         read = dict.fromkeys(tensor for node in nodes for tensor in node.input if tensor and tensor not in constants)
