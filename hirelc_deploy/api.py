@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -42,6 +43,7 @@ from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.inspect import inspected, inspection_text
 from hirelc_deploy.jobs.search import run_search
 from hirelc_deploy.jobs.why import explain, run_of
+from hirelc_deploy.jobs.verdict import SECONDS, Commands, place_of, verdict_of
 from hirelc_deploy.jobs.workplace import RESULT, Given, Workplace, open_workplace
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
@@ -180,7 +182,8 @@ class Inspection:
     """What a model consists of.
 
     Attributes:
-        record: `units`, `kept_whole`, `blocks`, `params`, `macs`, `matched`; as `inspect --json` prints them.
+        record: `units`, `kept_whole`, `blocks`, `params`, `macs`, `matched`, and `verdict` where it was asked for; as
+            `inspect --json` prints them.
     """
 
     record: Mapping[str, Any]
@@ -190,6 +193,12 @@ class Inspection:
         """What can be cut, with sizes and costs."""
         units: Sequence[Mapping[str, Any]] = self.record["units"]
         return units
+
+    @property
+    def foretold(self) -> Sequence[Mapping[str, Any]]:
+        """What INT8, bf16, cutting and other runtimes can bring, by pieces; empty without `verdict=True`."""
+        found: Sequence[Mapping[str, Any]] = self.record.get("verdict", {}).get("foretold", [])
+        return found
 
     def __str__(self) -> str:
         """Return what `inspect` prints."""
@@ -325,16 +334,48 @@ def inspect(
     input_size: Sequence[int] | None = None,
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
+    verdict: bool = False,
+    target: str | None = None,
+    threads: int | None = None,
+    seconds: float | None = None,
+    progress: Listener | Progress | None = None,
 ) -> Inspection:
     """Say what a model consists of, what can be cut, and what is kept whole and why; every unit is proven exact.
 
+    Args:
+        verdict: Foretell what INT8, bf16, cutting and other runtimes can bring on a target, from timed pieces.
+        target, threads, seconds: Of the verdict: `cpu`, those of the target, and 60 where nothing is said.
+        progress: As in `JobOptions`.
+
     Raises:
         InputError: The model cannot be had, or cannot run on such an input.
+        HirelcError: A verdict is wanted, and the target cannot be reached or refuses the uncut model.
     """
+    told = _told(progress)
+    started = told.clock()
     source = source_of(model, weights, model_args, pretrained, weights_key)
     overrides = PreprocessConfig(_several("input_size", input_size)).overrides()
-    patterns = [_several(*named) or () for named in (("exclude", exclude), ("include", include))]
-    return Inspection(inspected(source, overrides, *patterns))
+    excluded, included = _several("exclude", exclude) or (), _several("include", include) or ()
+    if not verdict:
+        for name, value in (("target", target), ("threads", threads), ("seconds", seconds)):
+            if value is not None:
+                raise InputError(f"--{name} {value}: a device is asked for a verdict only; add --verdict.")
+        return Inspection(inspected(source, overrides, excluded, included))
+    limit = SECONDS if seconds is None else seconds
+    if not 0 < limit < math.inf:
+        raise InputError(f"--seconds {limit:g}: give a finite number above 0.")
+    profile = find_target(target or "cpu")
+    place = place_of(profile, threads, open_target(profile))
+    options = {
+        "--input-size": [",".join(map(str, input_size))] if input_size else [],
+        "--exclude": excluded,
+        "--include": included,
+        "--threads": [str(threads)] if threads else [],
+    }
+    given = [part for name, values in options.items() for value in values for part in (name, value)]
+    command = Commands(source, given, profile)
+    foretold = partial(verdict_of, place=place, command=command, seconds=limit, started=started, progress=told)
+    return Inspection(inspected(source, overrides, excluded, included, foretold))
 
 
 def benchmark(
@@ -438,7 +479,7 @@ def why(
     splits = None if data is None else _splits_again(Path(run), data, data_dir)
     source = None if model is None else source_of(model)
     given = Given(source, splits, metric, loss)
-    found = explain(Path(run), fixes=fixes, given=given, progress=_progress(progress), command=command)
+    found = explain(Path(run), fixes=fixes, given=given, progress=_told(progress), command=command)
     return Why(found)
 
 
@@ -467,16 +508,17 @@ def _finished(workplace: Workplace) -> Result:
 
 
 def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Result:
-    progress = _progress(job.get("progress"))
+    progress = _told(job.get("progress"))
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
     workplace = open_workplace(config, out, command, progress, given=given, **side_by_side)
     return _finished(workplace)
 
 
-def _progress(given: Listener | Progress | None) -> Progress:
-    if given is not None and not isinstance(given, Progress) and not callable(given):
-        raise InputError(f"progress = {given!r:.60}: give a function of one line of text.")
-    return given if isinstance(given, Progress) else Progress(quiet=given is None, listener=given)
+def _told(progress: Listener | Progress | None) -> Progress:
+    """Return what says how far a call is."""
+    if progress is not None and not isinstance(progress, Progress) and not callable(progress):
+        raise InputError(f"progress = {progress!r:.60}: give a function of one line of text.")
+    return progress if isinstance(progress, Progress) else Progress(quiet=progress is None, listener=progress)
 
 
 def _config(

@@ -289,6 +289,39 @@ MANIFEST = _record(
     },
     {"runtime": _record("What runs the file, and how it was opened.", {"name": _text(), "options": _map(ANYTHING)})},
 )
+FORETOLD = _record(
+    "What one thing can bring. Nothing of it was measured as a whole file; numbers are null where there are none.",
+    {
+        "what": _text("`int8`, `bf16`, `cutting half of the channels`, or another runtime."),
+        "verdict": _one_of("faster", "slower", "same", "not told apart", "unknown", "impossible"),
+        "speedup": _or_null(_number("Times as fast as the uncut float file on the target's own runtime.")),
+        "speedup_low": _or_null(_number("It is expected between this")),
+        "speedup_high": _or_null(_number("and this.")),
+        "ms": _or_null(_number("`float_ms` over `speedup`.")),
+        "covered": _or_null(_number("Share of the network's work whose pieces were timed.")),
+        "runtime": _or_null(_text("Name of the backend.")),
+        "pattern": _or_null(_text("Which operators are integer or have 16 bits; `float` for none.")),
+        "says": _text("All that in a sentence, or why it cannot be known."),
+        "command": _text("What does it, measured; DATA and WEIGHTS stand for yours. Empty without a number."),
+    },
+)
+FORETELLING = _record(
+    "What can be gained on a target, foretold from timed pieces of the network.",
+    {
+        "target": _text(),
+        "runtime": _text("Name of the target's own backend."),
+        "threads": _whole(),
+        "seconds": _number("That it took, the inspection included."),
+        "float_ms": _number("Of the uncut float file as a whole, measured."),
+        "note": _text("What a reader must know about that measurement, or empty."),
+        "pieces": _whole("That the network consists of."),
+        "kinds": _whole("Of these pieces; one of each was timed."),
+        "covered": _number("Share of the network's work whose pieces were timed."),
+        "foretold": _list(FORETOLD),
+        "unknown": _list(_text(), "What cannot be known beforehand."),
+        "machine": MACHINE,
+    },
+)
 INSPECTION = _record(
     "`inspect --json`: what a model consists of and what can be cut.",
     {
@@ -317,6 +350,7 @@ INSPECTION = _record(
         "kept_whole": _list(_record("A layer that stays whole.", {"layer": _text(), "reason": _text()})),
         "matched": _map(_list(_text()), "Pattern to the units that it matches."),
     },
+    {"verdict": FORETELLING},
 )
 TARGET = _record(
     "A device as the user names it.",

@@ -46,7 +46,7 @@ JOB += ["--selection-images", "24", "--json", "-q"]
 SEARCH = ["search", *JOB, "--trials", "2", "--finalists", "1", "--options", "3", "--max-drop", "90", "--out", "run"]
 COMPARE = ["compare", "run", "--strategies", "hirelc,random", "--seeds", "1", "--speedups", "1.1", "--trials", "2"]
 OUTPUTS: dict[str, list[str]] = {
-    "inspect": ["inspect", *MODEL, "--exclude", "0.*", "--json"],
+    "inspect": ["inspect", *MODEL, "--exclude", "0.*", "--verdict", "--json", "-q"],
     "verify": ["verify", "run/bundle", "--data", "net.py:data", "--json"],
     "benchmark": ["benchmark", "run/bundle/model.onnx", "run/bundle/model.onnx", "--json"],
     "profile": ["profile", *MODEL, "--out", "stairs", "--steps", "3", "--json", "-q"],

@@ -154,7 +154,7 @@ def quantize(
     if target.activation_type not in types or target.weight_type != "int8":
         raise InputError(f"precision {target.name!r} of this target has no integer arithmetic; use int8.")
     proto = onnx.load(str(float_model))
-    known = _known_ranges(proto, ranges)
+    known = known_ranges(proto, ranges)
     proto, integer, factors, decoding = _in_fast_forms(proto, precision_of, pattern, known)
     four = {layer for layer in layer_of_node(proto).values() if precision_of(layer) == "int4"}
     if not integer:
@@ -219,7 +219,7 @@ def quantize(
 def ends_of(float_model: Path, ranges: Ranges) -> tuple[ends.End, ...]:
     """Return what `quantize` asks `precision_of` for besides the layers of a file."""
     proto = onnx.load(str(float_model))
-    return ends.find(onnx.shape_inference.infer_shapes(proto), _known_ranges(proto, ranges))
+    return ends.find(onnx.shape_inference.infer_shapes(proto), known_ranges(proto, ranges))
 
 
 def _in_fast_forms(
@@ -381,7 +381,7 @@ def _float_outputs(proto: ModelProto, integer: set[str]) -> frozenset[str]:
     )
 
 
-def _known_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, tuple[float, float]]:
+def known_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, tuple[float, float]]:
     """Return tensor name to range; a tensor that calibration did not see has what follows from those it is made of.
 
     The static file moves transpositions about, which gives moved, joined and summed values other names.
