@@ -45,6 +45,8 @@ class RandomImages:
 
     labels = None
     labelled = False
+    decodes = False
+    canvases = None
 
     def __init__(self, count: int, preprocess: Preprocess, seed: int) -> None:
         self._count, self._preprocess, self._seed = count, preprocess, seed
