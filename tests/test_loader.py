@@ -321,11 +321,11 @@ def test_the_same_rows_are_read_by_processes_where_batches_are_judged(tmp_path: 
 @pytest.mark.parametrize(
     ("size", "wanted_size", "decoded"),
     [
-        ((400, 300), (50, 37), (200, 150)),  # a half: twice as large as wanted is enough, four times is not needed
-        ((400, 300), (25, 20), (100, 75)),
-        ((401, 303), (12, 12), (101, 76)),  # an eighth would be 51 x 38, where 24 x 24 are enough; see below
-        ((400, 300), (150, 100), (400, 300)),
-        ((100, 75), (10, 300), (100, 75)),  # one side decides
+        ((400, 300), (90, 70), (200, 150)),  # a quarter, 100 x 75, would not be twice as large
+        ((400, 300), (50, 37), (100, 75)),
+        ((401, 303), (25, 12), (51, 38)),
+        ((400, 300), (101, 70), (400, 300)),
+        ((100, 75), (10, 40), (100, 75)),  # one side decides
     ],
 )
 def test_a_large_jpeg_is_decoded_at_least_twice_as_large_as_it_is_wanted(size, wanted_size, decoded, tmp_path):

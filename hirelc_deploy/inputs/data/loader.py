@@ -1,8 +1,9 @@
 """In: images, and which of them are wanted in which order. Out: batches in this order, made ahead where that pays.
 
 An image is the same whoever makes it: its view is drawn from seed, view and row alone. So how many processes load, and
-whether a training was resumed, changes no bit of a batch. Crops and flips stay ours and are not torchvision's v2: those
-draw from torch's own generator, mirror keypoints by another convention, and reflect no border (see `geometry`).
+whether a training was resumed, changes no bit of a batch. Crops and flips stay ours for that reason: torchvision's v2
+draws from torch's global generator, so that an image would depend on those before it. It also places masks and
+keypoints otherwise (see `geometry`).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def read_reduced(
             if isinstance(picture, Region):  # its box is in the pixels of the whole picture
                 return eight_bits(image.crop(picture.box), channels, str(picture), image.format), size
             height, width = wanted(*size)
-            image.draft(None, (FINER * width, FINER * height))  # type: ignore[arg-type]  # None keeps the colours
+            image.draft(None, (FINER * width, FINER * height))  # None: the colours stay
             return eight_bits(image, channels, str(picture), image.format), size
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
