@@ -90,21 +90,20 @@ class Reading:
 
 
 def read_by(read: Callable[[Path], Any], files: list[Path], workers: int) -> Iterator[Any]:
-    """Read batches of files in so many processes, in this one where there are none."""
-    parts = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+    """Read whole batches of files in so many processes, in this one where there are none."""
+    parts = [files[start : start + BATCH] for start in range(0, len(files) - BATCH + 1, BATCH)]
     if not workers:
         return map(Reading(read).__getitem__, parts)
     context = {"multiprocessing_context": "fork", "num_workers": workers}
     return iter(DataLoader(Reading(read), sampler=parts, batch_size=None, **context))  # type: ignore[arg-type]
 
 
-def images_per_second(batches: Iterator[Any], count: int, skipped: int) -> float:
+def images_per_second(batches: Iterator[Any], skipped: int) -> float:
     """Return the rate after the first batches, in which processes start."""
     for _ in itertools.islice(batches, skipped):
         pass
     begun = time.perf_counter()
-    read = sum(1 for _ in batches)
-    return min(read * BATCH, count) / (time.perf_counter() - begun)
+    return sum(BATCH for _ in batches) / (time.perf_counter() - begun)
 
 
 def rate(archive: Path, count: int, processes: list[int]) -> list[dict[str, Any]]:
@@ -113,8 +112,9 @@ def rate(archive: Path, count: int, processes: list[int]) -> list[dict[str, Any]
     records = []
     with tempfile.TemporaryDirectory() as folder:
         images = training_images(make_files(archive, Path(folder), count))
-        files = sorted((Path(folder) / "train").rglob("*.jpg"))
-        wanted = [loader.Wanted(rows, 0) for rows in np.array_split(np.arange(len(images)), len(images) // BATCH)]
+        files = sorted((Path(folder) / "train").rglob("*.jpg"))[: len(images)]
+        rows = np.arange(len(images))
+        wanted = [loader.Wanted(rows[start : start + BATCH], 0) for start in range(0, len(rows) - BATCH + 1, BATCH)]
         for workers in processes:
             ways: dict[str, Iterator[Any]] = {
                 "decoding": read_by(read_image, files, workers),
@@ -123,7 +123,7 @@ def rate(archive: Path, count: int, processes: list[int]) -> list[dict[str, Any]
             }
             record: dict[str, Any] = {"processes": workers}
             for name, batches in ways.items():
-                record[f"{name}_images_per_second"] = images_per_second(batches, count, 2 * max(1, workers))
+                record[f"{name}_images_per_second"] = images_per_second(batches, 2 * max(1, workers))
             for limit in ("decoding", "decoding_and_resizing"):
                 record[f"share_of_{limit}"] = record["loader_images_per_second"] / record[f"{limit}_images_per_second"]
             records.append(record)

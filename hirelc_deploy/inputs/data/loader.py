@@ -107,7 +107,7 @@ def loaded(
         rest = chain([following], rest)
         workers = workers_for(loading, using, size_bytes)
         if workers and again and _kept_ahead(images, following.view != JUDGED, workers):
-            workers = None  # from memory it is faster: measure again
+            workers, again = None, False  # from memory it is faster: measure once more
     if workers:
         for asked, pictures, sent in _by_processes(
             lambda asked: _packed(_made(images, asked, targets)), rest, workers, pinned
