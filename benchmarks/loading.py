@@ -116,14 +116,18 @@ def rate(archive: Path, count: int, processes: list[int]) -> list[dict[str, Any]
         rows = np.arange(len(images))
         wanted = [loader.Wanted(rows[start : start + BATCH], 0) for start in range(0, len(rows) - BATCH + 1, BATCH)]
         for workers in processes:
-            ways: dict[str, Iterator[Any]] = {
-                "decoding": read_by(read_image, files, workers),
-                "decoding_and_resizing": read_by(lambda file: resized(read_image(file), IMAGENET), files, workers),
-                "loader": loader.loaded(images.preprocessed(IMAGENET), wanted, targets=True, workers=workers),
+            ways: dict[str, Callable[[int], Iterator[Any]]] = {
+                "decoding": lambda workers: read_by(read_image, files, workers),
+                "decoding_and_resizing": lambda workers: read_by(
+                    lambda file: resized(read_image(file), IMAGENET), files, workers
+                ),
+                "loader": lambda workers: loader.loaded(
+                    images.preprocessed(IMAGENET), wanted, targets=True, workers=workers
+                ),
             }
             record: dict[str, Any] = {"processes": workers}
-            for name, batches in ways.items():
-                record[f"{name}_images_per_second"] = images_per_second(batches, 2 * max(1, workers))
+            for name, begin in ways.items():  # begun one after the other: processes read ahead
+                record[f"{name}_images_per_second"] = images_per_second(begin(workers), 2 * max(1, workers))
             for limit in ("decoding", "decoding_and_resizing"):
                 record[f"share_of_{limit}"] = record["loader_images_per_second"] / record[f"{limit}_images_per_second"]
             records.append(record)
