@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -128,13 +129,14 @@ def workers_for(loading: float, using: float, size_bytes: float) -> int:
 
     Returns:
         As many as keep up with whoever uses the batches, and no more than there are cores and room in shared memory; 0
-        where waiting is short, where there is one core, and where this process cannot be copied.
+        where waiting is short, where there is one core, in a process that may have none, and outside of Linux, where
+        copying a process with threads is not safe.
     """
     if loading <= SHORT_WAIT * (loading + using):
         return 0
-    if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     most = cores if cores > 1 else 0
     if SHARED_MEMORY.is_dir():  # half of what is free: others need some too, and who writes beyond the end is killed
         most = min(most, int(shutil.disk_usage(SHARED_MEMORY).free / 2 / (AHEAD * max(1.0, size_bytes))))
