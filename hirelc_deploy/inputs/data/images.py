@@ -219,7 +219,7 @@ class FolderImages:
         crops = []
         for row in as_rows(indices):
             canvas = self._canvas(int(row), reduced=True)[None]
-            crops += random_window(canvas, self._preprocess, self._seed, view, row[None], self._flips)
+            crops.append(random_window(canvas, self._preprocess, self._seed, view, row[None], self._flips)[0])
         return normalised_each(crops, self._preprocess)
 
     def targets(self, indices: Indices, view: int | None = None) -> list[Any]:

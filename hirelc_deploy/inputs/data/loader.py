@@ -177,7 +177,7 @@ class _Making:
 
 def _by_processes(make: Callable[[Any], Any], keys: Iterable[Any], workers: int, pinned: bool) -> Iterator[Any]:
     """Yield what copies of this process make of the keys, in their order."""
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Making(make),  # type: ignore[arg-type]  # it needs no base class
         sampler=keys,
         batch_size=None,
