@@ -50,6 +50,8 @@ class RandomImages:
 
     labels = None
     labelled = False
+    decodes = False
+    canvases = None
 
     def __init__(self, count: int, preprocess: Preprocess, seed: int, pixels: bool = False) -> None:
         self._count, self._preprocess, self._seed, self._pixels = count, preprocess, seed, pixels
