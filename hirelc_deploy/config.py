@@ -111,7 +111,7 @@ class Limits:
 
     Attributes:
         max_drop: What may be lost of the metric: percentage points, or its own unit where it is no share.
-        max_latency_ms: Milliseconds of one inference on the target.
+        max_latency_ms: Milliseconds of one inference on the target, of the whole batch.
         speedup: Times faster than the uncut float file.
         max_bytes: Size of the file.
     """
@@ -172,6 +172,7 @@ class JobConfig:
     Attributes:
         plan: The plan that `apply` was given; None for a search.
         threads: Of one inference on the target; None for what the target says.
+        batch: Images of one inference: of every file, timing and table; None for one.
         recovery_epochs: Passes over the training split for a finalist, and for the uncut integer file where that loses
             more than is allowed; 0 for no training.
         learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
@@ -185,6 +186,7 @@ class JobConfig:
     plan: str | None = None
     seed: int = 0
     threads: int | None = None
+    batch: int | None = None
     recovery_epochs: float = 1.0
     learning_rate: float = 0.01
     exclude: tuple[str, ...] = ()
@@ -199,6 +201,7 @@ class JobConfig:
         if self.seed > LARGEST_SEED:
             raise InputError(f"seed = {self.seed}: give a whole number of at most {LARGEST_SEED}.")
         _at_least("threads", self.threads, 1, whole=True)
+        _at_least("batch", self.batch, 1, whole=True)
         _at_least("recovery_epochs", self.recovery_epochs, 0)
         _above_zero("learning_rate", self.learning_rate)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 from hirelc_deploy.cli.application import app, show
 from hirelc_deploy.cli.options import (
+    Batch,
     CalibrationImages,
     DataDir,
     DataSpec,
@@ -76,7 +77,7 @@ AS_THEY_ARE = (
         "geometry",
         "interpolation",
     ),
-    *("recovery_epochs", "learning_rate", "threads", "seed"),
+    *("recovery_epochs", "learning_rate", "threads", "batch", "seed"),
 )
 """Options of the command line that the Python calls take by the same name."""
 
@@ -158,6 +159,7 @@ def search(
     exclude: Exclude = None,
     include: Include = None,
     threads: Threads = None,
+    batch: Batch = None,
     jobs: Jobs = None,
     ray: Ray = None,
     seed: Seed = 0,
@@ -234,6 +236,7 @@ def apply(
     exclude: Exclude = None,
     include: Include = None,
     threads: Threads = None,
+    batch: Batch = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -22,6 +22,7 @@ from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.evaluate.writer import Exported, Writer
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.batch import filled
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
 from hirelc_deploy.outcome import Fidelity
@@ -35,6 +36,7 @@ class Files:
     """The files of one run on one target.
 
     Attributes:
+        batch: Images of one inference: every file takes exactly so many, and is timed with them.
         folder: Receives exported files and recovered weights, whole or absent.
         machine: Of the target: what was timed counts only there.
     """
@@ -47,12 +49,13 @@ class Files:
         threads: int,
         progress: Progress,
         folder: str = "files",
+        batch: int = 1,
     ) -> None:
-        self.backend, self.run, self.threads = backend, run, threads
+        self.backend, self.run, self.threads, self.batch = backend, run, threads, batch
         self.folder = run.directory / folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = fingerprint(describe(backend))
-        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations)
+        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations, batch)
         self._uncut, self._progress = uncut, progress
         self._scratch = tempfile.TemporaryDirectory()
 
@@ -84,7 +87,7 @@ class Files:
 
         def measure() -> dict[str, Any]:
             runner = self.backend.build(self.blanket, self.threads)
-            wholly_integer = not accuracy.operators(runner, self._uncut.example[:1].numpy()).float_ops
+            wholly_integer = not accuracy.operators(runner, filled(self._uncut.example.numpy(), self.batch)).float_ops
             tried = placement.changes(onnx.load(str(self._exported.static)), wholly_integer=wholly_integer)
             with self._progress.stage("precision placement"):
                 patterns = self.writer.form.patterns
@@ -157,13 +160,13 @@ class Files:
         return path
 
     def write_plan(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
-        """Write the file that is shipped and timed: static batch of one, integer where the plan says so."""
+        """Write the file that is shipped and timed: for a fixed batch, integer where the plan says so."""
         with tempfile.TemporaryDirectory() as folder:
             exported = self.writer.exported(model, Path(folder), equalise=not plan.trained_rounding)
             self.writer.write(exported, path, self.pattern_of(plan), self.precision_of(plan))
 
     def write_batched(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
-        """Write the file of a plan for any number of images at once; the one for a single image is what is timed."""
+        """Write the file of a plan for any number of images at once; the one for a fixed batch is what is timed."""
         pattern, precision_of = self.pattern_of(plan), self.precision_of(plan)
         with tempfile.TemporaryDirectory() as folder:
             exported = self.writer.exported(model, Path(folder), equalise=not plan.trained_rounding)
@@ -222,7 +225,8 @@ class Files:
 
     def time(self, files: Sequence[Path], limits: TimingLimits | None = None) -> list[Timing]:
         """Time files against the first of them on the target, briefly unless told otherwise."""
-        return compare(files, self.backend, threads=self.threads, limits=limits or self._uncut.effort.timing)
+        limits = limits or self._uncut.effort.timing
+        return compare(files, self.backend, threads=self.threads, limits=limits, batch=self.batch)
 
     def milliseconds(self, files: Sequence[Path]) -> list[float]:
         """Return the times of files that were timed side by side."""

@@ -41,6 +41,7 @@ class Pipeline:
 
     Attributes:
         task: What the model is for.
+        batch: Images of one inference on the target.
         uncut: What is known of the model before it is cut.
         files: Writes, runs and times files.
         others: The same for further runtimes of the device, whose files take part in the last race.
@@ -62,6 +63,7 @@ class Pipeline:
         task: Task = CLASSIFICATION,
         seed: int = 0,
         threads: int = 1,
+        batch: int = 1,
         progress: Progress | None = None,
         graph: ModelGraph | None = None,
         start: Path | None = None,
@@ -72,14 +74,14 @@ class Pipeline:
     ) -> None:
         """Args: `graph` and `start` as of `UncutModel` and `Training`."""
         self.data, self.backend, self.run, self.effort = data, backend, run, effort
-        self.seed, self.threads, self.task = seed, threads, task
+        self.seed, self.threads, self.batch, self.task = seed, threads, batch, task
         self.progress = progress or Progress(quiet=True)
         self.jobs, self.evaluators, self.rounds = jobs, evaluators, rounds
         self.uncut = UncutModel(model, data, task, effort, self.progress, graph)
         self.model = self.uncut.model
-        self.files = Files(self.uncut, backend, run, threads, self.progress)
+        self.files = Files(self.uncut, backend, run, threads, self.progress, batch=batch)
         self.others = tuple(
-            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}") for other in others
+            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}", batch) for other in others
         )
         roundings = lambda: tuple(self.roundings.values())  # noqa: E731
         self.training = Training(self.uncut, self.files, effort, seed, self.progress, start, roundings)

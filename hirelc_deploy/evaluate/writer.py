@@ -32,8 +32,8 @@ class Exported:
     """A model's float file, the two that integer files are made of, and what calibration saw in those.
 
     Attributes:
-        plain: For one image, as exported.
-        batched, static: For any number of images and for one, equalised where that changes something.
+        plain: For a fixed batch, as exported.
+        batched, static: For any number of images and for a fixed batch, equalised where that changes something.
     """
 
     plain: Path
@@ -45,9 +45,12 @@ class Exported:
 class Writer:
     """Writes models as the files of one target."""
 
-    def __init__(self, uncut: UncutModel, backend: Backend, folder: Path, across: Callable[[], bool]) -> None:
+    def __init__(
+        self, uncut: UncutModel, backend: Backend, folder: Path, across: Callable[[], bool], batch: int = 1
+    ) -> None:
         """Args: `folder` receives which node of a file belongs to which layer; `across` is asked by `exported`."""
         self._uncut, self._backend, self._folder, self._across = uncut, backend, folder, across
+        self._batch = batch
 
     @cached_property
     def integer(self) -> Precision:
@@ -67,7 +70,7 @@ class Writer:
     @cached_property
     def exporter(self) -> Exporter:
         """Writes float files; it learns from each export how to do without the next."""
-        return Exporter(self._uncut.example)
+        return Exporter(self._uncut.example, self._batch)
 
     def exported(
         self, model: nn.Module, folder: Path, *, equalise: bool = True, across: bool | None = None

@@ -35,7 +35,7 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
             f"{path.parent}: this folder for layer times cannot be made ({error.strerror}); "
             "set HIRELC_DEPLOY_CACHE to a folder that can be written."
         ) from None
-    table = LatencyTable(pipeline.backend, path, pipeline.threads)
+    table = LatencyTable(pipeline.backend, path, pipeline.threads, pipeline.batch)
     search = Search(pipeline, run, table, config.limits, config.search)
     finalists = search.finalists()
     fit = [f for f in finalists if f.keeps_limits]

@@ -16,7 +16,7 @@ from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer.forms import BFLOAT_PATTERNS
 from hirelc_deploy.compress.integer.quantize import PATTERNS
 from hirelc_deploy.compress.recovery import Recovery
-from hirelc_deploy.config import JobConfig
+from hirelc_deploy.config import LARGEST_INPUT, JobConfig
 from hirelc_deploy.deliver.race import metric_record
 from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.errors import HirelcError, InputError
@@ -117,6 +117,12 @@ def open_workplace(
             "for timm's own (for structural work without accuracy: --data synthetic:64)."
         )
     # Whatever can be wrong with the options is found before the run directory is made.
+    values = math.prod(data.preprocess.input_size)
+    if (config.batch or 1) * values > LARGEST_INPUT:
+        raise InputError(
+            f"batch = {config.batch}: {config.batch or 1:,} images of {values:,} values each; at most "
+            f"{LARGEST_INPUT:,} values go into one inference."
+        )
     graph = proven_graph(model, data, config.exclude, config.include)
     if not config.search.depth:
         graph = graph.without_branches()
@@ -131,7 +137,6 @@ def open_workplace(
     except HirelcError as error:
         run.__exit__(type(error), error, error.__traceback__)
         raise
-    values = math.prod(data.preprocess.input_size)
     effort = Effort(recovery=recovery_of(config, values)).for_inputs(values)
     pipeline = Pipeline(
         model,
@@ -142,6 +147,7 @@ def open_workplace(
         task=task,
         seed=config.seed,
         threads=config.threads or target.threads,
+        batch=config.batch or 1,
         progress=progress,
         graph=graph,
         start=earlier if config.plan and (earlier := Path(config.plan) / "weights.safetensors").is_file() else None,

@@ -148,7 +148,7 @@ class FakeRunner:
         """Return the real outputs."""
         return self._real.infer(images)
 
-    def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
+    def profile(self, images: NDArray[np.float32], runs: int) -> list[OperatorTime]:
         """Return the simulated operator times; the number of runs changes nothing."""
         return list(self._times)
 
@@ -226,7 +226,8 @@ def _stepped_macs(
 ) -> float:
     out_step, in_step, relative = STEPS[precision]
     if kind == "Conv":
-        outputs, inputs, positions = weight[0], weight[1], math.prod(output[2:]) * math.prod(weight[2:])
+        outputs, inputs = weight[0], weight[1]
+        positions = output[0] * math.prod(output[2:]) * math.prod(weight[2:])
     else:
         outputs, inputs = (weight[0], weight[1]) if transposed else (weight[-1], weight[-2])
         positions = math.prod(output[:-1])
@@ -235,7 +236,7 @@ def _stepped_macs(
 
 
 def _read(model: Path) -> tuple[list[Any], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], set[str]]:
-    """Return (nodes, shape of each tensor at batch 1, shape of each weight, names of weights stored as integers)."""
+    """Return (nodes, shape of each tensor, at one image where the file takes any number, shape of each weight, names of weights stored as integers)."""
     import onnx
 
     try:
