@@ -72,7 +72,9 @@ def benchmark(
     threads: Threads = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Images of one inference, for files that take any number; what they take if not given."),
+        typer.Option(
+            min=1, help="Images of one inference, for files that take any number; what they take if not given."
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Wall-clock limit.")] = 300.0,
     as_json: Json = False,
@@ -88,7 +90,10 @@ def benchmark(
     times = ("median_ms", "p90_ms", "p99_ms", "ratio", "ratio_low", "ratio_high")
     keys = ("file", *times, "batch", "images_per_second", "verdict", "rounds", "contended", "note")
     results = [{key: timing.to_dict()[key] for key in keys} for timing in timings]
-    lines = [f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'p99 ms':>9} {'images/s':>9} {'ratio':>7}  {'95 % interval':<16} verdict"]
+    lines = [
+        f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'p99 ms':>9} {'images/s':>9} {'ratio':>7}  "
+        f"{'95 % interval':<16} verdict"
+    ]
     for r in results:
         lines.append(
             f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['p99_ms']:>9.4f} "

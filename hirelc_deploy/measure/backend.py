@@ -92,10 +92,10 @@ class Runner(Protocol):
     def infer(self, images: NDArray[np.float32]) -> Outputs:
         """Return all outputs for (n, channels, height, width) images, whatever batch the file was built for."""
 
-    def profile(self, images: NDArray[np.float32], runs: int) -> list[OperatorTime]:
+    def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
         """Return the time of each operator in execution order: the mean of the fastest half of `runs` inferences.
 
-        `images` are as many as the file takes, one where it takes any number.
+        `image` is (1, channels, height, width), or a batch of them for a file that takes so many.
 
         Other programs can only add time, so the slower half says more about them than about the file.
         """
@@ -161,7 +161,7 @@ class Portable(Protocol):
         program: One file for Python 3.8, numpy and the runtime, without imports of this project. Its functions are
             `availability()` and `versions()` as of a backend, `facts()` (JSON values that precisions depend on), and
             `open_session(path, threads, cache)`, which raises anything to refuse a file and else returns an object with
-            `infer(images)` (output name to array), `profile(images, runs)` (tuples of the fields of OperatorTime) and
+            `infer(images)` (output name to array), `profile(image, runs)` (tuples of the fields of OperatorTime) and
             `timed_run()`, one synchronised inference of the file's batch that returns nanoseconds: wall time, and the
             processor's own time. `cache` is a folder that lasts as long as the connection. Where files are opened with
             options, the object also has `options`, a dictionary of JSON values.

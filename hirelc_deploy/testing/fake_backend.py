@@ -148,7 +148,7 @@ class FakeRunner:
         """Return the real outputs."""
         return self._real.infer(images)
 
-    def profile(self, images: NDArray[np.float32], runs: int) -> list[OperatorTime]:
+    def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
         """Return the simulated operator times; the number of runs changes nothing."""
         return list(self._times)
 
@@ -236,7 +236,7 @@ def _stepped_macs(
 
 
 def _read(model: Path) -> tuple[list[Any], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], set[str]]:
-    """Return (nodes, shape of each tensor, at one image where the file takes any number, shape of each weight, names of weights stored as integers)."""
+    """Return (nodes, shape of each tensor, shape of each weight, names of weights stored as integers)."""
     import onnx
 
     try:

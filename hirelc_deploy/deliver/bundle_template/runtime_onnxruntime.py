@@ -1,4 +1,4 @@
-"""In: an ONNX file. Out: a function from a batch of inputs to the outputs by name. For Python 3.8, numpy and onnxruntime."""
+"""In: an ONNX file. Out: a function from a batch to the outputs by name. For Python 3.8, numpy and onnxruntime."""
 
 from collections.abc import Callable
 
