@@ -231,6 +231,7 @@ RESULT = _record(
         "warnings": _list(_text()),
     },
     {
+        "peak_memory_bytes": _or_null(_whole("Of a process that runs the shipped file; null where none is told.")),
         "search": _record(
             "How the search was done; not after `apply`.",
             {
@@ -255,6 +256,7 @@ RESULT = _record(
                     "drop_error": _number(),
                     "keeps_limits": _truth(),
                 },
+                {"peak_memory_bytes": _or_null(_whole("Of its process; null where nothing limits it."))},
             )
         ),
     },

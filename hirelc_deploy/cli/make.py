@@ -127,6 +127,10 @@ def search(
     speedup: Annotated[float | None, typer.Option(help="Times faster than the uncut float file.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of one inference on the target.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Size of the shipped file.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Peak memory of the process that runs the file on the target, for example 200M."),
+    ] = None,
     strategy: Annotated[
         str, typer.Option(help="hirelc, two-stage, knapsack, greedy, tpe, nsga2, flat, random, uniform or untrained.")
     ] = "hirelc",
@@ -172,8 +176,9 @@ def search(
     Example: hirelc-deploy search --model resnet18 --weights w.safetensors --data imagefolder:photos --out runs/a
     """
     from hirelc_deploy import api
-    from hirelc_deploy.config import Limits
+    from hirelc_deploy.config import Limits, parse_bytes
 
+    memory = None if max_memory is None else parse_bytes(max_memory)
     if max_drop is None and speedup is None and max_latency_ms is None:
         max_drop = 1.0
     result = api.search(
@@ -182,7 +187,7 @@ def search(
         out=out,
         task=task,
         target=target,
-        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
+        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes, memory),
         metric=metric,
         loss=loss,
         strategy=strategy,

@@ -72,6 +72,7 @@ class Finalist:
     """A plan that was recovered, exported and timed, and whether it keeps the limits on the selection split.
 
     `drop_points` and `drop_error` are the paired loss of accuracy against the uncut model and its standard error.
+    `peak_memory_bytes` is that of its process, None where nothing limits it.
     """
 
     plan: CompressionPlan
@@ -79,6 +80,7 @@ class Finalist:
     drop_points: float
     drop_error: float
     keeps_limits: bool
+    peak_memory_bytes: int | None = None
 
 
 class Search:
@@ -112,6 +114,8 @@ class Search:
                 f"about {floor_ms:.3g} ms on this target, and the uncut float file "
                 f"{pipeline.files.reference_ms:.3g} ms. Allow more time."
             )
+        if limits.max_memory_bytes is not None:
+            check_memory(pipeline, limits.max_memory_bytes)
         self.problem = build_problem(pipeline, network, options=config.options)
         # Where no width of any unit buys time there is nothing to search, and no budget is within reach.
         self.floor_ms = smallest(self.problem)[1] if self.problem.decisions else math.inf
@@ -153,8 +157,12 @@ class Search:
             finalist = self._finalist(budget_ms)
             if finalist is not None:
                 found.append(finalist)
-            step += 1 if finalist is not None and finalist.keeps_limits else -1
+            step += 1 if finalist is not None and (finalist.keeps_limits or self._is_too_large(finalist)) else -1
         return found
+
+    def _is_too_large(self, finalist: Finalist) -> bool:
+        """Return whether it exceeds the limit on memory, which a slower plan would exceed by more."""
+        return not keeps_memory(self.limits, finalist.peak_memory_bytes)
 
     def _wants_another(self, found: list[Finalist]) -> bool:
         wanted = self.config.finalists + (0 if any(f.keeps_limits for f in found) else SECOND_CHANCES)
@@ -207,13 +215,16 @@ class Search:
         outcome = self._decided(plan, outcome)
         drop = self.pipeline.selection_drop(plan, "F3")
         error = drop_error(drop)
-        kept = keeps_limits(self.limits, outcome, drop.points, error, self.pipeline.files.reference_ms)
+        files, memory = self.pipeline.files, None
+        if self.limits.max_memory_bytes is not None:
+            memory = files.peak_memory_bytes(files.file_of(plan, "F3"))
+        kept = keeps_limits(self.limits, outcome, drop.points, error, files.reference_ms, memory)
         unit = self.pipeline.task.metric.unit or self.pipeline.task.metric.name
         self.pipeline.progress.say(
             f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "
             f"drop {drop.points:+.2f} {unit} (standard error {error:.2f}) on the selection split"
         )
-        return Finalist(plan, outcome, drop.points, error, kept)
+        return Finalist(plan, outcome, drop.points, error, kept, memory)
 
     def _decided(self, plan: CompressionPlan, outcome: Measured) -> Measured:
         """Return what a longer timing says of a file where a brief one leaves open whether it meets its budget."""
@@ -326,20 +337,56 @@ def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:
     return min(allowed, default=None)
 
 
+def check_memory(pipeline: Pipeline, most: int) -> None:
+    """Refuse a limit on the memory of the running process that nothing can keep, before anything is trained.
+
+    Raises:
+        InputError: The target does not tell the memory of a process.
+        ConstraintError: The narrowest network exceeds the limit.
+    """
+    files = pipeline.files
+    if files.peak_memory_bytes(files.reference) is None:
+        raise InputError(
+            f"--max-memory: {files.backend.name} does not tell the memory of a running process on this target; "
+            "leave it out."
+        )
+    plan = CompressionPlan({unit.name: unit.least for unit in pipeline.graph.units}, default_precision="auto")
+    if not isinstance(pipeline.outcome(plan, "F2"), Measured):
+        return  # nothing is known of the narrowest one; the finalists show what they need
+    least = files.peak_memory_bytes(files.file_of(plan, "F2"))
+    if least is not None and least > most:
+        raise ConstraintError(
+            f"search: {most:,} bytes of memory cannot be met: with every unit at its narrowest the process still takes "
+            f"{least:,} bytes on this target, its runtime included. Allow more memory."
+        )
+
+
+def keeps_memory(limits: Limits, memory: int | None) -> bool:
+    """Return whether the peak of a process keeps the limit on it; what was not told keeps none."""
+    return limits.max_memory_bytes is None or (memory is not None and memory <= limits.max_memory_bytes)
+
+
 def drop_error(drop: PairedDrop) -> float:
     """Return the standard error of a drop, from its 95 % interval."""
     return (drop.high - drop.low) / (2 * 1.96)
 
 
-def keeps_limits(limits: Limits, outcome: Measured, drop: float, error: float, reference_ms: float) -> bool:
+def keeps_limits(
+    limits: Limits, outcome: Measured, drop: float, error: float, reference_ms: float, memory: int | None = None
+) -> bool:
     """Return whether a file keeps every limit.
 
     The drop on the selection split is an estimate, so it must stay below the limit by one standard error: about 84 of
     100 files judged so keep the limit on images nobody has seen.
+
+    Args:
+        memory: Peak bytes of the file's process, where the limits are about it.
     """
     if limits.max_drop is not None and not math.isnan(drop) and drop + error > limits.max_drop:
         return False
     if limits.max_bytes is not None and (outcome.size_bytes or 0) > limits.max_bytes:
+        return False
+    if not keeps_memory(limits, memory):
         return False
     budget = latency_budget_ms(limits, reference_ms)
     return budget is None or outcome.ratio is None or outcome.ratio * reference_ms <= budget * (1 + TOLERANCE)

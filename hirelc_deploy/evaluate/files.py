@@ -228,6 +228,17 @@ class Files:
         limits = limits or self._uncut.effort.timing
         return compare(files, self.backend, threads=self.threads, limits=limits, batch=self.batch)
 
+    def peak_memory_bytes(self, path: Path) -> int | None:
+        """Return the peak of a process on the target that loads and runs this file alone; None where none tells."""
+
+        def measure() -> int | None:
+            with self.backend.open_timing([path], self.threads, 0) as process:
+                process.rounds(1)
+                return process.states[1].peak_memory_bytes if process.states else None
+
+        found = self.run.remember(f"peak memory of {path.name} on {self.machine}", measure)
+        return None if found is None else int(found)
+
     def milliseconds(self, files: Sequence[Path]) -> list[float]:
         """Return the times of files that were timed side by side."""
         timings = self.time(files)

@@ -59,7 +59,7 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
     except ConstraintError as error:
         raise ConstraintError(
             f"search: {error}{closest_plan(pipeline, finalists, config.limits.max_drop)} "
-            "Allow a larger drop, more time, more bytes or more recovery epochs."
+            "Allow a larger drop, more time, more bytes, more memory or more recovery epochs."
         ) from None
 
 
@@ -73,6 +73,8 @@ def closest_plan(pipeline: Pipeline, finalists: Sequence[Finalist], max_drop: fl
         f"of {closest.drop_points:.2f} {unit} (standard error {closest.drop_error:.2f}) on the selection split; "
         f"its file, of {closest.outcome.size_bytes:,} bytes, is {pipeline.files.file_of(closest.plan, 'F3')}."
     )
+    if closest.peak_memory_bytes is not None:
+        says += f" Its process takes {closest.peak_memory_bytes:,} bytes of memory at most."
     if max_drop is not None and closest.drop_points <= max_drop < closest.drop_points + closest.drop_error:
         says += (
             " A drop must keep its limit by one standard error, which more than these "
@@ -91,7 +93,9 @@ def unpruned_limits(pipeline: Pipeline, limits: Limits) -> Callable[[Contender, 
         if file.path != pipeline.files.reference:  # which is what a drop is counted from
             drop = file.home(pipeline).file_drop(file.path)
             points, error = drop.points, drop_error(drop)
-        return keeps_limits(limits, outcome, points, error, pipeline.files.reference_ms)
+        limited = limits.max_memory_bytes is not None
+        memory = file.home(pipeline).peak_memory_bytes(file.path) if limited else None
+        return keeps_limits(limits, outcome, points, error, pipeline.files.reference_ms, memory)
 
     return keeps
 
@@ -104,4 +108,5 @@ def finalist_record(finalist: Finalist) -> dict[str, Any]:
         "drop_points": finalist.drop_points,
         "drop_error": finalist.drop_error,
         "keeps_limits": finalist.keeps_limits,
+        "peak_memory_bytes": finalist.peak_memory_bytes,
     }

@@ -100,6 +100,7 @@ def deliver(
         "bundle": str(bundle),
         **record,
         "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
+        "peak_memory_bytes": home.peak_memory_bytes(shipped.path),
         "candidates": candidates(pipeline, delivery, run),
         "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
         "exports": {
