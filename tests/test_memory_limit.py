@@ -98,10 +98,8 @@ def test_memory_that_was_not_told_keeps_no_limit(memory: int | None, kept: bool)
 def test_a_process_with_a_larger_file_has_a_higher_peak(tmp_path: Path) -> None:
     small, large = write_model(tmp_path / "small.onnx"), tmp_path / "large.onnx"
     weight = numpy_helper.from_array(np.ones((2048, 4096), np.float32), "w")  # 32 MiB
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size]) for name, size in (("x", 2048), ("y", 4096))
-    ]
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
+    x, y = (helper.make_tensor_value_info(*end) for end in (("x", TensorProto.FLOAT, [1, 2048]), ("y", 1, [1, 4096])))
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), large)
     peaks = []
     for file in (small, large):
