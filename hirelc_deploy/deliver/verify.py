@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import Message
 
+from hirelc_deploy.config import LARGEST_INPUT
 from hirelc_deploy.deliver.against import (
     Change,
     accuracy_change,
@@ -194,7 +195,7 @@ def verify(
         inputs, expected = read_samples(bundle, preprocess)
         _check_weights(bundle)
         _check_self_contained(bundle / MODEL)
-        batch = _batch_of(bundle, manifest)
+        batch = _batch_of(bundle, manifest, math.prod(preprocess.input_size))
         runner = backend.build(bundle / MODEL)
         findings.machine = describe(backend)
         findings.problems += _check_samples(runner.infer(inputs), expected)
@@ -278,13 +279,19 @@ def _check_self_contained(model: Path) -> None:
         raise InputError(f"{MODEL}: keeps weights in other files, which nothing vouches for.")
 
 
-def _batch_of(bundle: Path, manifest: Mapping[str, Any]) -> int:
-    """Return how many images the file takes at a time; raises InputError where the manifest says another number."""
+def _batch_of(bundle: Path, manifest: Mapping[str, Any], values: int) -> int:
+    """Return how many images of so many values the file takes at a time.
+
+    Raises:
+        InputError: The manifest says another number, or it is more than any search asks for.
+    """
     claimed = manifest.get("batch", 1)  # older bundles have files of one image
-    takes = fixed_batch(bundle / MODEL)
-    if type(claimed) is not int or claimed < 1 or takes not in (None, claimed):
+    takes = fixed_batch(bundle / MODEL) or 1
+    if type(claimed) is not int or claimed != takes:
         raise InputError(f"{MODEL}: takes {takes} images at a time, {MANIFEST} says {claimed!r:.60}.")
-    return claimed
+    if takes * values > LARGEST_INPUT:
+        raise InputError(f"{MODEL}: takes {takes:,} images at a time, of {values:,} values each; that is too much.")
+    return takes
 
 
 def _tensors_in(message: Any) -> Iterator[onnx.TensorProto]:

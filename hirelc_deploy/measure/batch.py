@@ -18,12 +18,9 @@ def fixed_batch(file: Path) -> int | None:
 
     None where it takes any number, and where it cannot be read: what runs it says why.
     """
-    try:
-        inputs = onnx.load(str(file), load_external_data=False).graph.input
-    except Exception:  # protobuf's exception types differ by its implementation
-        return None
-    dimensions = inputs[0].type.tensor_type.shape.dim if inputs else ()
-    return int(dimensions[0].dim_value) or None if dimensions else None
+    dimensions = _input_dimensions(file)
+    size = int(dimensions[0].dim_value) if dimensions else 0
+    return size if size > 0 else None
 
 
 def at_batch(files: Sequence[Path], batch: int | None, folder: Path) -> tuple[list[Path], int]:
@@ -47,7 +44,7 @@ def at_batch(files: Sequence[Path], batch: int | None, folder: Path) -> tuple[li
     if wanted == 1:  # of a file of any batch one image is what every runtime takes
         return list(files), 1
     return [
-        file if takes or not _is_readable(file) else _written(file, wanted, folder / str(number))
+        file if takes or not _input_dimensions(file) else _written(file, wanted, folder / str(number))
         for number, (file, takes) in enumerate(zip(files, own, strict=True))
     ], wanted
 
@@ -58,25 +55,22 @@ def filled(images: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
     return chosen
 
 
-def _is_readable(file: Path) -> bool:
+def _input_dimensions(file: Path) -> Sequence[Any]:
+    """Return the dimensions of a file's first input; none where it has none or cannot be read."""
     try:
-        return bool(onnx.load(str(file), load_external_data=False).graph.input)
+        inputs = onnx.load(str(file), load_external_data=False).graph.input
     except Exception:  # protobuf's exception types differ by its implementation
-        return False
+        return ()
+    return inputs[0].type.tensor_type.shape.dim if inputs else ()
 
 
 def _written(file: Path, batch: int, folder: Path) -> Path:
     proto = onnx.load(str(file))
-    for value in proto.graph.input:
-        _first_dimension(value).dim_value = batch
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
     for value in proto.graph.output:
-        _first_dimension(value).Clear()  # the runtime finds it from the input
+        value.type.tensor_type.ClearField("shape")  # the runtime finds it from the input
     del proto.graph.value_info[:]
     folder.mkdir(parents=True)
     path = folder / file.name
     path.write_bytes(proto.SerializeToString())
     return path
-
-
-def _first_dimension(value: Any) -> Any:
-    return value.type.tensor_type.shape.dim[0]
