@@ -116,6 +116,7 @@ class Limits:
         speedup: Times faster than the uncut float file.
         max_bytes: Size of the file.
         max_memory_bytes: Peak of the process on the target that loads and runs the file, its runtime included.
+        max_energy_mj: Millijoules that the target draws during one inference, of the whole batch.
     """
 
     max_drop: float | None = None
@@ -123,6 +124,7 @@ class Limits:
     speedup: float | None = None
     max_bytes: int | None = None
     max_memory_bytes: int | None = None
+    max_energy_mj: float | None = None
 
     def __post_init__(self) -> None:
         _at_least("max_drop", self.max_drop, 0)
@@ -130,6 +132,7 @@ class Limits:
         _above_zero("speedup", self.speedup)
         _at_least("max_bytes", self.max_bytes, 1, whole=True)
         _at_least("max_memory_bytes", self.max_memory_bytes, 1, whole=True)
+        _above_zero("max_energy_mj", self.max_energy_mj)
 
     def check_against(self, scale: float) -> None:
         """Raise InputError for a drop that no metric of this scale (100: points) can have."""

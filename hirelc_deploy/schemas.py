@@ -232,6 +232,7 @@ RESULT = _record(
     },
     {
         "peak_memory_bytes": _or_null(_whole("Of a process that runs the shipped file; null where none is told.")),
+        "energy_mj": _or_null(_number("Of one inference of the shipped file; null where nothing limits it.")),
         "search": _record(
             "How the search was done; not after `apply`.",
             {
@@ -256,7 +257,10 @@ RESULT = _record(
                     "drop_error": _number(),
                     "keeps_limits": _truth(),
                 },
-                {"peak_memory_bytes": _or_null(_whole("Of its process; null where nothing limits it."))},
+                {
+                    "peak_memory_bytes": _or_null(_whole("Of its process; null where nothing limits it.")),
+                    "energy_mj": _or_null(_number("Of one inference; null where nothing limits it.")),
+                },
             )
         ),
     },

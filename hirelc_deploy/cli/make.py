@@ -131,6 +131,9 @@ def search(
         str | None,
         typer.Option(help="Peak memory of the process that runs the file on the target, for example 200M."),
     ] = None,
+    max_energy_mj: Annotated[
+        float | None, typer.Option(help="Millijoules that the target draws during one inference, where it tells them.")
+    ] = None,
     strategy: Annotated[
         str, typer.Option(help="hirelc, two-stage, knapsack, greedy, tpe, nsga2, flat, random, uniform or untrained.")
     ] = "hirelc",
@@ -187,7 +190,7 @@ def search(
         out=out,
         task=task,
         target=target,
-        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes, memory),
+        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes, memory, max_energy_mj),
         metric=metric,
         loss=loss,
         strategy=strategy,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.errors import ConstraintError, InputError
+from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.network_time import fit_network_time, measure_table, smallest_ms
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.tables import build_problem, smallest_bytes, weight_bytes
@@ -72,7 +73,7 @@ class Finalist:
     """A plan that was recovered, exported and timed, and whether it keeps the limits on the selection split.
 
     `drop_points` and `drop_error` are the paired loss of accuracy against the uncut model and its standard error.
-    `peak_memory_bytes` is that of its process, None where nothing limits it.
+    `peak_memory_bytes` is that of its process, `energy_mj` that of one inference; None where nothing limits it.
     """
 
     plan: CompressionPlan
@@ -81,6 +82,7 @@ class Finalist:
     drop_error: float
     keeps_limits: bool
     peak_memory_bytes: int | None = None
+    energy_mj: float | None = None
 
 
 class Search:
@@ -116,6 +118,8 @@ class Search:
             )
         if limits.max_memory_bytes is not None:
             check_memory(pipeline, limits.max_memory_bytes)
+        if limits.max_energy_mj is not None:
+            check_energy(pipeline)
         self.problem = build_problem(pipeline, network, options=config.options)
         # Where no width of any unit buys time there is nothing to search, and no budget is within reach.
         self.floor_ms = smallest(self.problem)[1] if self.problem.decisions else math.inf
@@ -161,8 +165,10 @@ class Search:
         return found
 
     def _is_too_large(self, finalist: Finalist) -> bool:
-        """Return whether it exceeds the limit on memory, which a slower plan would exceed by more."""
-        return not keeps_memory(self.limits, finalist.peak_memory_bytes)
+        """Return whether it exceeds a limit on memory or energy, which a slower plan would exceed by more."""
+        return not keeps_memory(self.limits, finalist.peak_memory_bytes) or not keeps_energy(
+            self.limits, finalist.energy_mj
+        )
 
     def _wants_another(self, found: list[Finalist]) -> bool:
         wanted = self.config.finalists + (0 if any(f.keeps_limits for f in found) else SECOND_CHANCES)
@@ -215,16 +221,15 @@ class Search:
         outcome = self._decided(plan, outcome)
         drop = self.pipeline.selection_drop(plan, "F3")
         error = drop_error(drop)
-        files, memory = self.pipeline.files, None
-        if self.limits.max_memory_bytes is not None:
-            memory = files.peak_memory_bytes(files.file_of(plan, "F3"))
-        kept = keeps_limits(self.limits, outcome, drop.points, error, files.reference_ms, memory)
+        files = self.pipeline.files
+        memory, energy = appetite(self.limits, files, files.file_of(plan, "F3"))
+        kept = keeps_limits(self.limits, outcome, drop.points, error, files.reference_ms, memory, energy)
         unit = self.pipeline.task.metric.unit or self.pipeline.task.metric.name
         self.pipeline.progress.say(
             f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "
             f"drop {drop.points:+.2f} {unit} (standard error {error:.2f}) on the selection split"
         )
-        return Finalist(plan, outcome, drop.points, error, kept, memory)
+        return Finalist(plan, outcome, drop.points, error, kept, memory, energy)
 
     def _decided(self, plan: CompressionPlan, outcome: Measured) -> Measured:
         """Return what a longer timing says of a file where a brief one leaves open whether it meets its budget."""
@@ -361,6 +366,29 @@ def check_memory(pipeline: Pipeline, most: int) -> None:
         )
 
 
+def check_energy(pipeline: Pipeline) -> None:
+    """Raise InputError where the target does not tell what it draws."""
+    files = pipeline.files
+    if files.energy_mj(files.reference) is None:
+        raise InputError(
+            f"--max-energy-mj: {files.backend.name} does not tell what it draws on this target (RAPL's counters under "
+            "/sys/class/powercap, or the rail VDD_IN of a Jetson, readable for you); leave it out."
+        )
+
+
+def appetite(limits: Limits, files: Files, path: Path) -> tuple[int | None, float | None]:
+    """Return the peak memory of a file's process and the energy of one inference; None where nothing limits them."""
+    return (
+        None if limits.max_memory_bytes is None else files.peak_memory_bytes(path),
+        None if limits.max_energy_mj is None else files.energy_mj(path),
+    )
+
+
+def keeps_energy(limits: Limits, energy_mj: float | None) -> bool:
+    """Return whether the energy of one inference keeps the limit on it; what was not told keeps none."""
+    return limits.max_energy_mj is None or (energy_mj is not None and energy_mj <= limits.max_energy_mj)
+
+
 def keeps_memory(limits: Limits, memory: int | None) -> bool:
     """Return whether the peak of a process keeps the limit on it; what was not told keeps none."""
     return limits.max_memory_bytes is None or (memory is not None and memory <= limits.max_memory_bytes)
@@ -372,7 +400,13 @@ def drop_error(drop: PairedDrop) -> float:
 
 
 def keeps_limits(
-    limits: Limits, outcome: Measured, drop: float, error: float, reference_ms: float, memory: int | None = None
+    limits: Limits,
+    outcome: Measured,
+    drop: float,
+    error: float,
+    reference_ms: float,
+    memory: int | None = None,
+    energy_mj: float | None = None,
 ) -> bool:
     """Return whether a file keeps every limit.
 
@@ -381,12 +415,13 @@ def keeps_limits(
 
     Args:
         memory: Peak bytes of the file's process, where the limits are about it.
+        energy_mj: Of one inference, likewise.
     """
     if limits.max_drop is not None and not math.isnan(drop) and drop + error > limits.max_drop:
         return False
     if limits.max_bytes is not None and (outcome.size_bytes or 0) > limits.max_bytes:
         return False
-    if not keeps_memory(limits, memory):
+    if not keeps_memory(limits, memory) or not keeps_energy(limits, energy_mj):
         return False
     budget = latency_budget_ms(limits, reference_ms)
     return budget is None or outcome.ratio is None or outcome.ratio * reference_ms <= budget * (1 + TOLERANCE)

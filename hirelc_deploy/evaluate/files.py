@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from torch import nn
 
@@ -30,6 +31,12 @@ from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run, atomic_path
 from hirelc_deploy.tasks.paired import PairedDrop, paired_drop
+
+
+ENERGY_ROUNDS = 100
+"""At least half a second with what settles before each burst: 500 steps of RAPL's counter, which moves every ms."""
+ENERGY_TURNS = 2
+"""The counter starts again once in minutes to hours, so not in two turns in a row."""
 
 
 class Files:
@@ -238,6 +245,24 @@ class Files:
 
         found = self.run.remember(f"peak memory of {path.name} on {self.machine}", measure)
         return None if found is None else int(found)
+
+    def energy_mj(self, path: Path) -> float | None:
+        """Return the millijoules that the target draws during one inference of a file; None where it does not tell.
+
+        The mean power while it runs this file alone, times the median time of an inference.
+        """
+
+        def measure() -> float | None:
+            with self.backend.open_timing([path], self.threads, 0) as process:
+                for _ in range(ENERGY_TURNS):
+                    nanoseconds = process.rounds(ENERGY_ROUNDS)[:, 0, 0]
+                    watts = process.states[0].mean_power_w(process.states[1]) if process.states else None
+                    if watts is not None:
+                        return watts * float(np.median(nanoseconds)) / 1e6
+            return None
+
+        found = self.run.remember(f"energy of {path.name} on {self.machine}", measure)
+        return None if found is None else float(found)
 
     def milliseconds(self, files: Sequence[Path]) -> list[float]:
         """Return the times of files that were timed side by side."""

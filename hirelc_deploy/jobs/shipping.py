@@ -101,6 +101,7 @@ def deliver(
         **record,
         "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
         "peak_memory_bytes": home.peak_memory_bytes(shipped.path),
+        "energy_mj": None if workplace.config.limits.max_energy_mj is None else home.energy_mj(shipped.path),
         "candidates": candidates(pipeline, delivery, run),
         "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
         "exports": {

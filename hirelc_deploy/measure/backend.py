@@ -71,6 +71,8 @@ class DeviceState:
         throttled: Reasons for which the device slows itself down now.
         power_w: Drawn by the whole board now.
         peak_memory_bytes: Of the timing process until now.
+        energy_uj: Microjoules that the processors have drawn since some moment in the past; the count may start again.
+        clock_ns: When that was read, on a clock of the device.
     """
 
     frequency_khz: int | None = None
@@ -78,12 +80,34 @@ class DeviceState:
     throttled: tuple[str, ...] = ()
     power_w: float | None = None
     peak_memory_bytes: int | None = None
+    energy_uj: int | None = None
+    clock_ns: int | None = None
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> DeviceState:
-        """Return the state that worker.state told; keys of a newer one are ignored."""
+        """Return the state that worker.state told; keys of a newer one are ignored.
+
+        Raises:
+            TypeError: What should be a number is none.
+        """
         known: dict[str, Any] = {field.name: said.get(field.name) for field in fields(cls)}
+        for name, value in known.items():
+            if name != "throttled" and value is not None and type(value) not in (int, float):
+                raise TypeError(f"{name} is a {type(value).__name__}")
         return cls(**{**known, "throttled": tuple(said.get("throttled") or ())})
+
+    def mean_power_w(self, later: DeviceState) -> float | None:
+        """Return the watts that were drawn from this state to a later one.
+
+        By the counter of energy, else as the rail of the board says at the end; None where neither tells, and where the
+        counter has started again in between.
+        """
+        if None in (self.energy_uj, self.clock_ns, later.energy_uj, later.clock_ns):
+            return later.power_w
+        assert self.energy_uj is not None and self.clock_ns is not None  # noqa: PT018
+        assert later.energy_uj is not None and later.clock_ns is not None  # noqa: PT018
+        microjoules, nanoseconds = later.energy_uj - self.energy_uj, later.clock_ns - self.clock_ns
+        return 1000.0 * microjoules / nanoseconds if microjoules > 0 and nanoseconds > 0 else None
 
 
 class Runner(Protocol):

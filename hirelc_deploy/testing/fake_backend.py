@@ -21,6 +21,8 @@ STEPS = {"float": (16, 8, 1.0), "int8": (32, 8, 0.25)}
 MACS_PER_MICROSECOND = 20_000.0
 ELEMENTS_PER_MICROSECOND = 4_000.0
 NODE_MICROSECONDS = 1.0
+WATTS = 4
+"""That the simulated device draws while it works."""
 PROCESS_BYTES = 40_000_000
 """Of a simulated process that has opened no file."""
 
@@ -200,7 +202,9 @@ class FakeTiming:
         if self._device is not None:
             before = self._device.state()
             slowdown = self._device.work(count)
-            after = replace(self._device.state(), peak_memory_bytes=self._memory)
+            before, after = replace(before, energy_uj=0, clock_ns=0), replace(
+                self._device.state(), peak_memory_bytes=self._memory, energy_uj=WATTS * 10**6, clock_ns=10**9
+            )
             self.states = None if self._device.is_silent else (before, after)
         cpu = slowdown * self._nanoseconds * drift[:, None] * np.abs(1.0 + noise.run * self._rng.standard_normal(shape))
         burst = (self._rng.random(shape) < noise.burst_share) * noise.burst_scale * self._rng.pareto(1.5, shape)

@@ -1,4 +1,4 @@
-"""In: a limit on the memory of the running process. Out: proof that it is refused, met and missed as measured."""
+"""In: limits on memory and energy of what runs. Out: proof that they are refused, met and missed as measured."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from hirelc_deploy.deliver.race import uncut_files
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.search import closest_plan, unpruned_limits
+from hirelc_deploy.measure import worker
+from hirelc_deploy.measure.backend import DeviceState
 from hirelc_deploy.measure.protocol import QUICK, compare
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.testing.backend_contract import write_model
-from hirelc_deploy.testing.fake_backend import PROCESS_BYTES, FakeBackend, Faults
+from hirelc_deploy.testing.fake_backend import PROCESS_BYTES, WATTS, FakeBackend, Faults
 
 
 @pytest.fixture
@@ -123,3 +125,62 @@ def test_sizes_are_read_as_people_write_them() -> None:
     for wrong in ("", "0", "M", "-1", "1e9", "12 MB", "nan", "0.1"):
         with pytest.raises(InputError, match="write it like 90000, 200M or"):
             parse_bytes(wrong)
+
+
+# Energy
+
+
+def state_with(folder: Path, **files: str) -> DeviceState:
+    """Return the state that a device tells whose system has these files under sys/class/powercap."""
+    for name, text in files.items():
+        zone, _, file = name.partition("__")
+        path = folder / "sys/class/powercap" / f"intel-rapl:{zone}" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return DeviceState.of(worker.state(str(folder)))
+
+
+def test_the_energy_counters_of_all_packages_are_added_up_and_those_of_their_parts_are_not(tmp_path: Path) -> None:
+    assert state_with(tmp_path).energy_uj is None
+    two = {"0__name": "package-0", "0__energy_uj": "1000", "1__name": "package-1", "1__energy_uj": "234"}
+    assert state_with(tmp_path, **two).energy_uj == 1234
+    assert state_with(tmp_path, **{"0:0__name": "core", "0:0__energy_uj": "500"}).energy_uj == 1234
+    (tmp_path / "sys/class/powercap/intel-rapl:1/energy_uj").unlink()  # as where only root may read it
+    assert state_with(tmp_path).energy_uj is None
+
+
+def test_power_is_energy_over_time_and_unknown_where_the_counter_has_started_again() -> None:
+    before = DeviceState(energy_uj=1_000_000, clock_ns=10**9)
+    assert before.mean_power_w(DeviceState(energy_uj=4_000_000, clock_ns=3 * 10**9)) == 1.5  # 3 J in 2 s
+    assert before.mean_power_w(DeviceState(energy_uj=10, clock_ns=3 * 10**9, power_w=7.0)) is None
+    assert DeviceState().mean_power_w(DeviceState(power_w=7.0)) == 7.0
+    assert DeviceState().mean_power_w(DeviceState()) is None
+
+
+def test_a_board_that_tells_words_for_numbers_is_not_believed() -> None:
+    with pytest.raises(TypeError, match="energy_uj is a str"):
+        DeviceState.of({"energy_uj": "much"})
+
+
+def test_the_energy_of_an_inference_is_power_times_time(pipeline: Pipeline) -> None:
+    path = pipeline.files.reference
+    ms = compare([path], pipeline.backend, limits=QUICK)[0].median_ms
+    assert pipeline.files.energy_mj(path) == pytest.approx(WATTS * ms, rel=1e-3)
+
+
+def test_a_limit_on_energy_is_refused_where_the_device_does_not_tell_it_and_else_kept_or_not(
+    pipeline: Pipeline,
+    data_file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    silent = make_pipeline(data_file, tmp_path / "silent", FakeBackend(faults=Faults(silent=True)))
+    with pytest.raises(InputError, match=r"--max-energy-mj: fake does not tell what it draws.*leave it out"):
+        finalists.check_energy(silent)
+    finalists.check_energy(pipeline)
+    files = pipeline.files
+    drawn = files.energy_mj(files.reference)
+    assert drawn is not None
+    assert finalists.appetite(Limits(max_energy_mj=1.0), files, files.reference) == (None, drawn)
+    for most, kept in ((drawn, True), (0.99 * drawn, False)):
+        assert finalists.keeps_energy(Limits(max_energy_mj=most), drawn) is kept
+    assert not finalists.keeps_energy(Limits(max_energy_mj=1.0), None)
