@@ -102,10 +102,8 @@ class DeviceState:
         By the counter of energy, else as the rail of the board says at the end; None where neither tells, and where the
         counter has started again in between.
         """
-        if None in (self.energy_uj, self.clock_ns, later.energy_uj, later.clock_ns):
+        if self.energy_uj is None or self.clock_ns is None or later.energy_uj is None or later.clock_ns is None:
             return later.power_w
-        assert self.energy_uj is not None and self.clock_ns is not None  # noqa: PT018
-        assert later.energy_uj is not None and later.clock_ns is not None  # noqa: PT018
         microjoules, nanoseconds = later.energy_uj - self.energy_uj, later.clock_ns - self.clock_ns
         return 1000.0 * microjoules / nanoseconds if microjoules > 0 and nanoseconds > 0 else None
 

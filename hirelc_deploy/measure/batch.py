@@ -61,7 +61,8 @@ def _input_dimensions(file: Path) -> Sequence[Any]:
         inputs = onnx.load(str(file), load_external_data=False).graph.input
     except Exception:  # protobuf's exception types differ by its implementation
         return ()
-    return inputs[0].type.tensor_type.shape.dim if inputs else ()
+    dimensions: Sequence[Any] = inputs[0].type.tensor_type.shape.dim if inputs else ()
+    return dimensions
 
 
 def _written(file: Path, batch: int, folder: Path) -> Path:

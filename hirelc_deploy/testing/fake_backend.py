@@ -202,8 +202,9 @@ class FakeTiming:
         if self._device is not None:
             before = self._device.state()
             slowdown = self._device.work(count)
-            before, after = replace(before, energy_uj=0, clock_ns=0), replace(
-                self._device.state(), peak_memory_bytes=self._memory, energy_uj=WATTS * 10**6, clock_ns=10**9
+            before, after = (
+                replace(before, energy_uj=0, clock_ns=0),
+                replace(self._device.state(), peak_memory_bytes=self._memory, energy_uj=WATTS * 10**6, clock_ns=10**9),
             )
             self.states = None if self._device.is_silent else (before, after)
         cpu = slowdown * self._nanoseconds * drift[:, None] * np.abs(1.0 + noise.run * self._rng.standard_normal(shape))
