@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,9 +43,10 @@ from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.inspect import inspected, inspection_text
 from hirelc_deploy.jobs.search import run_search
-from hirelc_deploy.jobs.why import explain, run_of
 from hirelc_deploy.jobs.verdict import SECONDS, Commands, place_of, verdict_of
+from hirelc_deploy.jobs.why import explain, run_of
 from hirelc_deploy.jobs.workplace import RESULT, Given, Workplace, open_workplace
+from hirelc_deploy.measure.batch import at_batch
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
 from hirelc_deploy.measure.targets import find_target, open_target
@@ -88,6 +90,7 @@ class JobOptions(TypedDict, total=False):
         equalise: Patterns of layers whose channels are made alike across activations, too.
         ranges: Pattern of layers to how the ranges at their ends are taken: `minmax`, `percentile` or `mse`.
         threads: Of one inference.
+        batch: Images of one inference; one where it is None.
         seed: Of every random choice.
         progress: Called with a line of text for everything that is begun or done; without it nothing is said.
         command: What the bundle says it was made by.
@@ -117,6 +120,7 @@ class JobOptions(TypedDict, total=False):
     equalise: Sequence[str]
     ranges: Mapping[str, str] | None
     threads: int | None
+    batch: int | None
     seed: int
     progress: Listener | Progress | None
     command: str
@@ -379,22 +383,32 @@ def inspect(
 
 
 def benchmark(
-    files: Sequence[str | Path], *, target: str = "cpu", threads: int | None = None, seconds: float = 300.0
+    files: Sequence[str | Path],
+    *,
+    target: str = "cpu",
+    threads: int | None = None,
+    batch: int | None = None,
+    seconds: float = 300.0,
 ) -> list[Timing]:
     """Time ONNX files against the first of them: interleaved, with intervals and verdicts.
 
+    Args:
+        batch: Images of one inference, for files that take any number; None for what the files take, else one.
+
     Raises:
-        HirelcError: A file is not there or is refused, or the target cannot be reached.
+        HirelcError: A file is not there, is refused or takes another batch, or the target cannot be reached.
     """
-    return timed(files, target, threads, seconds)[1]
+    return timed(files, target, threads, batch, seconds)[1]
 
 
 def timed(
-    files: Sequence[str | Path], target: str, threads: int | None, seconds: float
+    files: Sequence[str | Path], target: str, threads: int | None, batch: int | None, seconds: float
 ) -> tuple[dict[str, Any], list[Timing]]:
     """Return the machine, and what `benchmark` returns."""
     if not 0 < seconds < math.inf:
         raise InputError(f"--seconds {seconds:g}: give a finite number above 0.")
+    if batch is not None and batch < 1:
+        raise InputError(f"batch = {batch}: give a whole number of at least 1.")
     paths = [Path(file) for file in _several("files", files) or ()]
     for path in paths:
         if not path.is_file():
@@ -402,7 +416,10 @@ def timed(
     profile = find_target(target)
     backend = open_target(profile)
     limits = dataclasses.replace(FULL, seconds=seconds)
-    return describe(backend), compare(paths, backend, threads=threads or profile.threads, limits=limits)
+    with tempfile.TemporaryDirectory() as folder:
+        ready, images = at_batch(paths, batch, Path(folder))
+        found = compare(ready, backend, threads=threads or profile.threads, batch=images, limits=limits)
+    return describe(backend), [dataclasses.replace(one, file=path) for one, path in zip(found, paths, strict=True)]
 
 
 @usual_torch()
@@ -561,6 +578,7 @@ def _config(
         target=target,
         seed=job.get("seed", 0),
         threads=job.get("threads"),
+        batch=job.get("batch") if job.get("batch") != 1 else None,  # the same job, said in two ways
         recovery_epochs=job.get("recovery_epochs", 1.0),
         learning_rate=job.get("learning_rate", 0.01),
         exclude=_several("exclude", job.get("exclude")) or (),

@@ -103,7 +103,12 @@ RATIO = {"ratio": _number("Time over that of the reference."), "ratio_low": _num
 LATENCY = _record(
     "The shipped file beside the uncut float file.",
     {"median_ms": _number(), "reference": _text(), **RATIO, "verdict": VERDICT},
-    {"p99_ms": _number("What 99 of 100 inferences stay within.")},
+    {
+        "p99_ms": _number("What 99 of 100 inferences stay within."),
+        "batch": _whole("Images of one inference."),
+        "threads": _whole("Of one inference."),
+        "images_per_second": _number("Throughput by the median, one inference after the other."),
+    },
 )
 MACHINE = _record(
     "What a reader needs to judge a timing; null where the system does not say.",
@@ -174,7 +179,7 @@ OUTCOME = {
 PRINTED = {
     "bundle": _text("The folder to deploy."),
     "params": _whole(),
-    "macs": _whole("Multiply-accumulates of one inference."),
+    "macs": _whole("Multiply-accumulates of one image."),
     "size_bytes": _whole("Of the shipped file."),
     "size_ratio": _number("Bytes of the uncut float file over those of the shipped one."),
     "metric": METRIC,
@@ -226,6 +231,8 @@ RESULT = _record(
         "warnings": _list(_text()),
     },
     {
+        "peak_memory_bytes": _or_null(_whole("Of a process that runs the shipped file; null where none is told.")),
+        "energy_mj": _or_null(_number("Of one inference of the shipped file; null where nothing limits it.")),
         "search": _record(
             "How the search was done; not after `apply`.",
             {
@@ -261,6 +268,10 @@ RESULT = _record(
                     "drop_error": _number(),
                     "keeps_limits": _truth(),
                 },
+                {
+                    "peak_memory_bytes": _or_null(_whole("Of its process; null where nothing limits it.")),
+                    "energy_mj": _or_null(_number("Of one inference; null where nothing limits it.")),
+                },
             )
         ),
     },
@@ -287,7 +298,10 @@ MANIFEST = _record(
         "versions": _map(_text()),
         "files": _map(_record("A file of the bundle.", {"sha256": SHA256, "bytes": _whole()})),
     },
-    {"runtime": _record("What runs the file, and how it was opened.", {"name": _text(), "options": _map(ANYTHING)})},
+    {
+        "runtime": _record("What runs the file, and how it was opened.", {"name": _text(), "options": _map(ANYTHING)}),
+        "batch": _whole("Images that the file takes at a time; 1 where it is missing."),
+    },
 )
 FORETOLD = _record(
     "What one thing can bring. Nothing of it was measured as a whole file; numbers are null where there are none.",
@@ -376,6 +390,8 @@ TIMING = _record(
         "p90_ms": _number(),
         "p99_ms": _number(),
         **RATIO,
+        "batch": _whole("Images of one inference."),
+        "images_per_second": _number("Throughput by the median, one inference after the other."),
         "verdict": VERDICT,
         "rounds": _whole(),
         "contended": _or_null(_truth("Other programs took the core; null with several threads.")),

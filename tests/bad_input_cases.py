@@ -849,6 +849,9 @@ OPTIONS = [
     Case("NaN latency", search(max_latency_ms="nan"), ("max_latency_ms", "finite")),
     Case("NaN speed-up", search(speedup="nan"), ("speedup", "finite")),
     Case("no bytes", search(max_bytes="0"), ("max_bytes", "at least 1")),
+    Case("no memory", search(max_memory="0"), ("size '0'", "200M")),
+    Case("no energy", search(max_energy_mj="0"), ("max_energy_mj", "above 0")),
+    Case("no image at a time", search(batch="0"), ("--batch", "--help")),
     Case("no trials", search(trials="0"), ("--trials", "--help")),
 ]
 

@@ -11,6 +11,7 @@ import typer
 
 from hirelc_deploy.cli.application import app, show, targets_app
 from hirelc_deploy.cli.options import (
+    Batch,
     Exclude,
     Include,
     InputSize,
@@ -86,6 +87,12 @@ def benchmark(
     files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is the reference.")],
     target: Target = "cpu",
     threads: Threads = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images of one inference, for files that take any number; what they take if not given."
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Wall-clock limit.")] = 300.0,
     as_json: Json = False,
 ) -> None:
@@ -96,14 +103,18 @@ def benchmark(
     """
     from hirelc_deploy import api
 
-    machine, timings = api.timed(files, target, threads, seconds)
+    machine, timings = api.timed(files, target, threads, batch, seconds)
     times = ("median_ms", "p90_ms", "p99_ms", "ratio", "ratio_low", "ratio_high")
-    keys = ("file", *times, "verdict", "rounds", "contended", "note")
+    keys = ("file", *times, "batch", "images_per_second", "verdict", "rounds", "contended", "note")
     results = [{key: timing.to_dict()[key] for key in keys} for timing in timings]
-    lines = [f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'p99 ms':>9} {'ratio':>7}  {'95 % interval':<16} verdict"]
+    lines = [
+        f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'p99 ms':>9} {'images/s':>9} {'ratio':>7}  "
+        f"{'95 % interval':<16} verdict"
+    ]
     for r in results:
         lines.append(
-            f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['p99_ms']:>9.4f} {r['ratio']:>7.3f}  "
+            f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['p99_ms']:>9.4f} "
+            f"{r['images_per_second']:>9.1f} {r['ratio']:>7.3f}  "
             f"{r['ratio_low']:.3f} to {r['ratio_high']:.3f}   {r['verdict']}"
         )
         if r["note"]:
@@ -123,6 +134,7 @@ def profile(
     input_size: InputSize = None,
     exclude: Exclude = None,
     threads: Threads = None,
+    batch: Batch = None,
     steps: Annotated[int, typer.Option(min=2, help="Widths per unit, at most.")] = 12,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Believe no other machine's times, even if checks agree.")
@@ -161,6 +173,7 @@ def profile(
         out,
         f"{model} at {'x'.join(map(str, size))} on {target}",
         threads=threads or device.threads,
+        batch=batch or 1,
         steps=steps,
         fresh=fresh,
         progress=Progress(quiet=quiet),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 from hirelc_deploy.cli.application import app, show
 from hirelc_deploy.cli.options import (
+    Batch,
     CalibrationImages,
     DataDir,
     DataSpec,
@@ -80,7 +81,7 @@ AS_THEY_ARE = (
         "geometry",
         "interpolation",
     ),
-    *("recovery_epochs", "learning_rate", "threads", "seed"),
+    *("recovery_epochs", "learning_rate", "threads", "batch", "seed"),
 )
 """Options of the command line that the Python calls take by the same name."""
 
@@ -133,6 +134,13 @@ def search(
     speedup: Annotated[float | None, typer.Option(help="Times faster than the uncut float file.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of one inference on the target.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Size of the shipped file.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Peak memory of the process that runs the file on the target, for example 200M."),
+    ] = None,
+    max_energy_mj: Annotated[
+        float | None, typer.Option(help="Millijoules that the target draws during one inference, where it tells them.")
+    ] = None,
     strategy: Annotated[
         str, typer.Option(help="hirelc, two-stage, knapsack, greedy, tpe, nsga2, flat, random, uniform or untrained.")
     ] = "hirelc",
@@ -168,6 +176,7 @@ def search(
     equalise: Equalise = None,
     ranges: RangesOf = None,
     threads: Threads = None,
+    batch: Batch = None,
     jobs: Jobs = None,
     ray: Ray = None,
     seed: Seed = 0,
@@ -180,8 +189,9 @@ def search(
     Example: hirelc-deploy search --model resnet18 --weights w.safetensors --data imagefolder:photos --out runs/a
     """
     from hirelc_deploy import api
-    from hirelc_deploy.config import Limits
+    from hirelc_deploy.config import Limits, parse_bytes
 
+    memory = None if max_memory is None else parse_bytes(max_memory)
     if max_drop is None and speedup is None and max_latency_ms is None:
         max_drop = 1.0
     result = api.search(
@@ -190,7 +200,7 @@ def search(
         out=out,
         task=task,
         target=target,
-        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
+        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes, memory, max_energy_mj),
         metric=metric,
         loss=loss,
         strategy=strategy,
@@ -247,6 +257,7 @@ def apply(
     equalise: Equalise = None,
     ranges: RangesOf = None,
     threads: Threads = None,
+    batch: Batch = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -82,6 +82,9 @@ RangesOf = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one inference; the target's own if not given.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Images of one inference, as a server gathers them; 1 if not given.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder that is made for the results.", show_default=False)]
 Jobs = Annotated[
     int | None,

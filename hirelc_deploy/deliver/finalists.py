@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.errors import ConstraintError, InputError
+from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.network_time import fit_network_time, measure_table, smallest_ms
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.tables import build_problem, smallest_bytes, weight_bytes
@@ -74,6 +75,7 @@ class Finalist:
     """A plan that was recovered, exported and timed, and whether it keeps the limits on the selection split.
 
     `drop_points` and `drop_error` are the paired loss of accuracy against the uncut model and its standard error.
+    `peak_memory_bytes` is that of its process, `energy_mj` that of one inference; None where nothing limits it.
     """
 
     plan: CompressionPlan
@@ -81,6 +83,8 @@ class Finalist:
     drop_points: float
     drop_error: float
     keeps_limits: bool
+    peak_memory_bytes: int | None = None
+    energy_mj: float | None = None
 
 
 class Search:
@@ -117,6 +121,10 @@ class Search:
                 f"about {floor_ms:.3g} ms on this target, and the uncut float file "
                 f"{pipeline.files.reference_ms:.3g} ms. Allow more time."
             )
+        if limits.max_memory_bytes is not None:
+            check_memory(pipeline, limits.max_memory_bytes)
+        if limits.max_energy_mj is not None:
+            check_energy(pipeline)
         self.problem = build_problem(pipeline, network, options=config.options)
         # Where no width of any unit buys time there is nothing to search, and no budget is within reach.
         self.floor_ms = smallest(self.problem)[1] if self.problem.decisions else math.inf
@@ -157,7 +165,7 @@ class Search:
             finalist = self._finalist(budget_ms)
             if finalist is not None:
                 found.append(finalist)
-            step += 1 if finalist is not None and finalist.keeps_limits else -1
+            step += 1 if finalist is not None and (finalist.keeps_limits or self._is_too_large(finalist)) else -1
         return found
 
     def _finalists_at(self, budget_ms: float) -> list[Finalist]:
@@ -174,6 +182,12 @@ class Search:
                 break
             self._gone = self._other_depths.pop(0)
         return found
+
+    def _is_too_large(self, finalist: Finalist) -> bool:
+        """Return whether it exceeds a limit on memory or energy, which a slower plan would exceed by more."""
+        return not keeps_memory(self.limits, finalist.peak_memory_bytes) or not keeps_energy(
+            self.limits, finalist.energy_mj
+        )
 
     def _wants_another(self, found: list[Finalist]) -> bool:
         wanted = self.config.finalists + (0 if any(f.keeps_limits for f in found) else SECOND_CHANCES)
@@ -226,13 +240,15 @@ class Search:
         outcome = self._decided(plan, outcome)
         drop = self.pipeline.selection_drop(plan, "F3")
         error = drop_error(drop)
-        kept = keeps_limits(self.limits, outcome, drop.points, error, self.pipeline.files.reference_ms)
+        files = self.pipeline.files
+        memory, energy = appetite(self.limits, files, files.file_of(plan, "F3"))
+        kept = keeps_limits(self.limits, outcome, drop.points, error, files.reference_ms, memory, energy)
         unit = self.pipeline.task.metric.unit or self.pipeline.task.metric.name
         self.pipeline.progress.say(
             f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "
             f"drop {drop.points:+.2f} {unit} (standard error {error:.2f}) on the selection split"
         )
-        return Finalist(plan, outcome, drop.points, error, kept)
+        return Finalist(plan, outcome, drop.points, error, kept, memory, energy)
 
     def _decided(self, plan: CompressionPlan, outcome: Measured) -> Measured:
         """Return what a longer timing says of a file where a brief one leaves open whether it meets its budget."""
@@ -362,20 +378,86 @@ def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:
     return min(allowed, default=None)
 
 
+def check_memory(pipeline: Pipeline, most: int) -> None:
+    """Refuse a limit on the memory of the running process that nothing can keep, before anything is trained.
+
+    Raises:
+        InputError: The target does not tell the memory of a process.
+        ConstraintError: The narrowest network exceeds the limit.
+    """
+    files = pipeline.files
+    if files.peak_memory_bytes(files.reference) is None:
+        raise InputError(
+            f"--max-memory: {files.backend.name} does not tell the memory of a running process on this target; "
+            "leave it out."
+        )
+    plan = CompressionPlan({unit.name: unit.least for unit in pipeline.graph.units}, default_precision="auto")
+    if not isinstance(pipeline.outcome(plan, "F2"), Measured):
+        return  # nothing is known of the narrowest one; the finalists show what they need
+    least = files.peak_memory_bytes(files.file_of(plan, "F2"))
+    if least is not None and least > most:
+        raise ConstraintError(
+            f"search: {most:,} bytes of memory cannot be met: with every unit at its narrowest the process still takes "
+            f"{least:,} bytes on this target, its runtime included. Allow more memory."
+        )
+
+
+def check_energy(pipeline: Pipeline) -> None:
+    """Raise InputError where the target does not tell what it draws."""
+    files = pipeline.files
+    if files.energy_mj(files.reference) is None:
+        raise InputError(
+            f"--max-energy-mj: {files.backend.name} does not tell what it draws on this target (RAPL's counters under "
+            "/sys/class/powercap, or the rail VDD_IN of a Jetson, readable for you); leave it out."
+        )
+
+
+def appetite(limits: Limits, files: Files, path: Path) -> tuple[int | None, float | None]:
+    """Return the peak memory of a file's process and the energy of one inference; None where nothing limits them."""
+    return (
+        None if limits.max_memory_bytes is None else files.peak_memory_bytes(path),
+        None if limits.max_energy_mj is None else files.energy_mj(path),
+    )
+
+
+def keeps_energy(limits: Limits, energy_mj: float | None) -> bool:
+    """Return whether the energy of one inference keeps the limit on it; what was not told keeps none."""
+    return limits.max_energy_mj is None or (energy_mj is not None and energy_mj <= limits.max_energy_mj)
+
+
+def keeps_memory(limits: Limits, memory: int | None) -> bool:
+    """Return whether the peak of a process keeps the limit on it; what was not told keeps none."""
+    return limits.max_memory_bytes is None or (memory is not None and memory <= limits.max_memory_bytes)
+
+
 def drop_error(drop: PairedDrop) -> float:
     """Return the standard error of a drop, from its 95 % interval."""
     return (drop.high - drop.low) / (2 * 1.96)
 
 
-def keeps_limits(limits: Limits, outcome: Measured, drop: float, error: float, reference_ms: float) -> bool:
+def keeps_limits(
+    limits: Limits,
+    outcome: Measured,
+    drop: float,
+    error: float,
+    reference_ms: float,
+    memory: int | None = None,
+    energy_mj: float | None = None,
+) -> bool:
     """Return whether a file keeps every limit.
 
     The drop on the selection split is an estimate, so it must stay below the limit by one standard error: about 84 of
     100 files judged so keep the limit on images nobody has seen.
+
+    Args:
+        memory: Peak bytes of the file's process, where the limits are about it.
+        energy_mj: Of one inference, likewise.
     """
     if limits.max_drop is not None and not math.isnan(drop) and drop + error > limits.max_drop:
         return False
     if limits.max_bytes is not None and (outcome.size_bytes or 0) > limits.max_bytes:
+        return False
+    if not keeps_memory(limits, memory) or not keeps_energy(limits, energy_mj):
         return False
     budget = latency_budget_ms(limits, reference_ms)
     return budget is None or outcome.ratio is None or outcome.ratio * reference_ms <= budget * (1 + TOLERANCE)

@@ -73,7 +73,7 @@ def write_folder(run: Path, out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         export_onnx(model, data.calibration.batch(np.arange(2) % len(data.calibration)), dynamic)
-        set_static_batch(dynamic, static)
+        set_static_batch(dynamic, static, config.batch or 1)
         ranges = calibrate(dynamic, (images.numpy() for images in batches(data.calibration, BATCH)))
         for name, (precision, pattern) in forms(plan).items():
             export_tensorrt.write_tensorrt(

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from torch import nn
 
@@ -24,6 +25,7 @@ from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.evaluate.writer import Exported, Writer
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.batch import filled
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
 from hirelc_deploy.outcome import Fidelity
@@ -32,11 +34,17 @@ from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run, atomic_path
 from hirelc_deploy.tasks.paired import PairedDrop, paired_drop
 
+ENERGY_ROUNDS = 100
+"""At least half a second with what settles before each burst: 500 steps of RAPL's counter, which moves every ms."""
+ENERGY_TURNS = 2
+"""The counter starts again once in minutes to hours, so not in two turns in a row."""
+
 
 class Files:
     """The files of one run on one target.
 
     Attributes:
+        batch: Images of one inference: every file takes exactly so many, and is timed with them.
         folder: Receives exported files and recovered weights, whole or absent.
         machine: Of the target: what was timed counts only there.
     """
@@ -50,12 +58,13 @@ class Files:
         progress: Progress,
         folder: str = "files",
         by_layer: ByLayer = AS_USUAL,
+        batch: int = 1,
     ) -> None:
-        self.backend, self.run, self.threads = backend, run, threads
+        self.backend, self.run, self.threads, self.batch = backend, run, threads, batch
         self.folder = run.directory / folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = fingerprint(describe(backend))
-        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations, by_layer)
+        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations, by_layer, batch)
         self._uncut, self._progress = uncut, progress
         self._scratch = tempfile.TemporaryDirectory()
 
@@ -87,7 +96,7 @@ class Files:
 
         def measure() -> dict[str, Any]:
             runner = self.backend.build(self.blanket, self.threads)
-            wholly_integer = not accuracy.operators(runner, self._uncut.example[:1].numpy()).float_ops
+            wholly_integer = not accuracy.operators(runner, filled(self._uncut.example.numpy(), self.batch)).float_ops
             exported = self._exported
             changes = placement.changes(onnx.load(str(exported.static)), wholly_integer=wholly_integer)
             free = {name: layers - self.writer.by_layer.in_float for name, layers in changes.items()}
@@ -175,13 +184,13 @@ class Files:
         return path
 
     def write_plan(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
-        """Write the file that is shipped and timed: static batch of one, integer where the plan says so."""
+        """Write the file that is shipped and timed: for a fixed batch, integer where the plan says so."""
         with tempfile.TemporaryDirectory() as folder:
             exported = self.writer.exported(model, Path(folder), equalise=not plan.trained_rounding)
             self.writer.write(exported, path, self.pattern_of(plan), self.precision_of(plan))
 
     def write_batched(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
-        """Write the file of a plan for any number of images at once; the one for a single image is what is timed."""
+        """Write the file of a plan for any number of images at once; the one for a fixed batch is what is timed."""
         pattern, precision_of = self.pattern_of(plan), self.precision_of(plan)
         with tempfile.TemporaryDirectory() as folder:
             exported = self.writer.exported(model, Path(folder), equalise=not plan.trained_rounding)
@@ -240,7 +249,37 @@ class Files:
 
     def time(self, files: Sequence[Path], limits: TimingLimits | None = None) -> list[Timing]:
         """Time files against the first of them on the target, briefly unless told otherwise."""
-        return compare(files, self.backend, threads=self.threads, limits=limits or self._uncut.effort.timing)
+        limits = limits or self._uncut.effort.timing
+        return compare(files, self.backend, threads=self.threads, limits=limits, batch=self.batch)
+
+    def peak_memory_bytes(self, path: Path) -> int | None:
+        """Return the peak of a process on the target that loads and runs this file alone; None where none tells."""
+
+        def measure() -> int | None:
+            with self.backend.open_timing([path], self.threads, 0) as process:
+                process.rounds(1)
+                return process.states[1].peak_memory_bytes if process.states else None
+
+        found = self.run.remember(f"peak memory of {path.name} on {self.machine}", measure)
+        return None if found is None else int(found)
+
+    def energy_mj(self, path: Path) -> float | None:
+        """Return the millijoules that the target draws during one inference of a file; None where it does not tell.
+
+        The mean power while it runs this file alone, times the median time of an inference.
+        """
+
+        def measure() -> float | None:
+            with self.backend.open_timing([path], self.threads, 0) as process:
+                for _ in range(ENERGY_TURNS):
+                    nanoseconds = process.rounds(ENERGY_ROUNDS)[:, 0, 0]
+                    watts = process.states[0].mean_power_w(process.states[1]) if process.states else None
+                    if watts is not None:
+                        return watts * float(np.median(nanoseconds)) / 1e6
+            return None
+
+        found = self.run.remember(f"energy of {path.name} on {self.machine}", measure)
+        return None if found is None else float(found)
 
     def milliseconds(self, files: Sequence[Path]) -> list[float]:
         """Return the times of files that were timed side by side."""

@@ -42,6 +42,7 @@ class Pipeline:
 
     Attributes:
         task: What the model is for.
+        batch: Images of one inference on the target.
         uncut: What is known of the model before it is cut.
         files: Writes, runs and times files.
         others: The same for further runtimes of the device, whose files take part in the last race.
@@ -63,6 +64,7 @@ class Pipeline:
         task: Task = CLASSIFICATION,
         seed: int = 0,
         threads: int = 1,
+        batch: int = 1,
         progress: Progress | None = None,
         graph: ModelGraph | None = None,
         start: Path | None = None,
@@ -74,14 +76,15 @@ class Pipeline:
     ) -> None:
         """Args: `graph`, `start` and `by_layer` as of `UncutModel`, `Training` and `Writer`."""
         self.data, self.backend, self.run, self.effort = data, backend, run, effort
-        self.seed, self.threads, self.task = seed, threads, task
+        self.seed, self.threads, self.batch, self.task = seed, threads, batch, task
         self.progress = progress or Progress(quiet=True)
         self.jobs, self.evaluators, self.rounds = jobs, evaluators, rounds
         self.uncut = UncutModel(model, data, task, effort, self.progress, graph)
         self.model = self.uncut.model
-        self.files = Files(self.uncut, backend, run, threads, self.progress, by_layer=by_layer)
+        self.files = Files(self.uncut, backend, run, threads, self.progress, by_layer=by_layer, batch=batch)
         self.others = tuple(
-            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}", by_layer) for other in others
+            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}", by_layer, batch)
+            for other in others
         )
         roundings = lambda: tuple(self.roundings.values())  # noqa: E731
         self.training = Training(self.uncut, self.files, effort, seed, self.progress, start, roundings)

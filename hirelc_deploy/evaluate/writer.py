@@ -36,8 +36,8 @@ class Exported:
     """A model's float file, the two that integer files are made of, and what calibration saw in those.
 
     Attributes:
-        plain: For one image, as exported.
-        batched, static: For any number of images and for one, equalised where that changes something.
+        plain: For a fixed batch, as exported.
+        batched, static: For any number of images and for a fixed batch, equalised where that changes something.
     """
 
     plain: Path
@@ -56,10 +56,12 @@ class Writer:
         folder: Path,
         across: Callable[[], bool],
         by_layer: ByLayer = AS_USUAL,
+        batch: int = 1,
     ) -> None:
         """Args: `folder` receives which node of a file belongs to which layer; `across` is asked by `exported`."""
         self.by_layer = by_layer
         self._uncut, self._backend, self._folder, self._across = uncut, backend, folder, across
+        self._batch = batch
 
     @cached_property
     def integer(self) -> Precision:
@@ -79,8 +81,9 @@ class Writer:
     @cached_property
     def exporter(self) -> Exporter | FileExporter:
         """Writes float files; it learns from each export how to do without the next."""
-        is_file = isinstance(self._uncut.model, FileNetwork)
-        return FileExporter(self._uncut.example) if is_file else Exporter(self._uncut.example)
+        if isinstance(self._uncut.model, FileNetwork):
+            return FileExporter(self._uncut.example, self._batch)
+        return Exporter(self._uncut.example, self._batch)
 
     def exported(
         self,

@@ -51,7 +51,7 @@ def run_compare(
     search = Search(
         pipeline,
         workplace.run,
-        LatencyTable(pipeline.backend, table_path(), pipeline.threads),
+        LatencyTable(pipeline.backend, table_path(), pipeline.threads, pipeline.batch),
         config.limits,
         config.search,
     )

@@ -28,6 +28,7 @@ from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.workplace import PRINTED, RESULT, Workplace
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Configured, Runner
+from hirelc_deploy.measure.batch import filled
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
@@ -82,8 +83,9 @@ def deliver(
     runner = home.backend.build(shipped.path, pipeline.threads)
     labels = pipeline.data.selection.labels
     samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
+    batch = filled(samples, pipeline.batch)
     answers = runner.infer(samples)
-    operators = operator_records(runner, shipped.path, samples[:1])
+    operators = operator_records(runner, shipped.path, batch)
     bundle = write_bundle(
         run.directory / "bundle",
         BundleContents(
@@ -100,7 +102,8 @@ def deliver(
             sample_labels=None if labels is None else labels[:SAMPLES],
             test=scores.images,
             measurements=record,
-            operators=accuracy.operators(runner, samples[:1]),
+            operators=accuracy.operators(runner, batch),
+            batch=pipeline.batch,
             machine=run.machine if shipped.files is None else describe(home.backend),
             versions=home.backend.versions(),
             runtime=RUNTIMES.get(home.backend.name, "onnxruntime"),
@@ -113,6 +116,8 @@ def deliver(
         "bundle": str(bundle),
         **record,
         "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
+        "peak_memory_bytes": home.peak_memory_bytes(shipped.path),
+        "energy_mj": None if workplace.config.limits.max_energy_mj is None else home.energy_mj(shipped.path),
         "candidates": candidates(pipeline, delivery, run),
         "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
         "exports": {
@@ -140,14 +145,14 @@ def end_records(files: Files, plan: CompressionPlan) -> list[dict[str, Any]]:
     return [{"name": name, "precision": precision_of(name), **told} for name, told in files.placement.ends.items()]
 
 
-def operator_records(runner: Runner, path: Path, image: NDArray[np.float32]) -> list[dict[str, Any]]:
+def operator_records(runner: Runner, path: Path, images: NDArray[np.float32]) -> list[dict[str, Any]]:
     """Return every operator that ran with its time; those that compute a layer carry the layer's name.
 
     The shipped file names its nodes by numbers, and the runtime appends to them what it fused.
     """
     layers = json.loads(path.with_suffix(".layers.json").read_text("utf-8"))
     records = []
-    for operator in runner.profile(image, runs=50):
+    for operator in runner.profile(images, runs=50):
         layer = layers.get(operator.name.partition("_token_")[0])
         records.append({**vars(operator), "name": f"{layer}/{operator.operator}" if layer else operator.name})
     return records

@@ -18,7 +18,7 @@ from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer.forms import BFLOAT_PATTERNS
 from hirelc_deploy.compress.integer.quantize import PATTERNS
 from hirelc_deploy.compress.recovery import Recovery
-from hirelc_deploy.config import JobConfig
+from hirelc_deploy.config import LARGEST_INPUT, JobConfig
 from hirelc_deploy.deliver.race import metric_record
 from hirelc_deploy.deliver.read import load as load_bundle
 from hirelc_deploy.deliver.read import read_manifest
@@ -125,6 +125,12 @@ def open_workplace(
             "for timm's own (for structural work without accuracy: --data synthetic:64)."
         )
     # Whatever can be wrong with the options is found before the run directory is made.
+    values = math.prod(data.preprocess.input_size)
+    if (config.batch or 1) * values > LARGEST_INPUT:
+        raise InputError(
+            f"batch = {config.batch}: {config.batch or 1:,} images of {values:,} values each; at most "
+            f"{LARGEST_INPUT:,} values go into one inference."
+        )
     graph = proven_graph(model, data, config.exclude, config.include)
     is_file = isinstance(model, FileNetwork)
     if is_file and backend.precisions()[0].form == TENSORRT_FORM:
@@ -156,7 +162,6 @@ def open_workplace(
     except HirelcError as error:
         run.__exit__(type(error), error, error.__traceback__)
         raise
-    values = math.prod(data.preprocess.input_size)
     trains = not is_file and not config.data.spec.startswith("pixels:")  # random pictures teach nothing
     effort = Effort(recovery=recovery_of(config, values) if trains else None).for_inputs(values)
     earlier = Path(config.plan) / "weights.safetensors" if config.plan and not is_file else None
@@ -169,6 +174,7 @@ def open_workplace(
         task=task,
         seed=config.seed,
         threads=config.threads or target.threads,
+        batch=config.batch or 1,
         progress=progress,
         graph=graph,
         start=earlier if earlier is not None and earlier.is_file() else None,

@@ -229,6 +229,14 @@ def _title(run: ReportInput) -> str:
     return f"{model} on {data}" if model and data else model or run.name
 
 
+def _throughput(latency: Record) -> str:
+    """Return images per second, and how many there are of one inference; nothing where an older run did not say."""
+    rate, batch = positive(latency.get("images_per_second")), positive(latency.get("batch"))
+    if not rate:
+        return ""
+    return f"{rate:,.0f} images per second" + (f", {batch:.0f} at a time" if batch and batch > 1 else "")
+
+
 def _facts(run: ReportInput) -> list[str]:
     """Return the short facts under the title."""
     date = text_of(run.result.get("date")) or text_of(run.manifest.get("created"))
@@ -253,6 +261,7 @@ def _headline(result: Record) -> list[dict[str, str]]:
         median, verdict = positive(latency.get("median_ms")), text_of(latency.get("verdict"))
         longest = positive(latency.get("p99_ms"))
         times = [ms_text(median) if median else "", f"99 of 100 within {ms_text(longest)}" if longest else ""]
+        times.append(_throughput(latency))
         notes = ["" if verdict == "faster" else verdict, *times, sure]
         tiles.append(
             {

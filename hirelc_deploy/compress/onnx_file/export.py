@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def exported(model: nn.Module, example: Tensor, *, dynamic_batch: bool = True) -
     """Return what `export_onnx` writes, with the recipe of its constants."""
     failures: list[str] = []
     with evaluating(model):
-        probes = probe(model, example, dynamic_batch)
+        probes = probe(model, example, (1, len(example) + 2) if dynamic_batch else (len(example),) * 2)
         for exporter in (_torchscript, _torch_export):
             try:
                 export = exporter(model, example)
@@ -196,11 +196,10 @@ Probe = tuple[Tensor, dict[str, NDArray[np.float32]]]
 """Images, and what torch answers to them, by name of the output."""
 
 
-def probe(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> list[Probe]:
-    """Return torch's answers to two batches unlike `example`: one of a single image and a larger one, if dynamic."""
+def probe(model: nn.Module, example: Tensor, sizes: Sequence[int]) -> list[Probe]:
+    """Return torch's answers to batches of these sizes, unlike `example`."""
     generator = torch.Generator().manual_seed(0)
     scale = float(example.std()) if example.numel() > 1 and float(example.std()) > 0 else 1.0
-    sizes = (1, len(example) + 2) if dynamic_batch else (len(example),) * 2
     shapes = [(size, *example.shape[1:]) for size in sizes]
     images = [torch.randn(shape, generator=generator) * scale + example.mean() for shape in shapes]
     return [(one, _outputs(answers(model, one))) for one in images]

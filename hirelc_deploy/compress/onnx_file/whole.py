@@ -41,19 +41,27 @@ class Forms:
 class FileExporter:
     """Writes the files of a `FileNetwork`, as `Exporter` writes those of a network of layers."""
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(self, example: Tensor, batch: int = 1) -> None:
+        self.batch = batch
         self.filled = 0
         self.exported: Counter[str] = Counter()
         self._example = example
 
     def write(self, model: nn.Module, batched: Path, static: Path) -> None:
-        """Write a model for any number of images, and for one; raises ExportError where they answer otherwise."""
+        """Write a model for any number of images, and for `batch`; raises ExportError where they answer otherwise.
+
+        Raises:
+            InputError: A batch of a file that takes one image.
+        """
         assert isinstance(model, FileNetwork)
         forms = forms_of(model.file)
-        one, several = export.probe(model, self._example)
+        if self.batch > 1 and not model.file.batched:
+            raise InputError(f"{model.file.name}: it takes one image at a time; leave --batch out.")
+        exactly, several = export.probe(model, self._example, (self.batch, len(self._example) + 2))
         batched.write_bytes(forms.batched.SerializeToString())
-        static.write_bytes(forms.static.SerializeToString())
-        export.check_parity(static.read_bytes(), [one])
+        fixed = export.static_batch(forms.batched, self.batch) if self.batch > 1 else forms.static
+        static.write_bytes(fixed.SerializeToString())
+        export.check_parity(static.read_bytes(), [exactly])
         if model.file.batched:
             export.check_parity(batched.read_bytes(), [several])
         self.exported["it is a file"] += 1

@@ -1,6 +1,7 @@
 """In: pictures, .npy or .npz files. Out: the model's inputs. For Python 3.8, numpy, and Pillow for pictures."""
 
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def picture(path: str) -> "np.ndarray":
             raise ValueError(f"{path}: 32-bit pixels, whose range nobody knows; save 8 or 16 bits")
         image = pillow.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     return np.asarray(image.convert("L" if CHANNELS == 1 else "RGB"))
+
+
+def batches(images: np.ndarray, size: int) -> "Iterator[tuple[np.ndarray, int]]":
+    """Yield (size, channels, height, width) model inputs of images in order, and how many of them are no repetition."""
+    for start in range(0, len(images), size):
+        inputs = [model_input(image) for image in images[start : start + size]]
+        yield np.concatenate(inputs + inputs[-1:] * (size - len(inputs))), len(inputs)
 
 
 def model_input(image: np.ndarray) -> np.ndarray:
