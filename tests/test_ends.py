@@ -30,7 +30,7 @@ from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.guarded import guarded
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.inputs.data.load import load_data
-from hirelc_deploy.jobs.shipping import end_records
+from hirelc_deploy.jobs.shipping import end_records, end_warnings
 from hirelc_deploy.measure.backend import Precision
 from hirelc_deploy.plan import END_OF, CompressionPlan
 from hirelc_deploy.runs import Run
@@ -307,6 +307,9 @@ def test_the_placed_file_keeps_the_scores_that_the_blanket_file_rounds_to_zero(p
 def test_a_result_tells_of_each_end_its_precision_and_why(pipeline):
     for default, precision in (("auto", "float"), ("int8", "int8"), ("float", "float")):
         (told,) = end_records(pipeline.files, CompressionPlan(default_precision=default))
+        warned = end_warnings(pipeline.files, [told])
+        assert len(warned) == (default == "int8")
+        assert all(says.startswith("end of output is integer in the shipped file") for says in warned)
         assert (told["name"], told["precision"]) == ("end of output", precision)
         assert "Concat joins values up to" in told["why"]
         assert told["operators"] > 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,7 @@ def deliver(
     elif candidate is None:
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
     ends = end_records(shipped.home(pipeline), shipped.plan)
-    warnings += [
-        f"{end['name']} is integer in the shipped file, as the plan wants it; precision auto would keep it float: "
-        f"{end['why']}."
-        for end in ends
-        if end["precision"] == "int8" and end["name"] in shipped.home(pipeline).placement.float_layers
-    ]
+    warnings += end_warnings(shipped.home(pipeline), ends)
     scores = final_accuracy(pipeline, delivery)
     record = result_record(pipeline, delivery, scores)
     home = shipped.home(pipeline)
@@ -143,6 +138,15 @@ def end_records(files: Files, plan: CompressionPlan) -> list[dict[str, Any]]:
     """Return what decodes the answers, its precision in the file of a plan, and what the placement saw of it."""
     precision_of = files.precision_of(plan)
     return [{"name": name, "precision": precision_of(name), **told} for name, told in files.placement.ends.items()]
+
+
+def end_warnings(files: Files, ends: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each end that a plan makes integer and the placement does not."""
+    return [
+        f"{end['name']} is integer in the shipped file, as the plan says; precision auto keeps it float: {end['why']}."
+        for end in ends
+        if end["precision"] == "int8" and end["name"] in files.placement.float_layers
+    ]
 
 
 def operator_records(runner: Runner, path: Path, images: NDArray[np.float32]) -> list[dict[str, Any]]:
