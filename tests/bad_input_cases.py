@@ -825,7 +825,11 @@ OPTIONS = [
     Case("unknown option", ["demo", "--sed", "3"], ("No such option: --sed", "--help")),
     Case("unknown command", ["compress"], ("No such command 'compress'", "--help")),
     Case("missing option", ["search", "--model", "net.py:net"], ("Missing option '--out'", "--help")),
-    Case("no data", ["search", "--model", "net.py:net", "--out", "found"], ("--data is missing", "only an ONNX file")),
+    Case(
+        "data not named",
+        ["search", "--model", "net.py:net", "--out", "found"],
+        ("--data is missing", "only an ONNX file"),
+    ),
     Case("seed is no number", apply(seed="one"), ("--seed", "integer")),
     Case("seed is negative", apply(seed="-1"), ("seed", "at least 0")),
     Case("seed is enormous", apply(seed="9" * 30), ("seed",)),

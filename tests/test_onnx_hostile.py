@@ -359,8 +359,8 @@ def _billion_functions(folder: Path) -> Path:
 def _loop(folder: Path) -> Path:
     body = graph_of([node("Identity", ["go"], ["on"]), node("Relu", ["v"], ["w"])], ["on", "w"])
     body.output[0].type.tensor_type.elem_type = TensorProto.BOOL
-    for name, kind in (("i", TensorProto.INT64), ("go", TensorProto.BOOL), ("v", FLOAT)):
-        body.input.append(helper.make_tensor_value_info(name, kind, None))
+    for name, kind, shape in (("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("v", FLOAT, None)):
+        body.input.append(helper.make_tensor_value_info(name, kind, shape))
     tensors = {"m": np.array(2**62, np.int64), "c": np.array(True)}
     return made(folder, node("Loop", ["m", "c", "x"], body=body), tensors=tensors)
 

@@ -71,7 +71,8 @@ class OnnxFile:
     def source(self) -> Path | bytes:
         """What ONNX Runtime is given: the path only where tensors lie beside it."""
         if self.told:
-            return self_contained(self).SerializeToString()
+            whole: bytes = self_contained(self).SerializeToString()
+            return whole
         return self.path if self.has_external else self.path.read_bytes()
 
     @property
