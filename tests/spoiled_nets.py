@@ -61,11 +61,9 @@ def net(spoiled: str = "") -> Net:
     points = made.points.weight[:, :, 0, 0]
     points[:] = torch.randn(32, 3)
     points -= points.mean(1, keepdim=True)  # of white they see nothing
-    points *= 3 if spoiled == "range cut off" else 1
-    points[:1] = 3.0  # and this one how bright a pixel is
+    points *= 3
+    points[: 1 if spoiled == "range cut off" else 8] = 3.0  # and these how bright a pixel is
     made.points.bias.zero_()
-    if spoiled != "range cut off":
-        points[1:8] = 3.0
     mixed = made.mixed.weight[:, :, 0, 0]
     mixed[:] = torch.randn(33, 32) * 0.1
     mixed[:, 0] += 0.5

@@ -60,7 +60,7 @@ WHOLE = "uniform:keep=1,precision=int8"
 def cut(place: Place) -> Path:
     """A run of a plan file that is gone, which cut one unit in half."""
     plan = place.folder / "plan.json"
-    plan.write_text(json.dumps({"keep": {"joined": 8}, "default_precision": "int8"}))
+    plan.write_text(json.dumps({"keep": {"points": 8}, "default_precision": "int8"}))
     place.apply("plain", "cut", str(plan))
     plan.unlink()
     return place.folder / "cut"
@@ -133,14 +133,14 @@ def test_layers_that_stay_float_are_in_the_plan_of_the_bundle(place: Place) -> N
 def test_cuts_are_told_and_a_plan_file_that_is_gone_does_not_matter(cut: Path) -> None:
     found = hirelc_deploy.why(cut / "bundle", fixes=0)
     layers = {layer["name"]: layer for layer in found.layers}
-    told = layers["joined"]["cut"]
-    assert (told["unit"], told["kept"], told["full"]) == ("joined", 8, 16)
+    told = layers["points"]["cut"]
+    assert (told["unit"], told["kept"], told["full"]) == ("points", 8, 32)
     assert told["divergence"]["won"] < 0 < told["ms"]["won"]
-    assert [name for name, layer in layers.items() if layer["cut"]] == ["joined"]
+    assert [name for name, layer in layers.items() if layer["cut"]] == ["points"]
     # Without recovery that is all that the cut file has lost before it is rounded.
     assert found.record["cutting"]["divergence"]["won"] == pytest.approx(told["divergence"]["won"], rel=0.02)
     assert found.record["rounding"]["ms"]["won"] > 0
-    assert "16 → 8" in str(found)
+    assert "32 → 8" in str(found)
     losses = [layer["rounding"]["divergence"]["won"] for layer in found.layers]
     assert losses == sorted(losses)
 

@@ -168,17 +168,17 @@ def _spreads(
             seen[tensor] += sample.size
     found = {}
     for tensor in tensors:
-        least, largest = float(np.min(low[tensor])), float(np.max(high[tensor]))
+        bottom, top = float(np.min(low[tensor])), float(np.max(high[tensor]))
         first, last = histograms[tensor].percentile_range(100 - TAIL_PERCENT)
-        inner = min(last, largest) - max(first, least)
+        inner = min(last, top) - max(first, bottom)
         width = np.maximum(np.abs(low[tensor]), np.abs(high[tensor])).ravel()
         middle = float(np.median(width))
         found[tensor] = Spread(
             ranges.low[tensor],
             ranges.high[tensor],
-            least,
-            largest,
-            max(0.0, 1 - inner / (largest - least)) if largest > least else 0.0,
+            bottom,
+            top,
+            max(0.0, 1 - inner / (top - bottom)) if top > bottom else 0.0,
             float(width.max()) / middle if middle > 0 and width.size > 1 else None,
             outside[tensor] / max(1, seen[tensor]),
         )
