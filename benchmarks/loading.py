@@ -24,16 +24,18 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from record import provenance
+from torch import nn
 from torch.utils.data import DataLoader
 
+from hirelc_deploy import _torchvision_guard
 from hirelc_deploy.compress.recovery import Recovery, Teacher, fine_tune
 from hirelc_deploy.inputs.data import loader
 from hirelc_deploy.inputs.data.canvas import resized
@@ -156,6 +158,12 @@ class Watched(Teacher):
             yield batch
 
 
+def small_network() -> nn.Module:
+    """Return the network that is trained, untrained."""
+    _torchvision_guard.install()
+    return import_module("timm").create_model(NETWORK, num_classes=CLASSES)
+
+
 def wait(archive: Path, count: int, steps: int) -> list[dict[str, Any]]:
     """Return how long a recovery waits for pictures, loaded by this process alone and by as many as are found."""
     records, found = [], loader.workers_for
@@ -171,10 +179,10 @@ def wait(archive: Path, count: int, steps: int) -> list[dict[str, Any]]:
             loader.workers_for = choose
             torch.manual_seed(0)
             images = training_images(Path(folder))
-            network = timm.create_model(NETWORK, num_classes=CLASSES).eval()
+            network = small_network().eval()
             teacher = Watched(network, images, 8, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             recipe = Recovery(epochs=steps / (len(images) // BATCH), batch_size=BATCH)
-            student = timm.create_model(NETWORK, num_classes=CLASSES)
+            student = small_network()
             begun = time.perf_counter()
             fine_tune(student, teacher, recipe, seed=0, progress=Progress(quiet=True))
             seconds = time.perf_counter() - begun

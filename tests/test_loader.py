@@ -189,11 +189,6 @@ def test_a_process_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest
     assert signal.getsignal(signal.SIGCHLD) == handler  # or torch's would raise anywhere
 
 
-def test_an_error_of_the_code_itself_is_not_hidden(tmp_path: Path):
-    with pytest.raises(IndexError):
-        list(loaded(folder_images(tmp_path), [Wanted(np.array([99]), 0)], workers=1))
-
-
 # How many processes
 
 

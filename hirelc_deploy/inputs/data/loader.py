@@ -190,6 +190,7 @@ def _by_processes(make: Callable[[Any], Any], keys: Iterable[Any], workers: int,
         prefetch_factor=AHEAD,
     )
     arriving = _begun(loader)
+    died = False
     try:
         for made in arriving:
             if isinstance(made, HirelcError):
@@ -198,12 +199,14 @@ def _by_processes(make: Callable[[Any], Any], keys: Iterable[Any], workers: int,
     except RuntimeError as error:
         if not str(error).startswith(DIED):
             raise
+        died = True
+    finally:
+        del arriving  # which ends the processes, also where an error still holds this frame
+    if died:  # said here, where torch's error and all that it holds is gone
         raise InputError(
             "a process that loads images died, often because the memory is full; what was finished is kept, so free "
             "some memory and run the same again."
-        ) from None
-    finally:
-        del arriving  # which ends the processes, also where an error still holds this frame
+        )
 
 
 def _begun(loader: DataLoader[Any]) -> Iterator[Any]:
