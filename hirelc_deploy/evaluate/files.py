@@ -32,7 +32,6 @@ from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run, atomic_path
 from hirelc_deploy.tasks.paired import PairedDrop, paired_drop
 
-
 ENERGY_ROUNDS = 100
 """At least half a second with what settles before each burst: 500 steps of RAPL's counter, which moves every ms."""
 ENERGY_TURNS = 2
