@@ -161,7 +161,9 @@ def test_files_tables_bundle_and_result_of_a_search_are_of_its_batch(place: Path
     latency = result["latency"]
     assert (latency["batch"], latency["threads"]) == (BATCH, 1)
     assert latency["images_per_second"] == pytest.approx(1000 * BATCH / latency["median_ms"])
-    assert "images per second, 8 at a time" in (run_folder / "report.html").read_text("utf-8")
+    report = (run_folder / "report.html").read_text("utf-8")
+    assert "images per second, 8 at a time" in report
+    assert "its process takes" in report
     check(result, "result")
     check(manifest, "manifest")
 

@@ -35,7 +35,7 @@ from hirelc_deploy.runs import Run, atomic_path
 from hirelc_deploy.tasks.paired import PairedDrop, paired_drop
 
 ENERGY_ROUNDS = 100
-"""At least half a second with what settles before each burst: 500 steps of RAPL's counter, which moves every ms."""
+"""At least 0.1 s with what settles before each burst: 100 steps of RAPL's counter, which moves every millisecond."""
 ENERGY_TURNS = 2
 """The counter starts again once in minutes to hours, so not in two turns in a row."""
 

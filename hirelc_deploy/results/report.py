@@ -237,6 +237,13 @@ def _throughput(latency: Record) -> str:
     return f"{rate:,.0f} images per second" + (f", {batch:.0f} at a time" if batch and batch > 1 else "")
 
 
+def _draws(result: Record) -> str:
+    """Return the memory and energy of the running file, as far as they are known."""
+    peak, energy = positive(result.get("peak_memory_bytes")), positive(result.get("energy_mj"))
+    memory = f"its process takes {bytes_text(peak)} of memory" if peak else ""
+    return "; ".join(filter(None, [memory, f"{energy:.3g} mJ an inference" if energy else ""]))
+
+
 def _facts(run: ReportInput) -> list[str]:
     """Return the short facts under the title."""
     date = text_of(run.result.get("date")) or text_of(run.manifest.get("created"))
@@ -281,11 +288,12 @@ def _headline(result: Record) -> list[dict[str, str]]:
         )
     size_ratio, size = positive(result.get("size_ratio")), positive(result.get("size_bytes"))
     if size_ratio and size:
+        became = f"{bytes_text(size)}, was {bytes_text(size * size_ratio)}"
         tiles.append(
             {
                 "value": times_text(max(size_ratio, 1 / size_ratio)),
                 "label": f"{'smaller' if size_ratio >= 1 else 'larger'} than the {_float_name(result)} file",
-                "note": f"{bytes_text(size)}, was {bytes_text(size * size_ratio)}",
+                "note": "; ".join(filter(None, [became, _draws(result)])),
             }
         )
     accuracy = record(result.get("accuracy"))
