@@ -254,7 +254,8 @@ def test_benchmark_compares_with_the_first_file(place: Path, capsys: pytest.Capt
 def check_result(result: dict[str, Any], run: Path, reference_params: int) -> None:
     assert set(result) == set(PRINTED)
     assert set(result["accuracy"]) == {"test", "baseline_test", "drop_points", "drop_low", "drop_high"}
-    assert set(result["latency"]) == {"median_ms", "p99_ms", "reference", "ratio", "ratio_low", "ratio_high", "verdict"}
+    keys = {"median_ms", "p99_ms", "batch", "threads", "images_per_second", "reference"}
+    assert set(result["latency"]) == keys | {"ratio", "ratio_low", "ratio_high", "verdict"}
     assert set(result["best_unpruned"]) == {"name", "ratio"}
     assert result["params"] <= reference_params
     shipped, reference = run / "bundle/model.onnx", run / "files" / result["latency"]["reference"]
