@@ -26,6 +26,7 @@ ORDER = (
     ("deliver",),
     ("results",),
     ("jobs",),
+    ("returned",),
     ("api",),
     ("__init__", "cli", "__main__"),
 )
