@@ -235,7 +235,9 @@ def inspect(
 
     Args:
         verdict: Foretell what INT8, bf16, cutting and other runtimes can bring on a target, from timed pieces.
-        target, threads, seconds: Of the verdict: `cpu`, those of the target, and 60 where nothing is said.
+        target: Of the verdict; `cpu` where nothing is said.
+        threads: Of the verdict; those of the target where nothing is said.
+        seconds: That the verdict may take; 60 where nothing is said.
         progress: As in `JobOptions`.
 
     Raises:
@@ -371,7 +373,10 @@ def why(
 
     Args:
         run: The folder of a search or apply, or the bundle in it.
-        model, data, metric, loss: Where the run was given objects, or its data lie elsewhere now: the same again.
+        model: The same again, where the run was given an object.
+        data: The same again, where the run was given objects, or where its data lie elsewhere now.
+        metric: The same again, where the run was given a function.
+        loss: As `metric`.
         data_dir: Beside data that are a text.
         fixes: Layers, those that lost most, for which changes are tried.
         progress: As in `JobOptions`.
