@@ -220,7 +220,10 @@ class JobConfig:
 
     def to_toml(self) -> str:
         """Return the canonical text: equal for equal jobs, entries in the order of the fields, unset ones left out."""
-        return f"schema_version = {SCHEMA_VERSION}\n" + "\n".join(_toml_lines(_plain(self), ())) + "\n"
+        plain = _plain(self)
+        if self.ranges:
+            plain["ranges"] = dict(self.ranges)  # in their order: the last pattern that fits counts
+        return f"schema_version = {SCHEMA_VERSION}\n" + "\n".join(_toml_lines(plain, ())) + "\n"
 
     @classmethod
     def from_toml(cls, text: str, where: str = "config.toml") -> JobConfig:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ FULL = JobConfig(
 def test_a_job_survives_toml() -> None:
     assert JobConfig.from_toml(FULL.to_toml()) == FULL
     assert JobConfig.from_toml(JobConfig.from_toml(FULL.to_toml()).to_toml()) == FULL
+
+
+def test_patterns_of_ranges_keep_their_order_of_which_the_last_counts() -> None:
+    ranges = {"layer1.*": "minmax", "*.conv1": "mse"}
+    read = JobConfig.from_toml(replace(FULL, ranges=ranges).to_toml())
+    assert list(read.ranges.items()) == list(ranges.items())
 
 
 @given(

@@ -367,3 +367,33 @@ def test_boxes_lie_where_they_lay_in_pictures_decoded_at_a_reduced_size(tmp_path
     fresh = PlacedImages([Sample(file, boxes)], "boxes", square, flips=False)
     assert same(reduced, fresh.targets([0], 2))
     assert reduced[0]["boxes"][0, 2] - reduced[0]["boxes"][0, 0] == 4  # half of the picture, as before
+
+
+class OpensItsFile:
+    """The usual idiom: the file is opened by whoever first asks for an item."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, None
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.file is None:
+            self.file = self.path.open("rb", buffering=0)
+        self.file.seek(index * 192)
+        return torch.frombuffer(bytearray(self.file.read(192)), dtype=torch.uint8).view(3, 8, 8), index % 2
+
+
+def test_a_data_set_that_keeps_its_file_open_is_read_by_this_process_alone(tmp_path: Path):
+    (tmp_path / "pictures").write_bytes(bytes(40 * 192))
+    data = data_from_datasets({"train": DataLoader(OpensItsFile(tmp_path / "pictures"), num_workers=2)})
+    assert not data.train.decodes
+
+
+def test_batches_of_a_split_hold_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader, "workers_for", lambda *args: 2)
+    images = torch.arange(40 * 192, dtype=torch.float32).view(40, 3, 8, 8)
+    data = data_from_datasets({"train": DataLoader(TensorDataset(images, torch.arange(40) % 2), num_workers=2)})
+    assert data.train.decodes
+    assert not any(batch.is_shared() for batch in batches(data.train, 2))

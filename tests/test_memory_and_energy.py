@@ -82,6 +82,18 @@ def test_a_finalist_that_misses_the_limit_is_followed_by_a_smaller_one(
     assert f"takes {found[-1].peak_memory_bytes:,} bytes of memory" in closest_plan(pipeline, found[-1:], 99.0)
 
 
+def test_at_an_asked_speed_too_a_smaller_one_follows_until_the_limit_is_met(pipeline: Pipeline) -> None:
+    most = narrowest(pipeline) + 20_000
+    limits = Limits(max_drop=99.0, speedup=1.1, max_memory_bytes=most)
+    config = SearchConfig("knapsack", f1_evaluations=2, finalists=9, options=3)
+    search = finalists.Search(pipeline, pipeline.run, LatencyTable(pipeline.backend, None), limits, config)
+    found = search.finalists()
+    assert not found[0].keeps_limits
+    peaks = [one.peak_memory_bytes or 0 for one in found]
+    assert len(peaks) > 1
+    assert peaks == sorted(peaks, reverse=True)
+
+
 def test_an_unpruned_file_is_held_to_the_limit_too(pipeline: Pipeline) -> None:
     files = uncut_files(pipeline, pipeline.files)
     timings = compare([file.path for file in files], pipeline.backend, limits=QUICK)

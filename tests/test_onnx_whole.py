@@ -29,6 +29,7 @@ from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.models.onnx_files import runtime
 from hirelc_deploy.inputs.models.onnx_files.load import build
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
+from hirelc_deploy.jobs.export import export_batched
 from hirelc_deploy.tasks.none import NoTask
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -125,6 +126,19 @@ def test_inspect_counts_its_layers_and_says_why_none_is_cut(place: Path) -> None
     assert record["units"] == []
     assert record["kept_whole"][0]["reason"].startswith("operator Loop")
     assert record["params"] > sum(layer.params for layer in graph_of_file(build(place / "net.onnx")).layers)
+
+
+def test_a_verdict_beforehand_is_of_the_file_too(place: Path) -> None:
+    found = hirelc_deploy.inspect(str(place / "net.onnx"), verdict=True, seconds=20)
+    assert any("int8" in str(one).lower() for one in found.foretold)
+
+
+def test_a_file_of_one_image_stays_one(place: Path) -> None:
+    path = saved(looped_net(image=(1, 3, 16, 16)), place / "one.onnx")
+    result = hirelc_deploy.apply(str(path), f"npz:{place}/d.npz", "uniform:precision=auto", out=place / "one")
+    assert hirelc_deploy.why(result.directory, fixes=0).layers
+    with pytest.raises(InputError, match=r"one.onnx takes one image at a time; leave --dynamic-batch out"):
+        export_batched(result.directory, place)
 
 
 def test_a_plan_that_cuts_is_refused_and_leaves_no_run(place: Path) -> None:

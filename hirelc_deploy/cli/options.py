@@ -123,8 +123,7 @@ def methods(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
         pattern, equals, method = pair.rpartition("=")
         if not equals or not pattern:
             raise InputError(f"{option} {pair!r}: write LAYERS=METHOD, as in 'stages.1.*=minmax'.")
-        if pattern in found:
-            raise InputError(f"{option} {pattern} is given twice.")
+        found.pop(pattern, None)  # the last one counts, as among patterns
         found[pattern] = method
     return found
 

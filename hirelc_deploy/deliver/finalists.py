@@ -169,18 +169,24 @@ class Search:
         return found
 
     def _finalists_at(self, budget_ms: float) -> list[Finalist]:
-        """Return finalists of one budget, each without other branches, until one keeps the limits."""
+        """Return finalists of one budget until one keeps the limits: without other branches, or smaller ones."""
         found: list[Finalist] = []
         for _ in range(self.config.finalists):
             finalist = self._finalist(budget_ms)
             if finalist is not None:
                 found.append(finalist)
-            if (finalist is not None and finalist.keeps_limits) or not self._other_depths:
+            if finalist is not None and finalist.keeps_limits:
+                break
+            too_large = finalist is not None and self._is_too_large(finalist)
+            if not too_large and not self._other_depths:
                 break
             if time.monotonic() > self.deadline:
                 self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
                 break
-            self._gone = self._other_depths.pop(0)
+            if finalist is not None and too_large:  # a smaller one is faster, which every latency limit allows
+                budget_ms = min(1.0, self._used(finalist.outcome, budget_ms)) * budget_ms / STEP
+            else:
+                self._gone = self._other_depths.pop(0)
         return found
 
     def _is_too_large(self, finalist: Finalist) -> bool:
@@ -279,7 +285,8 @@ class Search:
             again = any(found[0] == plan for plan, _ in tried)
             tried.append(found)
             used = self._used(found[1], budget_ms)
-            if again or 1 - UNUSED <= used <= 1 + TOLERANCE:
+            all_kept = used < 1 and aim_ms >= self.problem.uncut_ms
+            if again or all_kept or 1 - UNUSED <= used <= 1 + TOLERANCE:
                 break
             aim_ms /= used
         if not tried:

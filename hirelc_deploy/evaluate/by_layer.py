@@ -61,7 +61,7 @@ class ByLayer:
 
     def stated(self, plan: CompressionPlan, graph: ModelGraph) -> CompressionPlan:
         """Return a plan that says itself which layers stay float, for those who see the plan alone."""
-        if plan.default_precision == "float" or not self.in_float:
+        if not self.in_float or (plan.default_precision == "float" and not self.in_float & plan.precision.keys()):
             return plan
         floats = [layer for layer in self.in_float if not graph.leaves_out(layer, plan.keep)]
         return replace(plan, precision={**plan.precision, **dict.fromkeys(floats, "float")})

@@ -19,7 +19,9 @@ import onnx
 from numpy.typing import NDArray
 from torch import nn
 
+from hirelc_deploy.compress.integer import quantize
 from hirelc_deploy.compress.integer.calibration import DEFAULT_METHOD, METHODS, Ranges
+from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.equalisation import streams_at
 from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.placement import NEARER
@@ -154,7 +156,8 @@ class LayerLosses:
         def measure() -> Effect:
             # Their faster Gelu and bfloat16 are no rounding of this layer.
             pattern = self.pattern.removesuffix(BFLOAT).removesuffix(SIGMOID_GELU)
-            path = self._build(lambda name: precision if name == layer else FLOAT, pattern=pattern)
+            asked = {layer: precision} | dict.fromkeys(self._ends_of(layer), "int8")
+            path = self._build(lambda name: asked.get(name, FLOAT), pattern=pattern)
             effect = self._effect(self._judged(self.in_float), self._judged(path))
             path.unlink()  # one float file for each layer would fill the disk
             return effect
@@ -326,8 +329,18 @@ class LayerLosses:
         return path
 
     def _switched(self, layer: str) -> Callable[[str], str]:
+        """Return the precisions of the file with one layer the other way; an integer layer of an end takes it along."""
         other = FLOAT if self.precision_of(layer) != FLOAT else "int8"
-        return lambda name: other if name == layer else self.precision_of(name)
+        asked = {layer: other} | (dict.fromkeys(self._ends_of(layer), "int8") if other != FLOAT else {})
+        return lambda name: asked[name] if name in asked else self.precision_of(name)
+
+    def _ends_of(self, layer: str) -> list[str]:
+        """Return the names of the ends whose expectation a layer computes: it is integer only where they are."""
+        return [end.name for end in self._decoding if layer in end.layers]
+
+    @cached_property
+    def _decoding(self) -> tuple[End, ...]:
+        return quantize.ends_of(self.exported.static, self.exported.ranges)
 
     # Judging
 

@@ -26,6 +26,7 @@ from hirelc_deploy.deliver.tensorrt_folder import write_folder
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.evaluate.cutting import divergence, tensors
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.jobs.workplace import reopened, shipped_of
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.strategies.baselines import STRATEGIES
@@ -145,12 +146,15 @@ def export_batched(run: Path, out: Path) -> list[Path]:
     """Write the shipped model of a run as a file for any number of images, beside what describes its input.
 
     Raises:
+        InputError: The model is a file that takes one image.
         ExportError: its answers are not those of the shipped file, but for single roundings.
     """
     bundle, path = run / "bundle", out / EXPORTED["onnx"][0]
     workplace = reopened(run, Progress(quiet=True))
     pipeline = workplace.pipeline
     model, plan = shipped_of(workplace)
+    if isinstance(model, FileNetwork) and not model.file.batched:
+        raise InputError(f"{run}: {model.file.name} takes one image at a time; leave --dynamic-batch out.")
     pipeline.files.write_batched(model, plan, path)
     images = pipeline.uncut.selection[0][: pipeline.effort.search_images].numpy()
     shipped, batched = (

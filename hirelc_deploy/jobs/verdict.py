@@ -25,12 +25,14 @@ from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer import calibration, forms, quantize
 from hirelc_deploy.compress.integer.forms import form_of
 from hirelc_deploy.compress.onnx_file.refill import Exporter
+from hirelc_deploy.compress.onnx_file.whole import FileExporter
 from hirelc_deploy.errors import ExportError, SliceError
 from hirelc_deploy.evaluate.cutting import FLOAT
 from hirelc_deploy.evaluate.foretold import Foretold, Form, FormName, Times, foretell, time_pieces
 from hirelc_deploy.evaluate.pieces import pieces_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.inputs.models.given import GivenModel, Source
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.measure.backend import Backend, Precision
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
@@ -144,7 +146,7 @@ def verdict_of(
         ExportError: The uncut model cannot be written, or the runtime refuses it in float.
     """
     clock, until = progress.clock, started + seconds
-    exporter = Exporter(images)
+    exporter = FileExporter(images) if isinstance(network, FileNetwork) else Exporter(images)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         before = clock()
@@ -195,7 +197,9 @@ def verdict_of(
     }
 
 
-def float_file(exporter: Exporter, network: nn.Module, images: Tensor, folder: Path) -> tuple[Path, calibration.Ranges]:
+def float_file(
+    exporter: Exporter | FileExporter, network: nn.Module, images: Tensor, folder: Path
+) -> tuple[Path, calibration.Ranges]:
     """Return the float file for one image, and the ranges of all its tensors on these images."""
     batched, static = folder / "batched.onnx", folder / "static.onnx"
     exporter.write(network, batched, static)

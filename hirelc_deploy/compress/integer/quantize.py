@@ -156,7 +156,8 @@ def quantize(
     proto = onnx.load(str(float_model))
     known = known_ranges(proto, ranges)
     proto, integer, factors, decoding = _in_fast_forms(proto, precision_of, pattern, known)
-    four = {layer for layer in layer_of_node(proto).values() if precision_of(layer) == "int4"}
+    layers = layer_of_node(proto).items()
+    four = {layer for node, layer in layers if node not in decoding and precision_of(layer) == "int4"}
     if not integer:
         out.write_bytes(use_four_bits(proto, four).SerializeToString() if four else float_model.read_bytes())
         return

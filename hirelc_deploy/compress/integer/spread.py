@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from hirelc_deploy.compress.integer.calibration import Histogram, Ranges
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
 from hirelc_deploy.compress.onnx_file.links import readers_of
-from hirelc_deploy.compress.onnx_file.watch import Watch
+from hirelc_deploy.compress.onnx_file.watch import Watch, as_taken
 
 TAIL_PERCENT = 0.1
 """The outermost values, in percent, whose share of the range is told."""
@@ -157,7 +157,7 @@ def _spreads(
     low, high = dict[str, NDArray[np.float32]](), dict[str, NDArray[np.float32]]()
     histograms = {tensor: Histogram() for tensor in tensors}
     outside, seen = dict.fromkeys(tensors, 0), dict.fromkeys(tensors, 0)
-    for batch in images:
+    for batch in as_taken(proto, images):
         values = iter(values_of(batch))
         for tensor in tensors:
             least, largest, sample = next(values), next(values), next(values)

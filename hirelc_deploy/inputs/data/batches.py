@@ -16,7 +16,9 @@ def batches(images: Images, size: int, limit: int | None = None) -> Iterator[Ten
     """Return preprocessed images, in order, at most `size` at a time and `limit` in all."""
     count = len(images) if limit is None else min(limit, len(images))
     wanted = (Wanted(np.arange(start, min(start + size, count)), JUDGED) for start in range(0, count, size))
-    return (batch.pictures for batch in loaded(images, wanted))
+    arriving = (batch.pictures for batch in loaded(images, wanted))
+    # Copied out of the memory that processes share, of which a container has little: callers keep whole splits.
+    return (pictures.clone() if pictures.is_shared() else pictures for pictures in arriving)
 
 
 def two_images(data: Data) -> Tensor:

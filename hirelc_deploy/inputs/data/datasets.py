@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,8 @@ class Source:
         classes: Number of classes; None where it is not known.
         collate: Makes (images, targets) of a list of items, where items are something else.
         floats: Whether its images are model inputs.
-        for_processes: Whether other processes may ask for items: its owner's DataLoader has workers. Elsewhere nobody
-            knows; one that keeps a file open would give them each other's bytes.
+        for_processes: Whether other processes may ask for items: its owner's DataLoader has workers, and it keeps no
+            file open, which would give them each other's bytes. Elsewhere nobody knows.
     """
 
     name: str
@@ -254,6 +256,7 @@ def data_from_datasets(
             classes=len(names) or None,
             collate=source.collate or collate_fn,
             floats=_is_input(looked[0][0]),
+            for_processes=source.for_processes and _keeps_nothing_open(source.items),
         )
         for split, source in given.items()
     }
@@ -266,6 +269,28 @@ def data_from_datasets(
         for split, (source, rows) in share_out(counts, labels, sizes or SplitSizes(), name).items()
     }
     return data_of(name, names, splits, native, kind, options, floats=_is_input(looked[0][0]))
+
+
+class _Nowhere(io.RawIOBase):
+    """A file that forgets what is written."""
+
+    def writable(self) -> bool:
+        """It takes anything."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Forget it."""
+        return len(data)
+
+
+def _keeps_nothing_open(items: Any) -> bool:
+    """Return whether a data set that has read an item could be sent elsewhere; one with an open file cannot."""
+    try:
+        items[0]  # many open their file here
+        ForkingPickler(_Nowhere(), 5).dump(items)
+    except Exception:  # somebody's own code
+        return False
+    return True
 
 
 def read_factory(spec: str, sizes: SplitSizes, seed: int) -> Data:

@@ -170,9 +170,19 @@ class _Making:
     def __getitem__(self, key: Any) -> Any:
         """Return what was made, or the error that says why not: raised, torch would wrap it into a traceback."""
         try:
-            return self.make(key)
+            made = self.make(key)
+            for part in made if isinstance(made, tuple) else (made,):
+                if isinstance(part, Tensor):
+                    part.share_memory_()  # here: torch's own thread would print an error, and nobody get the batch
         except HirelcError as error:
             return error
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return InputError(
+                "the memory that processes share (/dev/shm) is full; give the container more (docker: --shm-size)."
+            )
+        return made
 
 
 def _by_processes(make: Callable[[Any], Any], keys: Iterable[Any], workers: int, pinned: bool) -> Iterator[Any]:
