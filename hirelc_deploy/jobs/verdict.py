@@ -26,7 +26,7 @@ from hirelc_deploy.compress.integer import calibration, forms, quantize
 from hirelc_deploy.compress.integer.forms import form_of
 from hirelc_deploy.compress.onnx_file.refill import Exporter
 from hirelc_deploy.compress.onnx_file.whole import FileExporter
-from hirelc_deploy.errors import ExportError, SliceError
+from hirelc_deploy.errors import ExportError, InputError, SliceError
 from hirelc_deploy.evaluate.cutting import FLOAT
 from hirelc_deploy.evaluate.foretold import Foretold, Form, FormName, Times, foretell, time_pieces
 from hirelc_deploy.evaluate.pieces import pieces_of
@@ -143,6 +143,7 @@ def verdict_of(
         seconds: From `started` on, by `progress.clock`; the piece that is being timed then is finished.
 
     Raises:
+        InputError: The model has a Loop or an If.
         ExportError: The uncut model cannot be written, or the runtime refuses it in float.
     """
     clock, until = progress.clock, started + seconds
@@ -158,7 +159,13 @@ def verdict_of(
         # A second export, of the cut network, takes as long as the first at most.
         can_cut = bool(graph.units) and clock() + 2 * export_seconds < until
         share = UNCUT_SHARE if can_cut else 1.0
-        pieces = pieces_of(onnx.load(str(plain)))
+        proto = onnx.load(str(plain))
+        if any(names_within(node) for node in proto.graph.node):
+            raise InputError(
+                "--verdict: the model has a Loop or an If, which cannot be timed in pieces; apply it with --plan "
+                "uniform:precision=auto, which measures the whole file."
+            )
+        pieces = pieces_of(proto)
         offered: dict[FormName, Form] = {}
         for backend in place.backends:
             offered |= _forms(backend, ranges, place.target)
