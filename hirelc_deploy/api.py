@@ -40,15 +40,16 @@ from hirelc_deploy.inputs.fitting import plain
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.inspect import inspected, inspection_text
+from hirelc_deploy.jobs.recording import recorded
 from hirelc_deploy.jobs.search import run_search
-from hirelc_deploy.jobs.workplace import RESULT, Given, Workplace, open_workplace
+from hirelc_deploy.jobs.workplace import Given, Workplace, open_workplace
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
 from hirelc_deploy.measure.targets import find_target, open_target
 from hirelc_deploy.outcome import Outcome, outcome_from_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
-from hirelc_deploy.runs import PARETO
+from hirelc_deploy.runs import PARETO, RESULT
 from hirelc_deploy.user_code import usual_torch
 
 __all__ = ["Inspection", "Result", "apply", "benchmark", "inspect", "load", "search", "verify"]
@@ -403,7 +404,7 @@ def run_config(config: JobConfig, out: Path, progress: Progress, command: str) -
 
 def _finished(workplace: Workplace) -> Result:
     plan, directory = workplace.config.plan, workplace.run.directory
-    with workplace.run:
+    with recorded(workplace):
         printed = run_apply(workplace, plan) if plan is not None else run_search(workplace)
     return Result(directory, {**json.loads((directory / RESULT).read_text("utf-8")), **printed})
 

@@ -137,6 +137,12 @@ PLAN = _record(
     },
 )
 PLAN_AS_WRITTEN = {**PLAN, "required": ["schema_version", "keep", "precision", "default_precision"]}
+STEP = {
+    "step": _text("What is being done."),
+    "done": _whole("Of what it counts."),
+    "total": _whole("0 where nothing is counted."),
+    "note": _text("For example the current loss."),
+}
 FIDELITY = _one_of("F1", "F2", "F3", description="Judged in torch; as a timed file; as a timed file after recovery.")
 SECONDS = _map(_number(), "Stage to the seconds it took.")
 OUTCOME = {
@@ -456,6 +462,64 @@ _SCHEMAS: dict[str, Schema] = {
             "changes": _list(CHANGE, "Figures beside those of --against; empty without it."),
         },
     ),
+    "progress": _record(
+        "`progress.json` of a run: how far the last command on it is, written every few seconds.",
+        {
+            "schema_version": VERSION,
+            "command": _text(),
+            "host": _text("Of the machine that it runs on."),
+            "pid": _whole("Of its process there."),
+            "began": TIME,
+            "updated": TIME,
+            "state": _one_of("running", "finished", "stopped"),
+            "why": _text("What stopped it, as a sentence."),
+            **STEP,
+            "seconds": _number("Since it began."),
+            "seconds_before": _number("Of the commands before it on this run."),
+            "seconds_left": _or_null(_number("Of the whole command; null where it is not known.")),
+            "measured": _map(
+                _record("Steps of one kind.", {"count": _whole(), "seconds": _number("Of all of them.")}),
+                "What steps have taken, kind by kind.",
+            ),
+        },
+    ),
+    "status": _record(
+        "`status --json`: how a run stands; null where the command on it did not say.",
+        {
+            "run": _text(),
+            "command": _or_null(_text()),
+            "state": _one_of("running", "finished", "stopped", "unknown"),
+            "alive": _or_null(_truth("Whether a process holds the run; null where it was begun on another machine.")),
+            "why": _text("What stopped it, or why it is not known."),
+            "host": _or_null(_text()),
+            "pid": _or_null(_whole()),
+            "began": _or_null(TIME),
+            "updated": _or_null(TIME),
+            **{name: _or_null(schema) for name, schema in STEP.items()},
+            "seconds": _or_null(_number("Of all commands on this run.")),
+            "seconds_left": _or_null(
+                _number("Of the whole command; null where nothing is running or it is not known.")
+            ),
+            "trials": _map(_whole(), "Finished evaluations: F1, F2, F3, and how many of all failed."),
+            "best": _or_null(
+                _record(
+                    "The fastest recovered file that keeps the limits, else the one that lost least.",
+                    {
+                        "plan": _text("Its digest."),
+                        "ratio": _or_null(_number("Time over that of the uncut float file.")),
+                        "loss": _number(),
+                        "accuracy": _or_null(_number()),
+                        "size_bytes": _or_null(_whole()),
+                        "drop_points": _or_null(_number("On the selection split.")),
+                        "drop_error": _or_null(_number("Standard error.")),
+                        "keeps_limits": _or_null(_truth()),
+                    },
+                )
+            ),
+            "bundle": _or_null(_text("Of a finished run.")),
+            "log": _list(_text(), "The last lines of `run.log`."),
+        },
+    ),
     "doctor": _record(
         "`doctor --json`: what can run here, what is missing, and how to get it.",
         {"findings": _list(_record("One finding.", {"what": _text(), "ok": _truth(), "says": _text()}))},
@@ -509,7 +573,7 @@ _SCHEMAS: dict[str, Schema] = {
 }
 COMMANDS = {
     **dict.fromkeys(("search", "apply", "demo"), "search"),
-    **{name: name for name in ("inspect", "benchmark", "verify", "doctor", "targets", "profile", "compare")},
+    **{name: name for name in ("inspect", "benchmark", "verify", "status", "doctor", "targets", "profile", "compare")},
     "targets add": "targets-add",
 }
 """Command that takes --json, to the name of its schema."""

@@ -99,7 +99,9 @@ def shell(*arguments: str, **environment: str) -> str:
 
 
 def test_the_commands_are_those_of_the_design() -> None:
-    wanted = "apply benchmark compare demo doctor export inspect profile report schema search skill targets verify"
+    wanted = (
+        "apply benchmark compare demo doctor export inspect profile report schema search skill status targets verify"
+    )
     assert " ".join(COMMANDS) == wanted
 
 

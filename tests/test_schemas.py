@@ -51,6 +51,7 @@ OUTPUTS: dict[str, list[str]] = {
     "benchmark": ["benchmark", "run/bundle/model.onnx", "run/bundle/model.onnx", "--json"],
     "profile": ["profile", *MODEL, "--out", "stairs", "--steps", "3", "--json", "-q"],
     "compare": [*COMPARE, "--out", "compared", "--json", "-q"],
+    "status": ["status", "run", "--json"],
     "doctor": ["doctor", "--json"],
     "targets": ["targets", "--json"],
     "search": SEARCH,  # a finished run, which prints what it found
@@ -62,6 +63,7 @@ FILES = {
     "machine": "run/machine.json",
     "trial": "run/trials.jsonl",
     "fact": "run/facts.jsonl",
+    "progress": "run/progress.json",
     "manifest": "run/bundle/manifest.json",
     "preprocess": "run/bundle/preprocess.json",
     "task": "run/bundle/task.json",

@@ -214,6 +214,9 @@ def on_device(targets: Targets, device: torch.device) -> Targets:
     return targets
 
 
+TRAINING_STEP = "training step"
+"""Kind of the steps of every training, for `progress.left`."""
+
 AfterEpoch = Callable[[int, nn.Module, bytes], None]
 
 
@@ -249,9 +252,8 @@ def fine_tune(
     if len(images) < 2:
         raise InputError(f"recovery: the training split has {len(images)} images; fine-tuning needs at least 2.")
     generator = torch.Generator().manual_seed(seed)
-    batch_size = min(MAP_BATCH if teacher.maps else recovery.batch_size, len(images))
-    per_epoch = len(images) // batch_size
-    steps = max(1, round(recovery.epochs * per_epoch))
+    batch_size, per_epoch = batches_of(teacher, recovery)
+    steps = steps_of(recovery, per_epoch)
     student = laid_out(student, device)
     still_norms = as_exported or norms_stand_still(student, teacher, batch_size)
     student = _in_training(student, still_norms)
@@ -266,7 +268,7 @@ def fine_tune(
     first = training.resume(begun) if begun else 0
     for _ in range(math.ceil(first / per_epoch)):
         order = torch.randperm(len(images), generator=generator)
-    for step in progress.track(range(first, steps), name, steps - first):
+    for step in progress.track(range(first, steps), name, steps - first, kind=TRAINING_STEP):
         epoch, position = divmod(step, per_epoch)
         if position == 0:
             order = torch.randperm(len(images), generator=generator)
@@ -296,6 +298,17 @@ def fine_tune(
     match.close()
     result = averaged or student
     return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
+
+
+def batches_of(teacher: Teacher, recovery: Recovery) -> tuple[int, int]:
+    """Return the images of one batch, and the batches of one epoch."""
+    batch_size = min(MAP_BATCH if teacher.maps else recovery.batch_size, len(teacher.images))
+    return batch_size, len(teacher.images) // batch_size
+
+
+def steps_of(recovery: Recovery, per_epoch: int) -> int:
+    """Return the steps of a whole recovery."""
+    return max(1, round(recovery.epochs * per_epoch))
 
 
 @torch.no_grad()

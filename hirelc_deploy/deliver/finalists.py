@@ -24,7 +24,7 @@ from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.runs import Run, atomic_path
+from hirelc_deploy.runs import FINALIST, Run, atomic_path
 from hirelc_deploy.strategies.baselines import make_strategy
 from hirelc_deploy.strategies.depth import Gone, branches_of, choose_depth, gone_from, with_depth
 from hirelc_deploy.strategies.hierarchy import Hierarchy
@@ -208,6 +208,8 @@ class Search:
         drop = self.pipeline.selection_drop(plan, "F3")
         error = drop_error(drop)
         kept = keeps_limits(self.limits, outcome, drop.points, error, self.pipeline.files.reference_ms)
+        judged = {"plan": plan.digest, "drop_points": drop.points, "drop_error": error, "keeps_limits": kept}
+        self.run.remember(f"{FINALIST}{plan.digest} on {self.pipeline.files.machine}", lambda: judged)
         unit = self.pipeline.task.metric.unit or self.pipeline.task.metric.name
         self.pipeline.progress.say(
             f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "

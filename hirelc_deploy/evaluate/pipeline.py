@@ -17,7 +17,7 @@ from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError, SliceError
 from hirelc_deploy.evaluate.clock import clocked
 from hirelc_deploy.evaluate.cutting import FLOAT, cut
-from hirelc_deploy.evaluate.effort import Effort
+from hirelc_deploy.evaluate.effort import CUT, F1, FILE, Effort
 from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.judge import Judge
 from hirelc_deploy.evaluate.training import Training
@@ -95,7 +95,17 @@ class Pipeline:
 
         What was timed counts only on the machine that timed it.
         """
-        return self.run.evaluate_once(plan, fidelity, self.evaluate, "" if fidelity == "F1" else self.files.machine)
+        context, kind = ("", F1) if fidelity == "F1" else (self.files.machine, FILE)
+        if self.run.knows(plan, fidelity, context):
+            self.progress.left.answered(kind)
+            if kind == FILE:
+                self.progress.left.answered(CUT)
+
+        def evaluate(plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
+            with self.progress.left.step(kind):
+                return self.evaluate(plan, fidelity)
+
+        return self.run.evaluate_once(plan, fidelity, evaluate, context)
 
     def begin(self, plans: Sequence[CompressionPlan]) -> None:
         """Have those of these plans that are new judged side by side (F1); `outcome` then only waits for each.
@@ -162,7 +172,7 @@ class Pipeline:
         seconds: dict[str, float] = {}
         stage = "slice"
         try:
-            with clocked(seconds, stage):
+            with clocked(seconds, stage), self.progress.left.step(CUT):
                 model = self.cut(plan)
                 cost = self.cost(plan)
             if fidelity == "F3" and (self.effort.recovery or self.training.start):

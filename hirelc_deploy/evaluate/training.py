@@ -24,6 +24,9 @@ from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import write_atomic
 
+REHEARSED, LONG = 4, 10
+"""Steps of a rehearsal, and how many times as many a recovery has that is worth one."""
+
 
 class Training:
     """Recovers cut models by distillation from the uncut one.
@@ -114,21 +117,45 @@ class Training:
 
         On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
         """
-        brief = replace(self.effort.recovery or recovery.Recovery(), epochs=epochs)
 
         def measure() -> float:
-            model = cut(self._uncut, plan)
-            kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores)
-            reads, name = recovery.kept_inputs(self._uncut.graph, kept), f"trial recovery of {plan.digest}"
-            recovery.fine_tune(
-                model, self.teacher, brief, seed=self.seed, progress=self.progress, name=name, reads=reads
-            )
+            model = self._briefly(plan, epochs, f"trial recovery of {plan.digest}")
             images, targets = self._uncut.selection
             round_as_asked(model, self._roundings(), plan)
             with recovery.half_precision(torch.device("cpu")):
                 return judged(self._uncut.task, forward(model, images), self._uncut.answers, targets)[0]
 
         return float(self._files.run.remember(f"loss of {plan.digest} after {epochs:g} epochs of recovery", measure))
+
+    def steps(self, epochs: float | None = None) -> int:
+        """Return the steps of a recovery, or of so many epochs of one; 0 where there is none."""
+        if self.effort.recovery is None or len(self.teacher.images) < 2:
+            return 0
+        asked = self.effort.recovery if epochs is None else replace(self.effort.recovery, epochs=epochs)
+        return recovery.steps_of(asked, recovery.batches_of(self.teacher, asked)[1])
+
+    def rehearse(self, plan: CompressionPlan) -> None:
+        """Do a few steps of a recovery and throw them away, where nothing says yet what a step takes.
+
+        Not where a whole recovery has hardly more. The images' gradients of the importance are no measure: they take
+        0.9 times as long as a step's share for blood cells, and 4.5 times for CamVid's road scenes.
+        """
+        steps = self.steps()
+        if steps < LONG * REHEARSED or self.progress.left.seconds_of(recovery.TRAINING_STEP) is not None:
+            return
+        state = torch.get_rng_state()
+        self._briefly(plan, REHEARSED / self.steps(1.0), "rehearsal of the recovery")
+        torch.set_rng_state(state)
+
+    def _briefly(self, plan: CompressionPlan, epochs: float, name: str) -> nn.Module:
+        """Return a cut model after so many epochs of its recovery."""
+        brief = replace(self.effort.recovery or recovery.Recovery(), epochs=epochs)
+        model = cut(self._uncut, plan)
+        kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores)
+        reads = recovery.kept_inputs(self._uncut.graph, kept)
+        return recovery.fine_tune(
+            model, self.teacher, brief, seed=self.seed, progress=self.progress, name=name, reads=reads
+        )
 
 
 def weights_of_model(model: nn.Module) -> bytes:

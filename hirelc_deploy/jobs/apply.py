@@ -7,8 +7,9 @@ from typing import Any
 
 from hirelc_deploy.errors import ExportError
 from hirelc_deploy.jobs.shipping import deliver
-from hirelc_deploy.jobs.workplace import RESULT, Workplace, finished, read_plan
+from hirelc_deploy.jobs.workplace import Workplace, finished, read_plan
 from hirelc_deploy.outcome import Failed
+from hirelc_deploy.runs import RESULT
 
 
 def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:

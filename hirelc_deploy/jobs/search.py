@@ -12,11 +12,12 @@ from hirelc_deploy.deliver.race import Contender
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.shipping import deliver
-from hirelc_deploy.jobs.workplace import RESULT, Workplace, finished, table_path
+from hirelc_deploy.jobs.workplace import Workplace, finished, table_path
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.results.agreement import agreement
+from hirelc_deploy.runs import RESULT
 
 
 def run_search(workplace: Workplace) -> dict[str, Any]:

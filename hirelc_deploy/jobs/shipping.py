@@ -24,14 +24,14 @@ from hirelc_deploy.deliver.race import (
 )
 from hirelc_deploy.deliver.samples import write_samples
 from hirelc_deploy.evaluate.pipeline import Pipeline
-from hirelc_deploy.jobs.workplace import PRINTED, RESULT, Workplace
+from hirelc_deploy.jobs.workplace import PRINTED, Workplace
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Configured, Runner
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.results.report import read_run, write_report
-from hirelc_deploy.runs import Run, json_text, write_atomic
+from hirelc_deploy.runs import RESULT, Run, json_text, write_atomic
 
 SAMPLES = 8
 

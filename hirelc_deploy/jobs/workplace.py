@@ -34,14 +34,12 @@ from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.runs import Run
+from hirelc_deploy.runs import RESULT, Run
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.together.processes import Ahead, Evaluators
 from hirelc_deploy.together.ray_cluster import connect
 from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
 from hirelc_deploy.user_code import factory_modules
-
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
