@@ -33,6 +33,8 @@ CONFIG, MACHINE, TRIALS, FACTS, PARETO, LOCK, RESULT = (
 )
 FINALIST = "finalist "
 """Facts whose names begin so say of a recovered plan how it stands to the limits."""
+TRIAL_LOSS = "loss of "
+"""Facts whose names begin so say what a plan lost after a trial recovery."""
 PARTIAL = ".partial"
 """Ending of files being written; what a killed process leaves of them is removed on the next opening."""
 

@@ -1,4 +1,4 @@
-"""In: the steps that a command has before it, and what steps have taken. Out: seconds that the whole command needs yet."""
+"""In: the steps that a command has before it, and what steps have taken. Out: the seconds that it needs yet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+CUT, F1, F3, FILE, TRAINING_STEP = "cut", "F1", "F3", "file", "training step"
+"""Kinds of steps of evaluations: F2 is a cut and a file, F3 is both and training steps, and of no length itself. Other
+kinds are stages."""
 
 
 class TimeLeft:
@@ -41,15 +45,9 @@ class TimeLeft:
         self._measured[kind] = count + 1, total + seconds
         self._count_down(kind)
 
-    def expect(self, kind: str, count: float, guess: float | None = None) -> None:
-        """Say how many steps of a kind are still to come, whatever was said before.
-
-        Args:
-            guess: Seconds of one, for as long as none has been measured.
-        """
+    def expect(self, kind: str, count: float) -> None:
+        """Say how many steps of a kind are still to come, whatever was said before."""
         self._ahead[kind] = count
-        if guess is not None:
-            self._guesses[kind] = guess
 
     def expect_nothing(self) -> None:
         """Forget all steps that were to come."""
@@ -58,6 +56,14 @@ class TimeLeft:
     def journal_answers(self, kind: str, count: int) -> None:
         """Say that so many of the steps to come need no time, as their results are in the journal."""
         self._answered[kind] = count
+
+    def unasked(self, kind: str) -> int:
+        """Return how many answers the journal has for steps that are still to come."""
+        return self._answered.get(kind, 0)
+
+    def guess(self, kind: str, seconds: float) -> None:
+        """Say what one step of a kind may take, for as long as none has been measured."""
+        self._guesses[kind] = seconds
 
     def answered(self, kind: str) -> None:
         """Take note that the journal has answered one of them."""
@@ -78,16 +84,19 @@ class TimeLeft:
 
     def seconds(self) -> float | None:
         """Return what the whole command needs yet; None before its steps are known, or what one of them takes."""
+        new = {kind: count - self._answered.get(kind, 0) for kind, count in self._ahead.items()}
+        return self.seconds_for(new) if self._ahead else None
+
+    def seconds_for(self, counts: Mapping[str, float]) -> float | None:
+        """Return what so many steps of each kind take; None where nothing says it of one of them."""
         total = 0.0
-        for kind, count in self._ahead.items():
-            new = count - self._answered.get(kind, 0)
-            if new <= 0:
-                continue
-            one = self.seconds_of(kind)
-            if one is None:
-                return None
-            total += new * one
-        return total if self._ahead else None
+        for kind, count in counts.items():
+            if count > 0:
+                one = self.seconds_of(kind)
+                if one is None:
+                    return None
+                total += count * one
+        return total
 
     def record(self) -> dict[str, dict[str, float]]:
         """Return what was measured, for the next command on the same run, as JSON values."""

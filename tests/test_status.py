@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -232,13 +233,11 @@ def test_a_job_keeps_its_log_and_says_how_it_ended(tmp_path: Path, monkeypatch: 
     ):
         workplace.run = Run.open(tmp_path / "run", "seed = 0", {})
         workplace.run.evaluate_once(plan(1), "F3", recovered)
-        try:
-            with recording.recorded(workplace):
-                workplace.pipeline.progress.say("at work")
-                if error is not None:
-                    raise error
-        except BaseException as raised:
-            assert raised is error
+        expected = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+        with expected, recording.recorded(workplace):
+            workplace.pipeline.progress.say("at work")
+            if error is not None:
+                raise error
         found = status_of(tmp_path / "run")
         assert (found["state"], found["why"], found["alive"]) == (state, why, False)
         assert found["log"][-2].endswith(" at work")

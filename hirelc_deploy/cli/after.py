@@ -1,4 +1,4 @@
-"""In: the folder of a run, or a bundle. Out: `compare`, `verify`, `report`, `status`, `export`: what follows from it."""
+"""In: a run's folder, or a bundle. Out: `compare`, `verify`, `report`, `status`, `export`: what follows from it."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.contract import Targets, Task
+from hirelc_deploy.time_left import TRAINING_STEP
 
 LIKE = 3.0
 """Batch statistics may move the uncut model by so many times what the cut moves it by; beyond, norms stand still.
@@ -213,9 +214,6 @@ def on_device(targets: Targets, device: torch.device) -> Targets:
         return [on_device(value, device) for value in targets]
     return targets
 
-
-TRAINING_STEP = "training step"
-"""Kind of the steps of every training, for `progress.left`."""
 
 AfterEpoch = Callable[[int, nn.Module, bytes], None]
 

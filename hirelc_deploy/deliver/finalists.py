@@ -16,10 +16,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hirelc_deploy.config import Limits, SearchConfig
+from hirelc_deploy.deliver.agenda import Agenda, Sizes
 from hirelc_deploy.errors import ConstraintError, InputError
-from hirelc_deploy.evaluate.network_time import fit_network_time, measure_table, smallest_ms
+from hirelc_deploy.evaluate.network_time import (
+    SAMPLES,
+    fit_network_time,
+    measure_table,
+    smallest_ms,
+    uniform_keep,
+)
 from hirelc_deploy.evaluate.pipeline import Pipeline
-from hirelc_deploy.evaluate.tables import build_problem, smallest_bytes, weight_bytes
+from hirelc_deploy.evaluate.tables import build_problem, singles_of, smallest_bytes, weight_bytes
 from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
@@ -60,6 +67,9 @@ BYTES_AIM = 0.99
 AGENTS = "agents.safetensors"
 """In a run's folder: what the agents of its last search learned that means something elsewhere."""
 
+REHEARSED_KEEP = 0.7
+"""Share of every unit that is left in the network on which a recovery is rehearsed."""
+
 TRIAL_SHARE, TRIAL_STEPS = 0.05, 20
 """Of the epochs of a recovery, and steps at least, in a trial of which branches go."""
 
@@ -95,6 +105,11 @@ class Search:
         self.searches: list[SearchResult] = []
         self._gone: Gone | None = None
         self.records: list[dict[str, Any]] = []
+        self.agenda = Agenda(
+            pipeline.progress.left, run, pipeline.files.machine, sizes_of(pipeline, limits, config.f1_evaluations)
+        )
+        asked_for = limits.max_latency_ms is not None or limits.speedup is not None
+        self._to_find, judged = (1, 0) if asked_for else (config.finalists, BISECTIONS)
         _ = self._elsewhere  # what cannot be read is said before anything is measured
         least = smallest_bytes(pipeline.graph)
         if limits.max_bytes is not None and least > limits.max_bytes:
@@ -102,7 +117,12 @@ class Search:
                 f"search: {limits.max_bytes:,} bytes cannot be met: with every unit at its narrowest {least:,} weights "
                 "of at least one byte are left. Allow more bytes."
             )
+        singles = singles_of(pipeline.graph, config.options)
+        self.agenda.search(self._to_find, files=SAMPLES, judged=judged, depth=config.depth, singles=singles)
+        pipeline.training.rehearse(CompressionPlan(uniform_keep(pipeline.graph, REHEARSED_KEEP)))
+        self.agenda.search(self._to_find, files=SAMPLES, judged=judged, depth=config.depth, singles=singles)
         network, self.fit = fit_network_time(pipeline, table)
+        self.agenda.search(self._to_find, judged=judged, depth=config.depth, singles=singles)
         self.fit["table_entries"] = measure_table(pipeline, network, config.options)
         wanted_ms = latency_budget_ms(limits, pipeline.files.reference_ms)
         floor_ms = smallest_ms(network)
@@ -113,6 +133,8 @@ class Search:
                 f"{pipeline.files.reference_ms:.3g} ms. Allow more time."
             )
         self.problem = build_problem(pipeline, network, options=config.options)
+        self._settles_depth = config.depth and bool(branches_of(self.problem))
+        self.agenda.search(self._to_find, judged=judged, depth=self._settles_depth)
         # Where no width of any unit buys time there is nothing to search, and no budget is within reach.
         self.floor_ms = smallest(self.problem)[1] if self.problem.decisions else math.inf
 
@@ -139,6 +161,7 @@ class Search:
         wanted_ms = latency_budget_ms(self.limits, self.pipeline.files.reference_ms)
         if wanted_ms is not None:
             only = self._finalist(wanted_ms)
+            self.agenda.search(0)
             return [only] if only is not None else []
         found: list[Finalist] = []
         entry_ms, step, tried = self._entry_ms(), 0, set[int]()
@@ -150,11 +173,18 @@ class Search:
             budget_ms = entry_ms / STEP**step
             if budget_ms > self._unpruned_ms:
                 break
+            self._to_find = max(1, self.config.finalists - len(found))
+            self._expect()
             finalist = self._finalist(budget_ms)
             if finalist is not None:
                 found.append(finalist)
             step += 1 if finalist is not None and finalist.keeps_limits else -1
+        self.agenda.search(0)
         return found
+
+    def _expect(self, searched: int = 0) -> None:
+        """Say what is still to come, from the finalist at hand on."""
+        self.agenda.search(self._to_find, searched=searched, depth=self._settles_depth and self._gone is None)
 
     def _wants_another(self, found: list[Finalist]) -> bool:
         wanted = self.config.finalists + (0 if any(f.keeps_limits for f in found) else SECOND_CHANCES)
@@ -247,7 +277,9 @@ class Search:
                 return best
             if self._gone is None and time.monotonic() <= self.deadline:
                 self._gone = settled_depth(self.pipeline, problem, budget, result.rivals())
-                if self._gone is not None and self._gone != gone_from(result.best[0]):
+                again = self._gone is not None and self._gone != gone_from(result.best[0])
+                self._expect(searched=int(not again))
+                if again:
                     problem, budget = self._with_bytes(aim_ms)
                     result = self._searched(problem, budget, aim_ms)
             if result.best is None:
@@ -313,11 +345,32 @@ def settled_depth(
     recovery = pipeline.effort.recovery
     if recovery is None or not branches_of(problem):
         return None
-    per_epoch = max(1, len(pipeline.uncut.sensitivity_split) // recovery.batch_size)
-    epochs = min(recovery.epochs, max(TRIAL_SHARE * recovery.epochs, TRIAL_STEPS / per_epoch))
+    epochs = trial_epochs(pipeline)
     best_first = {gone_from(plan): plan for plan in known}
     with pipeline.progress.stage("which branches go"):
         return choose_depth(problem, budget_ms, best_first, lambda plan: pipeline.training.loss_after(plan, epochs))
+
+
+def trial_epochs(pipeline: Pipeline) -> float:
+    """Return the epochs of a trial recovery; 0 without a recovery."""
+    recovery = pipeline.effort.recovery
+    if recovery is None:
+        return 0.0
+    per_epoch = max(1, len(pipeline.uncut.sensitivity_split) // recovery.batch_size)
+    return min(recovery.epochs, max(TRIAL_SHARE * recovery.epochs, TRIAL_STEPS / per_epoch))
+
+
+def sizes_of(pipeline: Pipeline, limits: Limits, f1_evaluations: int) -> Sizes:
+    """Return how large the steps of a job are."""
+    data, branches = pipeline.data, any(unit.branch for unit in pipeline.graph.units)
+    return Sizes(
+        steps=pipeline.training.steps(),
+        trial_steps=pipeline.training.steps(trial_epochs(pipeline)) if branches else 0,
+        judged_share=pipeline.uncut.judged_images / len(data.selection),
+        test_share=data.test_count / len(data.selection) if data.labelled else 0.0,
+        f1_evaluations=f1_evaluations,
+        limits_drop=limits.max_drop is not None,
+    )
 
 
 def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:

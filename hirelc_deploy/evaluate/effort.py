@@ -22,9 +22,6 @@ ANSWER_BYTES = 2**28
 KEPT_BYTES = 2**28
 """Calibration images up to this size are kept in memory; more of them are read again for every file."""
 
-CUT, F1, FILE = "cut", "F1", "file"
-"""Kinds of steps of evaluations, for `progress.left`: F2 is a cut and a file, F3 is both and training steps."""
-
 
 @dataclass(frozen=True)
 class Effort:

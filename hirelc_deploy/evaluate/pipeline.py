@@ -17,7 +17,7 @@ from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError, SliceError
 from hirelc_deploy.evaluate.clock import clocked
 from hirelc_deploy.evaluate.cutting import FLOAT, cut
-from hirelc_deploy.evaluate.effort import CUT, F1, FILE, Effort
+from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.judge import Judge
 from hirelc_deploy.evaluate.training import Training
@@ -33,6 +33,7 @@ from hirelc_deploy.runs import Run
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.paired import PairedDrop
+from hirelc_deploy.time_left import CUT, F1, F3, FILE
 from hirelc_deploy.together.processes import Ahead, Evaluators
 
 
@@ -98,8 +99,8 @@ class Pipeline:
         context, kind = ("", F1) if fidelity == "F1" else (self.files.machine, FILE)
         if self.run.knows(plan, fidelity, context):
             self.progress.left.answered(kind)
-            if kind == FILE:
-                self.progress.left.answered(CUT)
+            for other in {"F1": (), "F2": (CUT,), "F3": (CUT, F3)}[fidelity]:
+                self.progress.left.answered(other)
 
         def evaluate(plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
             with self.progress.left.step(kind):

@@ -24,6 +24,9 @@ MEASURED_SINGLES = 120
 PROBED_BUDGETS = (0.2, 0.4, 0.6, 0.8)
 """Where between the shortest and the uncut time the solutions lie whose neighbourhood is measured."""
 
+PROBED_SINGLES = 3
+"""Options of a unit that are measured where not all are: two at first, and about one near the solutions."""
+
 FAILED_LOSS = 10.0
 """Loss in nats charged to an option that could not be built: worse than guessing among thousands of classes."""
 
@@ -120,6 +123,12 @@ def rounding_losses(pipeline: Pipeline, integer: Mapping[str, Sequence[str]]) ->
     tracked = pipeline.progress.track(plans, "loss of each block's rounding", len(plans))
     floor, *alone = [_loss_alone(pipeline, plan) for plan in tracked]
     return [max(loss - floor, 0.0) for loss in alone]
+
+
+def singles_of(graph: ModelGraph, options: int) -> int:
+    """Return about how many options will be judged alone, before it is known which widths are offered."""
+    pairs = sum(min(options, len(unit.widths)) - 1 for unit in graph.units)
+    return pairs if pairs <= MEASURED_SINGLES else PROBED_SINGLES * len(graph.units)
 
 
 def _loss_alone(pipeline: Pipeline, plan: CompressionPlan) -> float:

@@ -22,7 +22,8 @@ from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.runs import write_atomic
+from hirelc_deploy.runs import TRIAL_LOSS, write_atomic
+from hirelc_deploy.time_left import CUT, TRAINING_STEP
 
 REHEARSED, LONG = 4, 10
 """Steps of a rehearsal, and how many times as many a recovery has that is worth one."""
@@ -125,7 +126,9 @@ class Training:
             with recovery.half_precision(torch.device("cpu")):
                 return judged(self._uncut.task, forward(model, images), self._uncut.answers, targets)[0]
 
-        return float(self._files.run.remember(f"loss of {plan.digest} after {epochs:g} epochs of recovery", measure))
+        return float(
+            self._files.run.remember(f"{TRIAL_LOSS}{plan.digest} after {epochs:g} epochs of recovery", measure)
+        )
 
     def steps(self, epochs: float | None = None) -> int:
         """Return the steps of a recovery, or of so many epochs of one; 0 where there is none."""
@@ -141,7 +144,7 @@ class Training:
         0.9 times as long as a step's share for blood cells, and 4.5 times for CamVid's road scenes.
         """
         steps = self.steps()
-        if steps < LONG * REHEARSED or self.progress.left.seconds_of(recovery.TRAINING_STEP) is not None:
+        if steps < LONG * REHEARSED or self.progress.left.seconds_of(TRAINING_STEP) is not None:
             return
         state = torch.get_rng_state()
         self._briefly(plan, REHEARSED / self.steps(1.0), "rehearsal of the recovery")
@@ -150,7 +153,8 @@ class Training:
     def _briefly(self, plan: CompressionPlan, epochs: float, name: str) -> nn.Module:
         """Return a cut model after so many epochs of its recovery."""
         brief = replace(self.effort.recovery or recovery.Recovery(), epochs=epochs)
-        model = cut(self._uncut, plan)
+        with self.progress.left.step(CUT):
+            model = cut(self._uncut, plan)
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores)
         reads = recovery.kept_inputs(self._uncut.graph, kept)
         return recovery.fine_tune(

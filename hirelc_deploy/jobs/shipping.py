@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hirelc_deploy.deliver.agenda import BUNDLE
 from hirelc_deploy.deliver.bundle import RUNTIMES, BundleContents, write_bundle
 from hirelc_deploy.deliver.race import (
     Contender,
@@ -61,59 +62,60 @@ def deliver(
     if candidate is None:
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
     scores = final_accuracy(pipeline, delivery)
-    record = result_record(pipeline, delivery, scores)
-    home = shipped.home(pipeline)
-    runner = home.backend.build(shipped.path, pipeline.threads)
-    labels = pipeline.data.selection.labels
-    samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
-    answers = runner.infer(samples)
-    operators = operator_records(runner, shipped.path, samples[:1])
-    bundle = write_bundle(
-        run.directory / "bundle",
-        BundleContents(
-            model_onnx=shipped.path,
-            model=shipped_model(pipeline, shipped),
-            source=workplace.source.describe(),
-            plan=shipped.plan,
-            preprocess=pipeline.data.preprocess,
-            classes=pipeline.task.classes or pipeline.data.classes,
-            task=pipeline.task,
-            task_record=workplace.task,
-            sample_inputs=samples,
-            sample_outputs=answers,
-            sample_labels=None if labels is None else labels[:SAMPLES],
-            test=scores.images,
-            measurements=record,
-            operators=accuracy.operators(runner, samples[:1]),
-            machine=run.machine if shipped.files is None else describe(home.backend),
-            versions=home.backend.versions(),
-            runtime=RUNTIMES.get(home.backend.name, "onnxruntime"),
-            options=runner.options() if isinstance(runner, Configured) else {},
-            command=workplace.command,
-        ),
-        overwrite=True,
-    )
-    result = {
-        "bundle": str(bundle),
-        **record,
-        "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
-        "candidates": candidates(pipeline, delivery, run),
-        "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
-        "exports": {
-            "filled in": pipeline.files.writer.exporter.filled,
-            "exported": dict(pipeline.files.writer.exporter.exported),
-        },
-        "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
-        "operators": operators,
-        "placement": pipeline.files.placement.candidates,
-        "guard": delivery.guard.to_dict() if delivery.guard else None,
-        "by_class": scores.by_class,
-        "samples": write_samples(run.directory, pipeline.task, pipeline.data.preprocess, samples, answers),
-        "warnings": warnings,
-        **facts,
-    }
-    write_atomic(run.directory / RESULT, json_text(result, indent=1) + "\n")
-    write_report(read_run(run.directory), run.directory / "report.html")
+    with pipeline.progress.stage(BUNDLE):
+        record = result_record(pipeline, delivery, scores)
+        home = shipped.home(pipeline)
+        runner = home.backend.build(shipped.path, pipeline.threads)
+        labels = pipeline.data.selection.labels
+        samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
+        answers = runner.infer(samples)
+        operators = operator_records(runner, shipped.path, samples[:1])
+        bundle = write_bundle(
+            run.directory / "bundle",
+            BundleContents(
+                model_onnx=shipped.path,
+                model=shipped_model(pipeline, shipped),
+                source=workplace.source.describe(),
+                plan=shipped.plan,
+                preprocess=pipeline.data.preprocess,
+                classes=pipeline.task.classes or pipeline.data.classes,
+                task=pipeline.task,
+                task_record=workplace.task,
+                sample_inputs=samples,
+                sample_outputs=answers,
+                sample_labels=None if labels is None else labels[:SAMPLES],
+                test=scores.images,
+                measurements=record,
+                operators=accuracy.operators(runner, samples[:1]),
+                machine=run.machine if shipped.files is None else describe(home.backend),
+                versions=home.backend.versions(),
+                runtime=RUNTIMES.get(home.backend.name, "onnxruntime"),
+                options=runner.options() if isinstance(runner, Configured) else {},
+                command=workplace.command,
+            ),
+            overwrite=True,
+        )
+        result = {
+            "bundle": str(bundle),
+            **record,
+            "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
+            "candidates": candidates(pipeline, delivery, run),
+            "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
+            "exports": {
+                "filled in": pipeline.files.writer.exporter.filled,
+                "exported": dict(pipeline.files.writer.exporter.exported),
+            },
+            "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
+            "operators": operators,
+            "placement": pipeline.files.placement.candidates,
+            "guard": delivery.guard.to_dict() if delivery.guard else None,
+            "by_class": scores.by_class,
+            "samples": write_samples(run.directory, pipeline.task, pipeline.data.preprocess, samples, answers),
+            "warnings": warnings,
+            **facts,
+        }
+        write_atomic(run.directory / RESULT, json_text(result, indent=1) + "\n")
+        write_report(read_run(run.directory), run.directory / "report.html")
     return {key: result[key] for key in PRINTED}
 
 
