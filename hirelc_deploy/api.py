@@ -83,6 +83,7 @@ class JobOptions(TypedDict, total=False):
         threads: Of one inference.
         seed: Of every random choice.
         progress: Called with a line of text for everything that is begun or done; without it nothing is said.
+        track: `tensorboard`, `mlflow`: told the scalars of every training, every trial and the result.
         command: What the bundle says it was made by.
     """
 
@@ -109,6 +110,7 @@ class JobOptions(TypedDict, total=False):
     threads: int | None
     seed: int
     progress: Listener | Progress | None
+    track: Sequence[str]
     command: str
 
 
@@ -416,7 +418,8 @@ def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by
     if not isinstance(progress, Progress):
         progress = Progress(quiet=progress is None, listener=progress)
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
-    workplace = open_workplace(config, out, command, progress, given=given, **side_by_side)
+    track = _several("track", job.get("track")) or ()
+    workplace = open_workplace(config, out, command, progress, given=given, track=track, **side_by_side)
     return _finished(workplace)
 
 

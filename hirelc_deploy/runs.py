@@ -66,6 +66,9 @@ class Run:
 
     Every trial and every fact is one line of an append-only file, on the disk before the call returns. A line is
     written at once with its line feed, so a kill leaves at most one last line without one, which is dropped.
+
+    Attributes:
+        after_trial: Told of every trial that is journaled.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Run:
         """Args: `is_new`, nothing of the run was there before; `made_folder`, nor its folder."""
         self.directory = directory
         self._lock, self._clock = lock, clock
+        self.after_trial: Callable[[TrialRecord], None] = lambda trial: None
         self._is_new, self._made_folder = is_new, made_folder
         self.config_text = _read_text(directory / CONFIG)
         self.machine = _read_machine(directory / MACHINE)
@@ -201,6 +205,7 @@ class Run:
             record = _trial_from(json.loads(json.dumps(line)), TRIALS)
             self.trials.append(record)
             self._outcomes[key] = record.outcome
+            self.after_trial(record)
         return self._outcomes[key]
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room imports from itself and from those above it.
 ORDER = (
     ("errors", "progress", "time_left", "version", "user_code", "_torchvision_guard"),
-    ("plan", "outcome", "config", "schemas"),
+    ("plan", "outcome", "config", "schemas", "trackers"),
     ("together",),
     ("graph",),
     ("tasks",),

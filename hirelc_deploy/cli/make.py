@@ -46,6 +46,7 @@ from hirelc_deploy.cli.options import (
     TaskArg,
     TaskName,
     Threads,
+    Track,
     Weights,
     WeightsKey,
     arguments_of,
@@ -98,6 +99,7 @@ def job_options(given: Mapping[str, Any]) -> JobOptions:
         "lower_is_better": given["lower_is_better"] or None,
         "exclude": given["exclude"] or (),
         "include": given["include"] or (),
+        "track": given["track"] or (),
         "progress": Progress(quiet=given["quiet"]),
     }
 
@@ -160,6 +162,7 @@ def search(
     threads: Threads = None,
     jobs: Jobs = None,
     ray: Ray = None,
+    track: Track = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -234,6 +237,7 @@ def apply(
     exclude: Exclude = None,
     include: Include = None,
     threads: Threads = None,
+    track: Track = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -216,6 +216,7 @@ def on_device(targets: Targets, device: torch.device) -> Targets:
 
 
 AfterEpoch = Callable[[int, nn.Module, bytes], None]
+Watch = Callable[[int, Mapping[str, float]], None]
 
 
 def fine_tune(
@@ -230,6 +231,7 @@ def fine_tune(
     as_exported: bool = False,
     begun: bytes = b"",
     after_epoch: AfterEpoch = lambda epoch, student, standing: None,
+    watch: Watch = lambda step, scalars: None,
 ) -> nn.Module:
     """Train `student` in place to answer like the teacher and return it in eval mode, on the CPU.
 
@@ -245,6 +247,7 @@ def fine_tune(
             undisturbed one.
         after_epoch: Called after every whole epoch with its number from 1, the student in eval mode, and all that is
             needed to go on from there.
+        watch: Called every 20 steps with the number of the step, and its loss and learning rate by name.
     """
     images, device = teacher.images, teacher.device
     if len(images) < 2:
@@ -290,6 +293,7 @@ def fine_tune(
             _average(averaged, student, min(recovery.weights_ema, (step + 1) / (step + 10)))
         if step % 20 == 0:
             progress.note(f"loss {loss.item():.3f}")
+            watch(step, {"loss": loss.item(), "learning rate": optimizer.param_groups[0]["lr"]})
         if position == per_epoch - 1:
             after_epoch(epoch + 1, student.eval(), training.standing(step + 1))
             _in_training(student, still_norms)

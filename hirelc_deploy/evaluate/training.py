@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ class Training:
     Attributes:
         start: Weights of the cut model, recovered before, from which its recovery goes on.
         after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
+        scalars: Told the name of a training, the number of a step and what it measured, every few steps.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Training:
         """Args: `roundings` says what integer files round for the sake of each block; nothing where F1 is in float."""
         self.effort, self.seed, self.progress, self.start = effort, seed, progress, start
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
+        self.scalars: Callable[[str, int, Mapping[str, float]], None] = lambda training, step, values: None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._uncut, self._files, self._roundings = uncut, files, roundings
 
@@ -107,6 +109,7 @@ class Training:
                 as_exported=plan.trained_rounding,
                 begun=training.read_bytes() if training.exists() else b"",
                 after_epoch=after_epoch,
+                watch=partial(self.scalars, name),
             )
             qat.settle(model)
         write_atomic(path, weights_of_model(model))
@@ -158,7 +161,14 @@ class Training:
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores)
         reads = recovery.kept_inputs(self._uncut.graph, kept)
         return recovery.fine_tune(
-            model, self.teacher, brief, seed=self.seed, progress=self.progress, name=name, reads=reads
+            model,
+            self.teacher,
+            brief,
+            seed=self.seed,
+            progress=self.progress,
+            name=name,
+            reads=reads,
+            watch=partial(self.scalars, name),
         )
 
 

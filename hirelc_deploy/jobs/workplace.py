@@ -39,6 +39,7 @@ from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.together.processes import Ahead, Evaluators
 from hirelc_deploy.together.ray_cluster import connect
 from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
+from hirelc_deploy.trackers.contract import check_trackers
 from hirelc_deploy.user_code import factory_modules
 
 
@@ -49,6 +50,7 @@ class Workplace:
     Attributes:
         task: What makes the task again; see `fitting.Fitted`.
         notes: Sentences about how model and data were taken.
+        track: Names of the trackers that are told what is measured.
     """
 
     config: JobConfig
@@ -58,6 +60,7 @@ class Workplace:
     task: Mapping[str, Any]
     command: str
     notes: tuple[str, ...] = ()
+    track: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def open_workplace(
     jobs: int | None = None,
     ray: str | None = None,
     given: Given | None = None,
+    track: Sequence[str] = (),
 ) -> Workplace:
     """Load model and data, open the target and the run directory; every problem with them is one sentence.
 
@@ -92,7 +96,9 @@ def open_workplace(
         jobs: Processes that judge cut models side by side. It changes no result, so it is no part of the configuration.
         ray: Address of the Ray cluster on whose hosts they are; None for this machine.
         given: Objects in place of what the configuration names.
+        track: Trackers that are told what is measured; no part of the configuration either.
     """
+    check_trackers(track)
     given = given or Given()
     evaluators, jobs = evaluators_of(ray, jobs, config.model.spec, progress.say)
     target = find_target(config.target)
@@ -148,7 +154,7 @@ def open_workplace(
         rounds=config.search.precisions,
         others=open_others(target),
     )
-    return Workplace(config, pipeline, run, source, fitted.record, command, notes)
+    return Workplace(config, pipeline, run, source, fitted.record, command, notes, tuple(track))
 
 
 def evaluators_of(
