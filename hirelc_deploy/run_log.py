@@ -71,6 +71,7 @@ class RunLog:
             "seconds_before": float(before.get("seconds_before", 0.0) + before.get("seconds", 0.0)),
         }
         self._began = clock()
+        self._left.spent = self._record["seconds_before"]
         self._end: tuple[str, str] | None = None
         self.line(f"begun: {command}")
         self._write(RUNNING)

@@ -17,6 +17,9 @@ class TimeLeft:
 
     A step's seconds are its own: those of steps inside it are theirs. What one takes is the mean of those measured in
     this process; before the first one the mean of the commands before on the same run, else a guess.
+
+    Attributes:
+        spent: Seconds of the commands before.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,7 +29,7 @@ class TimeLeft:
         self._guesses: dict[str, float] = {}
         self._ahead: dict[str, float] = {}
         self._answered: dict[str, int] = {}
-        self._inside = 0.0
+        self._inside = self.spent = 0.0
 
     @contextmanager
     def step(self, kind: str) -> Iterator[None]:

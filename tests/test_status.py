@@ -224,6 +224,7 @@ def test_a_job_keeps_its_log_and_says_how_it_ended(tmp_path: Path, monkeypatch: 
     from hirelc_deploy.jobs import recording
 
     workplace: Any = type("Workplace", (), {})()
+    workplace.track = ()
     workplace.command, workplace.pipeline = COMMAND, type("Pipeline", (), {"progress": Progress(quiet=True)})()
     for error, state, why in (
         (None, "finished", ""),

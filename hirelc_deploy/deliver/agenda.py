@@ -53,7 +53,7 @@ class Agenda:
 
     def __init__(self, left: TimeLeft, run: Run, machine: str, sizes: Sizes) -> None:
         """Args: `machine` is the context of the trials whose files count here."""
-        self.left, self._run, self.sizes = left, run, sizes
+        self.left, self.run, self.sizes = left, run, sizes
         files = sum(t.fidelity != "F1" and t.context == machine for t in run.trials)
         recovered = sum(t.fidelity == "F3" and t.context == machine for t in run.trials)
         judged = sum(t.fidelity == "F1" for t in run.trials)
@@ -81,7 +81,7 @@ class Agenda:
         """
         self._once()
         again = int(depth and self.sizes.trial_steps > 0)
-        tried = sum(key.startswith(TRIAL_LOSS) for key in self._run.facts)
+        tried = sum(key.startswith(TRIAL_LOSS) for key in self.run.facts)
         trials = again * max(0, DEPTH_TRIALS - tried)
         recoveries = max(0, finalists - self.left.unasked(F3))
         self._expect(
@@ -150,6 +150,6 @@ class Agenda:
 
     def _stage_seconds(self, stage: str, unknown: float) -> float:
         """Return what a stage of a file took, by the journal."""
-        outcomes = (t.outcome for t in self._run.trials if t.fidelity != "F1")
+        outcomes = (t.outcome for t in self.run.trials if t.fidelity != "F1")
         found = [o.seconds[stage] for o in outcomes if isinstance(o, Measured) and stage in o.seconds]
         return median(found) if found else unknown

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.deliver.agenda import Agenda, Sizes
+from hirelc_deploy.deliver.budget import Budget
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.network_time import (
     SAMPLES,
@@ -100,14 +100,15 @@ class Search:
 
     def __init__(self, pipeline: Pipeline, run: Run, table: LatencyTable, limits: Limits, config: SearchConfig) -> None:
         self.pipeline, self.run, self.limits, self.config = pipeline, run, limits, config
-        seconds = config.budget_seconds
-        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self.searches: list[SearchResult] = []
         self._gone: Gone | None = None
+        self._share: float | None = None
         self.records: list[dict[str, Any]] = []
         self.agenda = Agenda(
             pipeline.progress.left, run, pipeline.files.machine, sizes_of(pipeline, limits, config.f1_evaluations)
         )
+        spent, clock = pipeline.progress.left.spent, pipeline.progress.clock
+        self.budget = Budget(config.budget_seconds, self.agenda, spent=spent, clock=clock)
         asked_for = limits.max_latency_ms is not None or limits.speedup is not None
         self._to_find, judged = (1, 0) if asked_for else (config.finalists, BISECTIONS)
         _ = self._elsewhere  # what cannot be read is said before anything is measured
@@ -132,7 +133,8 @@ class Search:
                 f"about {floor_ms:.3g} ms on this target, and the uncut float file "
                 f"{pipeline.files.reference_ms:.3g} ms. Allow more time."
             )
-        self.problem = build_problem(pipeline, network, options=config.options)
+        go_on = None if config.budget_seconds is None else self.budget.measures_more
+        self.problem = build_problem(pipeline, network, options=config.options, go_on=go_on)
         self._settles_depth = config.depth and bool(branches_of(self.problem))
         self.agenda.search(self._to_find, judged=judged, depth=self._settles_depth)
         # Where no width of any unit buys time there is nothing to search, and no budget is within reach.
@@ -161,12 +163,12 @@ class Search:
         wanted_ms = latency_budget_ms(self.limits, self.pipeline.files.reference_ms)
         if wanted_ms is not None:
             only = self._finalist(wanted_ms)
-            self.agenda.search(0)
+            self._over()
             return [only] if only is not None else []
         found: list[Finalist] = []
         entry_ms, step, tried = self._entry_ms(), 0, set[int]()
         while self._wants_another(found) and step not in tried:
-            if found and time.monotonic() > self.deadline:
+            if found and not self.budget.decides(f"finalist {len(tried) + 1}", self.agenda.finalist_seconds()):
                 self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
                 break
             tried.add(step)
@@ -179,8 +181,14 @@ class Search:
             if finalist is not None:
                 found.append(finalist)
             step += 1 if finalist is not None and finalist.keeps_limits else -1
-        self.agenda.search(0)
+        self._over()
         return found
+
+    def _over(self) -> None:
+        """Say that no finalist follows, and whether the accuracy guard may train."""
+        self.agenda.search(0)
+        needs = self.agenda.finalist_seconds(search=False)
+        self.pipeline.trains_placed = self.budget.decides("training of the uncut integer file", needs)
 
     def _expect(self, searched: int = 0) -> None:
         """Say what is still to come, from the finalist at hand on."""
@@ -230,6 +238,7 @@ class Search:
         plan = self._best_plan(budget_ms)
         if plan is None:
             return None
+        self._fit_recovery()
         outcome = self._evaluate(plan, "F3")
         if not isinstance(outcome, Measured):
             self.pipeline.progress.say(f"{plan.digest} failed: {outcome.reason}")
@@ -238,7 +247,10 @@ class Search:
         drop = self.pipeline.selection_drop(plan, "F3")
         error = drop_error(drop)
         kept = keeps_limits(self.limits, outcome, drop.points, error, self.pipeline.files.reference_ms)
-        judged = {"plan": plan.digest, "drop_points": drop.points, "drop_error": error, "keeps_limits": kept}
+        points = (None if math.isnan(value) else value for value in (drop.points, error))  # without labels
+        judged = dict(
+            zip(("plan", "drop_points", "drop_error", "keeps_limits"), (plan.digest, *points, kept), strict=True)
+        )
         self.run.remember(f"{FINALIST}{plan.digest} on {self.pipeline.files.machine}", lambda: judged)
         unit = self.pipeline.task.metric.unit or self.pipeline.task.metric.name
         self.pipeline.progress.say(
@@ -246,6 +258,13 @@ class Search:
             f"drop {drop.points:+.2f} {unit} (standard error {error:.2f}) on the selection split"
         )
         return Finalist(plan, outcome, drop.points, error, kept)
+
+    def _fit_recovery(self) -> None:
+        """Shorten recoveries where the time budget does not allow whole ones; settled with the first finalist."""
+        if self._share is None:
+            self._share = self.budget.recovery_share()
+            self.pipeline.training.shorten(self._share)
+            self.agenda.sizes = replace(self.agenda.sizes, steps=self.pipeline.training.steps())
 
     def _decided(self, plan: CompressionPlan, outcome: Measured) -> Measured:
         """Return what a longer timing says of a file where a brief one leaves open whether it meets its budget."""
@@ -266,8 +285,9 @@ class Search:
         """Search at one budget; where a file misses one that was asked for, search again at a corrected one."""
         aim_ms, best = budget_ms, None
         asked_for = latency_budget_ms(self.limits, self.pipeline.files.reference_ms) is not None
-        for _ in range(CORRECTIONS + 1 if asked_for else 1):
-            if aim_ms < self.floor_ms:
+        for attempt in range(CORRECTIONS + 1 if asked_for else 1):
+            late = attempt and not self.budget.decides(f"correction {attempt}", self.agenda.finalist_seconds())
+            if late or aim_ms < self.floor_ms:
                 return best
             problem, budget = self._with_bytes(aim_ms)
             if not problem.decisions or smallest(problem)[1] > budget:
@@ -275,7 +295,7 @@ class Search:
             result = self._searched(problem, budget, aim_ms)
             if result.best is None:
                 return best
-            if self._gone is None and time.monotonic() <= self.deadline:
+            if self._gone is None and self._settles_depth and self._has_time_for_depth():
                 self._gone = settled_depth(self.pipeline, problem, budget, result.rivals())
                 again = self._gone is not None and self._gone != gone_from(result.best[0])
                 self._expect(searched=int(not again))
@@ -291,6 +311,10 @@ class Search:
             aim_ms *= budget_ms / measured_ms
         return best
 
+    def _has_time_for_depth(self) -> bool:
+        trials, recovered = self.agenda.depth_seconds(), self.agenda.finalist_seconds(search=False)
+        return self.budget.decides("which branches go", (trials or 0.0) + (recovered or 0.0))
+
     def _searched(self, problem: Problem, budget: float, aim_ms: float) -> SearchResult:
         """Let the strategy search, and keep what it and its agents learned."""
         strategy = make_strategy(self.config.strategy, problem, budget, self.pipeline.seed)
@@ -303,7 +327,9 @@ class Search:
             f1_evaluations=self.config.f1_evaluations,
             f2_evaluations=1,
             begin=self.pipeline.begin,
-            deadline=self.deadline,
+            deadline=self.budget.search_deadline(),
+            clock=self.pipeline.progress.clock,
+            known=lambda plan: self.run.knows(plan, "F1"),
         )
         self.searches.append(result)
         if isinstance(strategy, Hierarchy):

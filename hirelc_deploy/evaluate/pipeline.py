@@ -49,6 +49,7 @@ class Pipeline:
         run: Remembers what was measured.
         jobs: Processes that judge cut models (F1) side by side, with one thread each; below 2 this process judges.
         evaluators: Makes those processes from what answers in them and their number.
+        trains_placed: Whether the accuracy guard may train the uncut integer file; no where a time budget forbids it.
         rounds: Cut models are judged (F1) with the rounding of the layers that a plan leaves integer.
     """
 
@@ -84,6 +85,7 @@ class Pipeline:
         )
         roundings = lambda: tuple(self.roundings.values())  # noqa: E731
         self.training = Training(self.uncut, self.files, effort, seed, self.progress, start, roundings)
+        self.trains_placed = True
         self._begun: set[str] = set()
 
     @property

@@ -140,6 +140,13 @@ class Training:
         asked = self.effort.recovery if epochs is None else replace(self.effort.recovery, epochs=epochs)
         return recovery.steps_of(asked, recovery.batches_of(self.teacher, asked)[1])
 
+    def shorten(self, share: float) -> None:
+        """Let recoveries have this share of their epochs from here on."""
+        if self.effort.recovery is not None and share < 1:
+            epochs = share * self.effort.recovery.epochs
+            self.progress.say(f"the time budget allows {epochs:.3g} of {self.effort.recovery.epochs:g} epochs.")
+            self.effort = replace(self.effort, recovery=replace(self.effort.recovery, epochs=epochs))
+
     def rehearse(self, plan: CompressionPlan) -> None:
         """Do a few steps of a recovery and throw them away, where nothing says yet what a step takes.
 

@@ -83,9 +83,9 @@ def best_so_far(trials: Sequence[TrialRecord], facts: Mapping[str, Any]) -> dict
 
     def rank(digest: str) -> tuple[bool, float]:
         judged = said.get(digest, {"keeps_limits": True})
-        return not judged["keeps_limits"], found[digest].ratio or 1.0 if judged["keeps_limits"] else judged[
-            "drop_points"
-        ]
+        if judged["keeps_limits"]:
+            return False, found[digest].ratio or 1.0
+        return True, judged["drop_points"] or 0.0
 
     if not candidates:
         return None
