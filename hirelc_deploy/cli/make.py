@@ -132,7 +132,7 @@ def search(
         str, typer.Option(help="hirelc, two-stage, knapsack, greedy, tpe, nsga2, flat, random, uniform or untrained.")
     ] = "hirelc",
     budget: Annotated[
-        str | None, typer.Option(help="Wall time, for example 30m; the last training may end after it.")
+        str | None, typer.Option(help="Wall time, for example 30m; where it is short, recoveries are shortened.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
     finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
