@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -406,7 +407,9 @@ def run_config(config: JobConfig, out: Path, progress: Progress, command: str) -
 
 def _finished(workplace: Workplace) -> Result:
     plan, directory = workplace.config.plan, workplace.run.directory
-    with recorded(workplace):
+    done = (directory / RESULT).exists()  # then it is only read
+    keeping: AbstractContextManager[Any] = workplace.run if done else recorded(workplace)
+    with keeping:
         printed = run_apply(workplace, plan) if plan is not None else run_search(workplace)
     return Result(directory, {**json.loads((directory / RESULT).read_text("utf-8")), **printed})
 
