@@ -27,6 +27,7 @@ from record import provenance
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.models.onnx_files.load import build
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 
 FILES = {
     "text angle": ("rapidocr_onnxruntime", "models/ch_ppocr_mobile_v2.0_cls_infer.onnx", (3, 48, 192)),
@@ -51,6 +52,8 @@ def row(package: str, name: str, size: tuple[int, int, int] | None) -> dict[str,
         network = zoo.timed(seconds, "read", lambda: build(path, size))
     except zoo.HirelcError as error:
         return {"refused": str(error).replace(f"{path.parent}/", "")}
+    if isinstance(network, FileNetwork):
+        return {"seconds": seconds, "whole": network.file.reason, "outputs": list(network.file.outputs)}
     channels, height, width = network.pretrained_cfg["input_size"]
     images = zoo.torch.randn(2, channels, height, width, generator=zoo.torch.Generator().manual_seed(7))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -91,7 +94,7 @@ def main() -> None:
     for number, found in zoo.each(jobs, [given.limit] * len(jobs), 1):
         name = list(FILES)[number]
         rows[name] = {"file": FILES[name][1].rpartition("/")[2], "package": FILES[name][0], **found}
-        shown = found.get("error") or found.get("refused")
+        shown = found.get("error") or found.get("refused") or (f"whole: {found['whole']}" if "whole" in found else None)
         if shown is None:
             shown = (
                 f"{found['units']} units, {found['differs_from_onnxruntime']:.1e} from ONNX Runtime, half keeps "

@@ -27,6 +27,7 @@ from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.models.onnx_files.load import build
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 
 
 def traced_row(name: str) -> dict[str, Any]:
@@ -59,6 +60,8 @@ def row(name: str) -> dict[str, Any]:
         file = Path(folder) / "net.onnx"
         zoo.timed(seconds, "export", lambda: export.export_onnx(model, images, file))
         back = zoo.timed(seconds, "read", lambda: build(file, tuple(images.shape[1:])))
+    if isinstance(back, FileNetwork):
+        return {"seconds": seconds, "units": len(ours.units), "error": back.file.reason}
     traced = build_graph(back, images)
     graph, _ = zoo.timed(seconds, "prove", lambda: slicing.provable(back, traced, images))
     plan = slicing.uniform_plan(graph, 0.5, "float")

@@ -11,9 +11,21 @@ from typing import TYPE_CHECKING, Any
 from hirelc_deploy.version import __version__
 
 if TYPE_CHECKING:
-    from hirelc_deploy.api import Inspection, Result, apply, benchmark, inspect, load, search, verify
+    from hirelc_deploy.api import Inspection, Result, Why, apply, benchmark, inspect, load, search, verify, why
 
-__all__ = ["Inspection", "Result", "__version__", "apply", "benchmark", "inspect", "load", "search", "verify"]
+__all__ = [
+    "Inspection",
+    "Result",
+    "Why",
+    "__version__",
+    "apply",
+    "benchmark",
+    "inspect",
+    "load",
+    "search",
+    "verify",
+    "why",
+]
 
 
 def __getattr__(name: str) -> Any:

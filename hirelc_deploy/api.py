@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -35,7 +37,7 @@ from hirelc_deploy.deliver.verify import VerifyResult, verify_against
 from hirelc_deploy.deliver.verify import verify as verify_bundle
 from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.inputs.data.datasets import data_from_datasets
-from hirelc_deploy.inputs.data.load import load_data
+from hirelc_deploy.inputs.data.load import NO_DATA, load_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
 from hirelc_deploy.inputs.fitting import plain
 from hirelc_deploy.inputs.models.given import source_of
@@ -43,17 +45,22 @@ from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.inspect import inspected, inspection_text
 from hirelc_deploy.jobs.recording import recorded
 from hirelc_deploy.jobs.search import run_search
+from hirelc_deploy.jobs.verdict import SECONDS, Commands, place_of, verdict_of
+from hirelc_deploy.jobs.why import explain, run_of
 from hirelc_deploy.jobs.workplace import Given, Workplace, open_workplace
+from hirelc_deploy.measure.batch import at_batch
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
 from hirelc_deploy.measure.targets import find_target, open_target
 from hirelc_deploy.outcome import Outcome, outcome_from_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
-from hirelc_deploy.runs import PARETO, RESULT
+from hirelc_deploy.results.layer_text import why_text
+from hirelc_deploy.results.summary import summary
+from hirelc_deploy.runs import CONFIG, PARETO, RESULT
 from hirelc_deploy.user_code import usual_torch
 
-__all__ = ["Inspection", "Result", "apply", "benchmark", "inspect", "load", "search", "verify"]
+__all__ = ["Inspection", "Result", "Why", "apply", "benchmark", "inspect", "load", "search", "verify", "why"]
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A timm name or another spec of the command line, a module (which is copied), or a function that makes one."""
@@ -81,7 +88,11 @@ class JobOptions(TypedDict, total=False):
         geometry, interpolation: Of pictures of another size: `crop`, `stretch` or `letterbox`, and how.
         recovery_epochs, learning_rate: Of the recovery of each finalist.
         exclude, include: Patterns of units and layers.
+        float_layers: Patterns of layers that stay float in every integer file.
+        equalise: Patterns of layers whose channels are made alike across activations, too.
+        ranges: Pattern of layers to how the ranges at their ends are taken: `minmax`, `percentile` or `mse`.
         threads: Of one inference.
+        batch: Images of one inference; one where it is None.
         seed: Of every random choice.
         progress: Called with a line of text for everything that is begun or done; without it nothing is said.
         track: `tensorboard`, `mlflow`: told the scalars of every training, every trial and the result.
@@ -108,7 +119,11 @@ class JobOptions(TypedDict, total=False):
     learning_rate: float
     exclude: Sequence[str]
     include: Sequence[str]
+    float_layers: Sequence[str]
+    equalise: Sequence[str]
+    ranges: Mapping[str, str] | None
     threads: int | None
+    batch: int | None
     seed: int
     progress: Listener | Progress | None
     track: Sequence[str]
@@ -175,7 +190,8 @@ class Inspection:
     """What a model consists of.
 
     Attributes:
-        record: `units`, `kept_whole`, `blocks`, `params`, `macs`, `matched`; as `inspect --json` prints them.
+        record: `units`, `kept_whole`, `blocks`, `params`, `macs`, `matched`, and `verdict` where it was asked for; as
+            `inspect --json` prints them.
     """
 
     record: Mapping[str, Any]
@@ -186,15 +202,48 @@ class Inspection:
         units: Sequence[Mapping[str, Any]] = self.record["units"]
         return units
 
+    @property
+    def foretold(self) -> Sequence[Mapping[str, Any]]:
+        """What INT8, bf16, cutting and other runtimes can bring, by pieces; empty without `verdict=True`."""
+        found: Sequence[Mapping[str, Any]] = self.record.get("verdict", {}).get("foretold", [])
+        return found
+
     def __str__(self) -> str:
         """Return what `inspect` prints."""
         return inspection_text(self.record)
 
 
+@dataclass(frozen=True)
+class Why:
+    """Which layers of an integer file lost what, and what would help.
+
+    Attributes:
+        record: As `why --json` prints it.
+    """
+
+    record: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def layers(self) -> Sequence[Mapping[str, Any]]:
+        """Every layer, those whose rounding costs most first."""
+        layers: Sequence[Mapping[str, Any]] = self.record["layers"]
+        return layers
+
+    @property
+    def options(self) -> str:
+        """What is added to the command of the run, to make all suggested changes; empty where none surely helps."""
+        together = self.record["together"]
+        return str(together["how"]) if together else ""
+
+    def __str__(self) -> str:
+        """Return what `why` prints."""
+        return why_text(self.record)
+
+
 @usual_torch()
 def search(
     model: Model,
-    data: Splits,
+    data: Splits | None = None,
     *,
     out: str | Path,
     task: str | None = None,
@@ -217,6 +266,7 @@ def search(
     """Find the fastest file that the target can run within the limits; a killed or finished search is taken up again.
 
     Args:
+        data: None, for an ONNX file: random pictures, for structure and speed alone; accuracy stays unknown.
         out: Folder of the run, which is made.
         task: Of an installed task, where model and data leave a doubt.
         limits: Fields of `config.Limits`; {"max_drop": 1.0} where nothing is said.
@@ -247,7 +297,7 @@ def search(
 @usual_torch()
 def apply(
     model: Model,
-    data: Splits,
+    data: Splits | None,
     plan: str | Path | CompressionPlan,
     *,
     out: str | Path,
@@ -292,35 +342,77 @@ def inspect(
     input_size: Sequence[int] | None = None,
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
+    verdict: bool = False,
+    target: str | None = None,
+    threads: int | None = None,
+    seconds: float | None = None,
+    progress: Listener | Progress | None = None,
 ) -> Inspection:
     """Say what a model consists of, what can be cut, and what is kept whole and why; every unit is proven exact.
 
+    Args:
+        verdict: Foretell what INT8, bf16, cutting and other runtimes can bring on a target, from timed pieces.
+        target, threads, seconds: Of the verdict: `cpu`, those of the target, and 60 where nothing is said.
+        progress: As in `JobOptions`.
+
     Raises:
         InputError: The model cannot be had, or cannot run on such an input.
+        HirelcError: A verdict is wanted, and the target cannot be reached or refuses the uncut model.
     """
+    told = _told(progress)
+    started = told.clock()
     source = source_of(model, weights, model_args, pretrained, weights_key)
     overrides = PreprocessConfig(_several("input_size", input_size)).overrides()
-    patterns = [_several(*named) or () for named in (("exclude", exclude), ("include", include))]
-    return Inspection(inspected(source, overrides, *patterns))
+    excluded, included = _several("exclude", exclude) or (), _several("include", include) or ()
+    if not verdict:
+        for name, value in (("target", target), ("threads", threads), ("seconds", seconds)):
+            if value is not None:
+                raise InputError(f"--{name} {value}: a device is asked for a verdict only; add --verdict.")
+        return Inspection(inspected(source, overrides, excluded, included))
+    limit = SECONDS if seconds is None else seconds
+    if not 0 < limit < math.inf:
+        raise InputError(f"--seconds {limit:g}: give a finite number above 0.")
+    profile = find_target(target or "cpu")
+    place = place_of(profile, threads, open_target(profile))
+    options = {
+        "--input-size": [",".join(map(str, input_size))] if input_size else [],
+        "--exclude": excluded,
+        "--include": included,
+        "--threads": [str(threads)] if threads else [],
+    }
+    given = [part for name, values in options.items() for value in values for part in (name, value)]
+    command = Commands(source, given, profile)
+    foretold = partial(verdict_of, place=place, command=command, seconds=limit, started=started, progress=told)
+    return Inspection(inspected(source, overrides, excluded, included, foretold))
 
 
 def benchmark(
-    files: Sequence[str | Path], *, target: str = "cpu", threads: int | None = None, seconds: float = 300.0
+    files: Sequence[str | Path],
+    *,
+    target: str = "cpu",
+    threads: int | None = None,
+    batch: int | None = None,
+    seconds: float = 300.0,
 ) -> list[Timing]:
     """Time ONNX files against the first of them: interleaved, with intervals and verdicts.
 
+    Args:
+        batch: Images of one inference, for files that take any number; None for what the files take, else one.
+
     Raises:
-        HirelcError: A file is not there or is refused, or the target cannot be reached.
+        HirelcError: A file is not there, is refused or takes another batch, or the target cannot be reached.
     """
-    return timed(files, target, threads, seconds)[1]
+    return timed(files, target, threads, batch, seconds)[1]
 
 
 def timed(
-    files: Sequence[str | Path], target: str, threads: int | None, seconds: float
+    files: Sequence[str | Path], target: str, threads: int | None, batch: int | None, seconds: float
 ) -> tuple[dict[str, Any], list[Timing]]:
     """Return the machine, and what `benchmark` returns."""
     if not 0 < seconds < math.inf:
         raise InputError(f"--seconds {seconds:g}: give a finite number above 0.")
+    if batch is not None and batch < 1:
+        raise InputError(f"batch = {batch}: give a whole number of at least 1.")
     paths = [Path(file) for file in _several("files", files) or ()]
     for path in paths:
         if not path.is_file():
@@ -328,7 +420,10 @@ def timed(
     profile = find_target(target)
     backend = open_target(profile)
     limits = dataclasses.replace(FULL, seconds=seconds)
-    return describe(backend), compare(paths, backend, threads=threads or profile.threads, limits=limits)
+    with tempfile.TemporaryDirectory() as folder:
+        ready, images = at_batch(paths, batch, Path(folder))
+        found = compare(ready, backend, threads=threads or profile.threads, batch=images, limits=limits)
+    return describe(backend), [dataclasses.replace(one, file=path) for one, path in zip(found, paths, strict=True)]
 
 
 @usual_torch()
@@ -374,30 +469,51 @@ def verify(
     )
 
 
-def summary(record: Mapping[str, Any], out: Path) -> str:
-    """Return what a person wants to know first about a finished job."""
-    latency, unpruned, found = record["latency"], record["best_unpruned"], record["accuracy"]
-    lines = [
-        f"{1 / latency['ratio']:.2f} times faster than the uncut float file "
-        f"({1 / latency['ratio_high']:.2f} to {1 / latency['ratio_low']:.2f}), verdict: {latency['verdict']}",
-        f"{unpruned['ratio'] / latency['ratio']:.2f} times faster than the best unpruned file ({unpruned['name']})",
-        f"{record['size_ratio']:.1f} times smaller: {record['size_bytes']:,} bytes, {record['params']:,} parameters, "
-        f"{record['macs']:,} multiply-accumulates",
-    ]
-    metric = record.get("metric", {"name": "accuracy", "scale": 100.0, "unit": "points"})  # older runs: classifiers
-    scale, unit = metric["scale"], metric["unit"]
-    if found["test"] is None:
-        lines.append("no accuracy is claimed: the data has no labels")
-    else:
-        sign = " %" if scale == 100 else f" {unit}".rstrip()
-        drop = f"{found['drop_points']:+.2f} {unit}".rstrip()
-        lines.append(
-            f"{metric['name']} on the test split {scale * found['test']:.2f}{sign} "
-            f"(uncut {scale * found['baseline_test']:.2f}), drop {drop} "
-            f"({found['drop_low']:+.2f} to {found['drop_high']:+.2f})"
-        )
-    lines += [f"bundle: {record['bundle']}", f"report: {out / 'report.html'}"]
-    return "\n".join(lines)
+@usual_torch()
+def why(
+    run: str | Path,
+    *,
+    model: Model | None = None,
+    data: Splits | None = None,
+    metric: Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    data_dir: str | Path | None = None,
+    fixes: int = 3,
+    progress: Listener | Progress | None = None,
+    command: str = "hirelc_deploy.why(...)",
+) -> Why:
+    """Say which layers of a run's integer file lost what, and try what would help; nothing is trained.
+
+    It is also written to `why.json` of the run, and to its report.
+
+    Args:
+        run: The folder of a search or apply, or the bundle in it.
+        model, data, metric, loss: Where the run was given objects, or its data lie elsewhere now: the same again.
+        data_dir: Beside data that are a text.
+        fixes: Layers, those that lost most, for which changes are tried.
+        progress: As in `JobOptions`.
+        command: What the record says it was made by.
+
+    Raises:
+        HirelcError: No run, its model or data are not at hand, or the target has no integers.
+    """
+    splits = None if data is None else _splits_again(Path(run), data, data_dir)
+    source = None if model is None else source_of(model)
+    given = Given(source, splits, metric, loss)
+    found = explain(Path(run), fixes=fixes, given=given, progress=_told(progress), command=command)
+    return Why(found)
+
+
+def _splits_again(run: Path, data: Splits, data_dir: str | Path | None) -> Data:
+    """Return the data of a run from where they are now, in the splits that it had."""
+    config = JobConfig.read(run_of(run) / CONFIG)
+    job = JobOptions(
+        data_dir=data_dir or config.data.directory,
+        calibration_images=config.data.calibration_images,
+        selection_images=config.data.selection_images,
+        seed=config.seed,
+    )
+    return _data(data, job)
 
 
 def run_config(config: JobConfig, out: Path, progress: Progress, command: str) -> Result:
@@ -415,20 +531,23 @@ def _finished(workplace: Workplace) -> Result:
 
 
 def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Result:
-    progress = job.get("progress")
-    if progress is not None and not isinstance(progress, Progress) and not callable(progress):
-        raise InputError(f"progress = {progress!r:.60}: give a function of one line of text.")
-    if not isinstance(progress, Progress):
-        progress = Progress(quiet=progress is None, listener=progress)
+    progress = _told(job.get("progress"))
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
     track = _several("track", job.get("track")) or ()
     workplace = open_workplace(config, out, command, progress, given=given, track=track, **side_by_side)
     return _finished(workplace)
 
 
+def _told(progress: Listener | Progress | None) -> Progress:
+    """Return what says how far a call is."""
+    if progress is not None and not isinstance(progress, Progress) and not callable(progress):
+        raise InputError(f"progress = {progress!r:.60}: give a function of one line of text.")
+    return progress if isinstance(progress, Progress) else Progress(quiet=progress is None, listener=progress)
+
+
 def _config(
     model: Model,
-    data: Splits,
+    data: Splits | None,
     task: str | None,
     target: str,
     metric: Callable[..., Any] | str | None,
@@ -442,6 +561,10 @@ def _config(
     if job.get("lower_is_better") is not None and metric is None:
         raise InputError("lower_is_better: it is said of a metric of your own; name one with --metric.")
     weights, folder = job.get("weights"), job.get("data_dir")
+    if data is None:
+        if not (isinstance(model, str) and model.lower().endswith(".onnx")):
+            raise InputError("--data is missing: name what judges the model; only an ONNX file can do without it.")
+        data = NO_DATA
     named = isinstance(model, str)
     source = None if named else source_of(model, weights, job.get("model_args"), job.get("pretrained", False))
     splits = None if isinstance(data, str) else _data(data, job)
@@ -462,10 +585,14 @@ def _config(
         target=target,
         seed=job.get("seed", 0),
         threads=job.get("threads"),
+        batch=job.get("batch") if job.get("batch") != 1 else None,  # the same job, said in two ways
         recovery_epochs=job.get("recovery_epochs", 1.0),
         learning_rate=job.get("learning_rate", 0.01),
         exclude=_several("exclude", job.get("exclude")) or (),
         include=_several("include", job.get("include")) or (),
+        float_layers=_several("float_layers", job.get("float_layers")) or (),
+        equalise=_several("equalise", job.get("equalise")) or (),
+        ranges=_named("ranges", job.get("ranges")),
         preprocess=PreprocessConfig(
             _several("input_size", job.get("input_size")),
             _several("mean", job.get("mean")),
@@ -522,6 +649,12 @@ def _data(data: Splits, job: JobOptions) -> Data:
         return data
     folder, seed = job.get("data_dir"), job.get("seed", 0)
     if isinstance(data, str):
-        return load_data(data, data_dir=Path(folder) if folder else None, seed=seed)
+        return load_data(
+            data,
+            data_dir=Path(folder) if folder else None,
+            calibration_images=job.get("calibration_images"),
+            selection_images=job.get("selection_images"),
+            seed=seed,
+        )
     sizes = SplitSizes(job.get("calibration_images"), job.get("selection_images"))
     return data_from_datasets(data, sizes, seed, job.get("collate_fn"), classes=job.get("classes"))

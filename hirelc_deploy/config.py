@@ -27,6 +27,7 @@ LARGEST_INPUT = 2**26
 """Values of one image (256 MiB in float32): what is larger is a slip of the pen, and would exhaust the memory."""
 LARGEST_SEED = 2**32 - 1
 """What every random generator in use takes."""
+_BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -111,21 +112,27 @@ class Limits:
 
     Attributes:
         max_drop: What may be lost of the metric: percentage points, or its own unit where it is no share.
-        max_latency_ms: Milliseconds of one inference on the target.
+        max_latency_ms: Milliseconds of one inference on the target, of the whole batch.
         speedup: Times faster than the uncut float file.
         max_bytes: Size of the file.
+        max_memory_bytes: Peak of the process on the target that loads and runs the file, its runtime included.
+        max_energy_mj: Millijoules that the target draws during one inference, of the whole batch.
     """
 
     max_drop: float | None = None
     max_latency_ms: float | None = None
     speedup: float | None = None
     max_bytes: int | None = None
+    max_memory_bytes: int | None = None
+    max_energy_mj: float | None = None
 
     def __post_init__(self) -> None:
         _at_least("max_drop", self.max_drop, 0)
         _above_zero("max_latency_ms", self.max_latency_ms)
         _above_zero("speedup", self.speedup)
         _at_least("max_bytes", self.max_bytes, 1, whole=True)
+        _at_least("max_memory_bytes", self.max_memory_bytes, 1, whole=True)
+        _above_zero("max_energy_mj", self.max_energy_mj)
 
     def check_against(self, scale: float) -> None:
         """Raise InputError for a drop that no metric of this scale (100: points) can have."""
@@ -173,11 +180,15 @@ class JobConfig:
     Attributes:
         plan: The plan that `apply` was given; None for a search.
         threads: Of one inference on the target; None for what the target says.
+        batch: Images of one inference: of every file, timing and table; None for one.
         recovery_epochs: Passes over the training split for a finalist, and for the uncut integer file where that loses
             more than is allowed; 0 for no training.
         learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
         exclude: Patterns of units and layers that stay whole.
         include: Patterns of units and layers; when given, only these may be cut.
+        float_layers: Patterns of layers that stay float in every integer file.
+        equalise: Patterns of layers whose channels are made alike across activations.
+        ranges: Pattern of layers to the calibration method of what they read and write.
     """
 
     model: ModelConfig
@@ -186,10 +197,14 @@ class JobConfig:
     plan: str | None = None
     seed: int = 0
     threads: int | None = None
+    batch: int | None = None
     recovery_epochs: float = 1.0
     learning_rate: float = 0.01
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()
+    equalise: tuple[str, ...] = ()
+    ranges: Mapping[str, str] = field(default_factory=dict)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     limits: Limits = field(default_factory=Limits)
@@ -200,6 +215,7 @@ class JobConfig:
         if self.seed > LARGEST_SEED:
             raise InputError(f"seed = {self.seed}: give a whole number of at most {LARGEST_SEED}.")
         _at_least("threads", self.threads, 1, whole=True)
+        _at_least("batch", self.batch, 1, whole=True)
         _at_least("recovery_epochs", self.recovery_epochs, 0)
         _above_zero("learning_rate", self.learning_rate)
 
@@ -261,6 +277,15 @@ def parse_duration(text: str) -> float:
     seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
     _above_zero(f"duration {text!r}", seconds)
     return seconds
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of `90000`, `200M` or `1.5GiB`; raises InputError unless they are at least 1."""
+    match = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,9}})?)({'|'.join(_BYTES)})B?", text)
+    count = int(float(match[1]) * _BYTES[match[2]]) if match else 0
+    if count < 1:
+        raise InputError(f"size {text!r:.60}: write it like 90000, 200M or 1.5GiB.")
+    return count
 
 
 def _at_least(name: str, value: float | None, least: float, *, whole: bool = False) -> None:

@@ -15,6 +15,9 @@ from hirelc_deploy.errors import InputError
 SCHEMA_VERSION = 1
 PRECISIONS = ("int8", "float", "auto")
 LAYER_PRECISIONS = ("int8", "int4", "float")
+END_OF = "end of "
+"""Starts the name of what decodes outputs, in the place of a layer's name; names of modules have no spaces."""
+
 LARGEST_WIDTH = 2**31 - 1
 """What is wider is no layer."""
 
@@ -27,7 +30,7 @@ class CompressionPlan:
         keep: Unit name to the number of elements (channels, heads, MLP units) it keeps; a unit not named stays whole.
             With 0 its residual branch is left out, where it has one.
         precision: Layer name to `int8`, `float` or, for Linear layers, `int4` (weights in four bits, float
-            activations); a layer not named takes `default_precision`.
+            activations); a layer not named takes `default_precision`. So has what decodes the answers: `end of boxes`.
         default_precision: `int8`, `float`, or `auto` (placed by measurement on the target).
         pattern: Which operators around integer layers are integer too, a key of `quantize.PATTERNS`, for some
             targets with `+bf16` behind it; the measured placement's where it is empty.

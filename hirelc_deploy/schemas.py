@@ -103,7 +103,12 @@ RATIO = {"ratio": _number("Time over that of the reference."), "ratio_low": _num
 LATENCY = _record(
     "The shipped file beside the uncut float file.",
     {"median_ms": _number(), "reference": _text(), **RATIO, "verdict": VERDICT},
-    {"p99_ms": _number("What 99 of 100 inferences stay within.")},
+    {
+        "p99_ms": _number("What 99 of 100 inferences stay within."),
+        "batch": _whole("Images of one inference."),
+        "threads": _whole("Of one inference."),
+        "images_per_second": _number("Throughput by the median, one inference after the other."),
+    },
 )
 MACHINE = _record(
     "What a reader needs to judge a timing; null where the system does not say.",
@@ -180,7 +185,7 @@ OUTCOME = {
 PRINTED = {
     "bundle": _text("The folder to deploy."),
     "params": _whole(),
-    "macs": _whole("Multiply-accumulates of one inference."),
+    "macs": _whole("Multiply-accumulates of one image."),
     "size_bytes": _whole("Of the shipped file."),
     "size_ratio": _number("Bytes of the uncut float file over those of the shipped one."),
     "metric": METRIC,
@@ -232,6 +237,8 @@ RESULT = _record(
         "warnings": _list(_text()),
     },
     {
+        "peak_memory_bytes": _or_null(_whole("Of a process that runs the shipped file; null where none is told.")),
+        "energy_mj": _or_null(_number("Of one inference of the shipped file; null where nothing limits it.")),
         "search": _record(
             "How the search was done; not after `apply`.",
             {
@@ -242,6 +249,17 @@ RESULT = _record(
                 "overhead_seconds": _number(),
                 "seconds": _number(),
             },
+        ),
+        "ends": _list(
+            _record(
+                "What decodes outputs, and why rounding harms it.",
+                {"name": _text(), "precision": _text(), "why": _text(), "operators": _whole()},
+                {
+                    "divergence": _number("Of the file where it is integer, in nats."),
+                    "float_divergence": _number("Of the file where it is float."),
+                    **RATIO,
+                },
+            )
         ),
         "latency_model": _map(ANYTHING, "How well the layer table predicts files."),
         "agents": _list(_map(ANYTHING), "What each search learned."),
@@ -255,6 +273,10 @@ RESULT = _record(
                     "drop_points": _number(),
                     "drop_error": _number(),
                     "keeps_limits": _truth(),
+                },
+                {
+                    "peak_memory_bytes": _or_null(_whole("Of its process; null where nothing limits it.")),
+                    "energy_mj": _or_null(_number("Of one inference; null where nothing limits it.")),
                 },
             )
         ),
@@ -282,7 +304,43 @@ MANIFEST = _record(
         "versions": _map(_text()),
         "files": _map(_record("A file of the bundle.", {"sha256": SHA256, "bytes": _whole()})),
     },
-    {"runtime": _record("What runs the file, and how it was opened.", {"name": _text(), "options": _map(ANYTHING)})},
+    {
+        "runtime": _record("What runs the file, and how it was opened.", {"name": _text(), "options": _map(ANYTHING)}),
+        "batch": _whole("Images that the file takes at a time; 1 where it is missing."),
+    },
+)
+FORETOLD = _record(
+    "What one thing can bring. Nothing of it was measured as a whole file; numbers are null where there are none.",
+    {
+        "what": _text("`int8`, `bf16`, `cutting half of the channels`, or another runtime."),
+        "verdict": _one_of("faster", "slower", "same", "not told apart", "unknown", "impossible"),
+        "speedup": _or_null(_number("Times as fast as the uncut float file on the target's own runtime.")),
+        "speedup_low": _or_null(_number("It is expected between this")),
+        "speedup_high": _or_null(_number("and this.")),
+        "ms": _or_null(_number("`float_ms` over `speedup`.")),
+        "covered": _or_null(_number("Share of the network's work whose pieces were timed.")),
+        "runtime": _or_null(_text("Name of the backend.")),
+        "pattern": _or_null(_text("Which operators are integer or have 16 bits; `float` for none.")),
+        "says": _text("All that in a sentence, or why it cannot be known."),
+        "command": _text("What does it, measured; DATA and WEIGHTS stand for yours. Empty without a number."),
+    },
+)
+FORETELLING = _record(
+    "What can be gained on a target, foretold from timed pieces of the network.",
+    {
+        "target": _text(),
+        "runtime": _text("Name of the target's own backend."),
+        "threads": _whole(),
+        "seconds": _number("That it took, the inspection included."),
+        "float_ms": _number("Of the uncut float file as a whole, measured."),
+        "note": _text("What a reader must know about that measurement, or empty."),
+        "pieces": _whole("That the network consists of."),
+        "kinds": _whole("Of these pieces; one of each was timed."),
+        "covered": _number("Share of the network's work whose pieces were timed."),
+        "foretold": _list(FORETOLD),
+        "unknown": _list(_text(), "What cannot be known beforehand."),
+        "machine": MACHINE,
+    },
 )
 INSPECTION = _record(
     "`inspect --json`: what a model consists of and what can be cut.",
@@ -312,6 +370,7 @@ INSPECTION = _record(
         "kept_whole": _list(_record("A layer that stays whole.", {"layer": _text(), "reason": _text()})),
         "matched": _map(_list(_text()), "Pattern to the units that it matches."),
     },
+    {"verdict": FORETELLING},
 )
 TARGET = _record(
     "A device as the user names it.",
@@ -337,10 +396,67 @@ TIMING = _record(
         "p90_ms": _number(),
         "p99_ms": _number(),
         **RATIO,
+        "batch": _whole("Images of one inference."),
+        "images_per_second": _number("Throughput by the median, one inference after the other."),
         "verdict": VERDICT,
         "rounds": _whole(),
         "contended": _or_null(_truth("Other programs took the core; null with several threads.")),
         "note": _text("What a reader must know about these numbers, or empty."),
+    },
+)
+WON = _or_null(_map(_or_null(_number()), "`won`, and its 95 % interval `low` to `high`; below 0 it was lost."))
+EFFECT = {
+    "divergence": {**WON, "description": "From the same model in float; of a cut, from the uncut model."},
+    "points": {**WON, "description": "Of the metric, in its unit; null without labels."},
+    "ms": {**WON, "description": "Of one inference; null where nothing was timed."},
+}
+SPREAD = _or_null(
+    _record(
+        "Activations in some selection images: range of integers, values, share that 0.1 % take, share clipped.",
+        {name: _number() for name in ("low", "high", "least", "largest", "tail_share", "clipped")},
+        {"widest_channel": _or_null(_number("Its largest magnitude over that of the middle channel."))},
+    )
+)
+TRIED = {"how": _text("Options of `search` and `apply`."), **EFFECT}
+EXPLAINED_LAYER = _record(
+    "A layer; those that are integer come first, by what their rounding costs.",
+    {
+        **{name: _text() for name in ("name", "block", "kind")},
+        "precision": _one_of("int8", "int4", "float", "left out"),
+        "rounding": _or_null(
+            _record("Where nothing else is rounded; `ms`: in the whole file.", {"as": _text(), **EFFECT})
+        ),
+        "cut": _or_null(
+            _record("Alone, before any recovery.", {"unit": _text(), "kept": _whole(), "full": _whole(), **EFFECT})
+        ),
+        "spread": _or_null(
+            _record(
+                "Its values.", {"reads": SPREAD, "writes": SPREAD, "widest_weight": _number("Over the middle one.")}
+            )
+        ),
+        "fixes": _list(_record("Tried in the whole file, beside what is suggested above.", {"what": _text(), **TRIED})),
+        "suggested": _or_null(_text("`how` of the change to make; null where none surely helps.")),
+    },
+)
+WHY = _record(
+    "`why --json`, and `why.json` of a run: what each layer's rounding and cut cost, and what would help.",
+    {
+        "schema_version": VERSION,
+        **{name: _text() for name in ("run", "model", "target", "pattern", "command")},
+        "explains": _one_of("shipped", "placed", description="Or the uncut model's fastest integer file."),
+        "plan": PLAN_AS_WRITTEN,
+        "images": _whole("Of the selection split."),
+        "metric": METRIC,
+        "rounding": _record("The whole file beside the same model in float.", EFFECT),
+        "cutting": _or_null(_record("The model in float beside the uncut one.", EFFECT)),
+        "layers": _list(EXPLAINED_LAYER),
+        "together": _or_null(_record("All suggested changes.", TRIED)),
+        "training": _record(
+            "While rounded; and what the accuracy guard saw lost before and after it.",
+            {"how": _text(), "points_before": _or_null(_number()), "points": _or_null(_number())},
+        ),
+        "notes": _list(_text()),
+        "machine": MACHINE,
     },
 )
 STRATEGY = _record(
@@ -462,6 +578,7 @@ _SCHEMAS: dict[str, Schema] = {
             "changes": _list(CHANGE, "Figures beside those of --against; empty without it."),
         },
     ),
+    "why": WHY,
     "progress": _record(
         "`progress.json` of a run: how far the last command on it is, written every few seconds.",
         {
@@ -573,7 +690,10 @@ _SCHEMAS: dict[str, Schema] = {
 }
 COMMANDS = {
     **dict.fromkeys(("search", "apply", "demo"), "search"),
-    **{name: name for name in ("inspect", "benchmark", "verify", "status", "doctor", "targets", "profile", "compare")},
+    **{
+        name: name
+        for name in ("inspect", "benchmark", "verify", "why", "status", "doctor", "targets", "profile", "compare")
+    },
     "targets add": "targets-add",
 }
 """Command that takes --json, to the name of its schema."""

@@ -824,7 +824,12 @@ PLANS = [
 OPTIONS = [
     Case("unknown option", ["demo", "--sed", "3"], ("No such option: --sed", "--help")),
     Case("unknown command", ["compress"], ("No such command 'compress'", "--help")),
-    Case("missing option", ["search", "--model", "net.py:net"], ("Missing option '--data'", "--help")),
+    Case("missing option", ["search", "--model", "net.py:net"], ("Missing option '--out'", "--help")),
+    Case(
+        "data not named",
+        ["search", "--model", "net.py:net", "--out", "found"],
+        ("--data is missing", "only an ONNX file"),
+    ),
     Case("seed is no number", apply(seed="one"), ("--seed", "integer")),
     Case("seed is negative", apply(seed="-1"), ("seed", "at least 0")),
     Case("seed is enormous", apply(seed="9" * 30), ("seed",)),
@@ -848,6 +853,9 @@ OPTIONS = [
     Case("NaN latency", search(max_latency_ms="nan"), ("max_latency_ms", "finite")),
     Case("NaN speed-up", search(speedup="nan"), ("speedup", "finite")),
     Case("no bytes", search(max_bytes="0"), ("max_bytes", "at least 1")),
+    Case("no memory", search(max_memory="0"), ("size '0'", "200M")),
+    Case("no energy", search(max_energy_mj="0"), ("max_energy_mj", "above 0")),
+    Case("no image at a time", search(batch="0"), ("--batch", "--help")),
     Case("no trials", search(trials="0"), ("--trials", "--help")),
 ]
 

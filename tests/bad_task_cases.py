@@ -848,7 +848,7 @@ DATA_SETS = [
     Call("mapping with val alone", done("two", {"val": Items(label)}), ("no train",)),
     Call("unknown split", done("two", {"train": Items(label), "dev": Items(label)}), ("'dev'", "val")),
     Call("empty mapping", done("two", dict), ("train",)),
-    Call("None in place of data", done("two", None), ("NoneType",)),
+    Call("None in place of data", done("two", None), ("data", "ONNX file")),
     Call("data set that is a number", done("two", {"train": 7}), ("train", "int")),
     Call("collate_fn fails", done("two", splits(), collate_fn=lambda items: failing()), ("item 0", "share is gone")),
     Call(
@@ -999,7 +999,7 @@ PYTHON = [
     Call("model that is a number", searched(42, splits()), ("42", "torch.nn.Module")),
     Call("model that is None", searched(None, splits()), ("None", "torch.nn.Module")),
     Call("function that makes no model", done(lambda: 7, splits()), ("returns 7",)),
-    Call("search without data", searched("two", None), ("NoneType",)),
+    Call("search without data", searched("two", None), ("data", "ONNX file")),
     Call("unknown limit", searched("two", splits(), limits={"max_dorp": 1.0}), ("'max_dorp'", "max_drop")),
     Call("negative limit", searched("two", splits(), limits={"max_drop": -1}), ("max_drop = -1",)),
     Call("limit that is text", searched("two", splits(), limits={"max_drop": "1"}), ("max_drop", "'1'")),

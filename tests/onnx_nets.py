@@ -90,3 +90,59 @@ def external(model: ModelProto, location: str, **entries: int) -> ModelProto:
     for key, value in {"location": location, **entries}.items():
         tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=str(value)))
     return model
+
+
+def looped_net(opset: int = 17, image: Sequence[Any] = IMAGE, turns: int = 2) -> ModelProto:
+    """Return `small_net` with a Loop before its pooling, whose body has a convolution and reads a tensor outside."""
+    inputs = (("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("v", FLOAT, None))
+    outputs = (("on", TensorProto.BOOL, []), ("w", FLOAT, None))
+    body = helper.make_graph(
+        [
+            node("Identity", ["go"], ["on"]),
+            node("Conv", ["v", "smooth"], ["u"], pads=[1, 1, 1, 1]),
+            node("Add", ["u", "b"], ["s"]),
+            node("Relu", ["s"], ["w"]),
+        ],
+        "body",
+        [helper.make_tensor_value_info(*one) for one in inputs],
+        [helper.make_tensor_value_info(*one) for one in outputs],
+    )
+    model = small_net(opset, image)
+    nodes = list(model.graph.node)
+    place = [one.op_type for one in nodes].index("GlobalAveragePool")
+    nodes[place].input[0] = "looped"
+    nodes.insert(place, node("Loop", ["turns", "", "f"], ["looped"], body=body))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    tensors = {"turns": np.array(turns, np.int64), "smooth": values(16, 16, 3, 3, seed=9)}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items())
+    return model
+
+
+def branched_net(opset: int = 17, image: Sequence[Any] = IMAGE) -> ModelProto:
+    """Return a network of two outputs in which the image decides between two branches of an If."""
+    branches = {
+        "then_branch": graph_of([node("Relu", ["c"], ["t"])], ["t"]),
+        "else_branch": graph_of([node("Neg", ["c"], ["e"])], ["e"]),
+    }
+    nodes = [
+        node("Conv", ["x", "stem.weight"], ["c"], pads=[1, 1, 1, 1]),
+        node("GlobalAveragePool", ["c"], ["m"]),
+        node("Slice", ["m", "zero", "one", "axis"], ["first"])
+        if opset > 9
+        else node("Slice", ["m"], ["first"], starts=[0], ends=[1], axes=[1]),
+        node("Reshape", ["first", "flat"], ["number"]),
+        node("Greater", ["number", "nothing"], ["is_bright"]),
+        node("If", ["is_bright"], ["d"], **branches),
+        node("Conv", ["d", "body.weight"], ["y"]),
+        node("Flatten", ["m"], ["z"]),
+    ]
+    tensors = {
+        "stem.weight": values(8, 3, 3, 3),
+        "body.weight": values(4, 8, 1, 1, seed=1),
+        "nothing": np.zeros(1, np.float32),
+        "flat": np.array([1], np.int64),
+    }
+    if opset > 9:
+        tensors |= {name: np.array([n], np.int64) for name, n in (("zero", 0), ("one", 1), ("axis", 1))}
+    return model_of(nodes, tensors, ("y", "z"), opset=opset, image=image)

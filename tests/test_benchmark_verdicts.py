@@ -1,4 +1,4 @@
-"""benchmarks/arm_apply.py and placement_bound.py: which answers must be equal, and how far ahead a file could be."""
+"""What benchmarks conclude: which answers must be equal, how far ahead a file could be, which verdicts were right."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hirelc_deploy.measure.backend import OperatorTime
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import arm_apply
+import verdict
 from placement_bound import bound, fastest, largest_others, share_of_products
 
 
@@ -49,3 +50,23 @@ def test_where_products_take_half_the_time_a_file_can_at_most_be_twice_as_fast()
 def test_each_operator_counts_with_its_fastest_turn():
     turns = [operators(Conv=5.0, Add=1.0), operators(Conv=4.0, Add=2.0)]
     assert [one.microseconds for one in fastest(turns)] == [4.0, 1.0]
+
+
+def answer(speedup, low, high):
+    return {"speedup": speedup, "speedup_low": low, "speedup_high": high}
+
+
+def test_a_verdict_is_right_on_the_measured_side_or_around_1_where_no_side_was_measured():
+    assert verdict.is_right(answer(1.1, 0.9, 1.3), "faster")
+    assert not verdict.is_right(answer(1.1, 0.9, 1.3), "slower")
+    assert verdict.is_right(answer(1.1, 0.9, 1.3), "same")
+    assert not verdict.is_right(answer(1.5, 1.2, 1.8), "not told apart")
+    assert not verdict.is_right(answer(None, None, None), "faster")
+
+
+def test_errors_of_verdicts_are_over_those_that_were_known():
+    known = {"foretold": 2.0, "right": True, "error": 0.25, "inside": True}
+    unknown = {"foretold": None, "right": False, "error": None, "inside": None}
+    found = verdict.summary([{"seconds": 9.0, "int8": known}, {"seconds": 30.0, "int8": unknown}])
+    assert (found["networks"], found["int8_right"], found["longest_seconds"]) == (2, 1, 30.0)
+    assert found["int8"] == {"known": 1, "median_error": 0.25, "largest_error": 0.25, "inside": 1}

@@ -66,6 +66,20 @@ def test_layers_go_back_by_what_they_save_for_a_millisecond():
     assert Guarded.from_dict(found.to_dict()) == found
 
 
+def test_an_end_counts_with_what_it_saves_where_all_is_rounded_because_alone_nothing_feeds_it():
+    end = "end of boxes"
+
+    class WithEnd(Files):
+        def lost(self, path):
+            fed = not {*POINTS} <= {*path.name.split("+")}
+            return super().lost(path) + 20.0 * (fed and end not in path.name)
+
+    first, *_ = priced("all", [*POINTS, end], WithEnd().trials)
+    assert (first.layer, first.divergence) == (end, pytest.approx(2.0))
+    found = guard(["all"], [*POINTS, end], WithEnd().trials, 8.0)
+    assert [step.layer for step in found.reverted] == [end]
+
+
 def test_layers_that_went_back_for_nothing_are_integers_again():
     together = {"a", "b"}  # alone neither helps
 

@@ -39,7 +39,7 @@ ADAPTERS = {
     "compress/integer/quantize.py",
     "compress/onnx_file/export.py",
     "compress/integer/nncf_engine.py",
-    "inputs/models/onnx_files/load.py",
+    "inputs/models/onnx_files/runtime.py",
     "together/ray_cluster.py",
     "deliver/bundle_template/runtime_onnxruntime.py",
     "deliver/bundle_template/runtime_openvino.py",

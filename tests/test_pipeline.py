@@ -282,6 +282,27 @@ def test_a_file_is_timed_longer_where_a_brief_timing_leaves_its_limit_open(data_
     assert search._decided(plan, vague) == decided, "it is remembered"
 
 
+def test_a_file_that_leaves_its_time_unused_is_followed_by_one_that_keeps_more(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fitted(*args: Any) -> Any:  # everything looks slower than it is
+        network, fit = network_time.fit_network_time(*args)
+        return replace(network, fixed=1.5 * network.fixed, scale=1.5 * network.scale), fit
+
+    monkeypatch.setattr(finalists, "fit_network_time", fitted)
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    config = SearchConfig("knapsack", f1_evaluations=4, finalists=1, options=6)
+    table = LatencyTable(pipeline.backend, None)
+    search = finalists.Search(pipeline, pipeline.run, table, Limits(speedup=4.0), config)
+    chosen = search._best_plan(pipeline.files.reference_ms / 4.0)
+    best = [result.best for result in search.searches if result.best is not None]
+    ratios, losses = [outcome.ratio or 1.0 for _, outcome in best], [outcome.loss for _, outcome in best]
+    assert ratios[0] < (1 - finalists.UNUSED) / 4.0
+    assert ratios[0] < max(ratios[1:])
+    met = [loss for loss, ratio in zip(losses, ratios, strict=True) if ratio <= (1 + finalists.TOLERANCE) / 4.0]
+    assert chosen == best[losses.index(min(met))][0]
+
+
 @pytest.mark.parametrize(("keeps", "trained"), [(True, 1), (False, 2)])
 def test_where_no_finalist_keeps_the_limits_a_slower_one_follows(
     data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool, trained: int
@@ -298,6 +319,24 @@ def test_where_no_finalist_keeps_the_limits_a_slower_one_follows(
     assert [f.keeps_limits for f in found] == [keeps] * trained
     macs = [f.outcome.macs for f in found]
     assert macs == sorted(macs)
+
+
+@pytest.mark.parametrize(("keeps", "trained"), [([False, True], 2), ([False, False], 2), ([True], 1)])
+def test_at_an_asked_speed_a_finalist_that_loses_too_much_is_followed_by_one_without_other_branches(
+    data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: list[bool], trained: int
+):
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    branches = sorted(unit.name for unit in pipeline.graph.units if unit.branch)
+    depths = [frozenset(branches[:1]), frozenset[str]()]
+    answers = iter(keeps)
+    monkeypatch.setattr(finalists, "settled_depth", lambda *args: list(depths))
+    monkeypatch.setattr(finalists, "keeps_limits", lambda *args: next(answers))
+    config = SearchConfig("knapsack", f1_evaluations=2, finalists=3, options=3)
+    table = LatencyTable(pipeline.backend, None)
+    search = finalists.Search(pipeline, pipeline.run, table, Limits(speedup=2.0, max_drop=9.0), config)
+    found = search.finalists()
+    assert [finalist.keeps_limits for finalist in found] == keeps
+    assert [depth.gone_from(finalist.plan) for finalist in found] == depths[:trained]
 
 
 def test_an_impossible_speed_is_refused_before_anything_is_trained(data_file: Path, tmp_path: Path):
@@ -469,11 +508,11 @@ def test_which_branches_go_is_settled_by_trial_recoveries(pipeline: Pipeline, mo
 
     monkeypatch.setattr(pipeline.training, "loss_after", loss_after)
     budget_ms = 0.8 * problem.uncut_ms
-    assert finalists.settled_depth(pipeline, problem, budget_ms, known) == {"stages.0.0.conv1"}
+    assert finalists.settled_depth(pipeline, problem, budget_ms, known)[0] == {"stages.0.0.conv1"}
     assert asked == pytest.approx([20 / 8] * 2)  # of 8 steps an epoch
-    assert finalists.settled_depth(pipeline, depth.with_depth(problem, frozenset()), budget_ms, known) is None
+    assert finalists.settled_depth(pipeline, depth.with_depth(problem, frozenset()), budget_ms, known) == []
     monkeypatch.setattr(pipeline, "effort", replace(EFFORT, recovery=None))
-    assert finalists.settled_depth(pipeline, problem, budget_ms, known) is None
+    assert finalists.settled_depth(pipeline, problem, budget_ms, known) == []
 
 
 def test_a_trial_recovery_lowers_the_loss_and_is_remembered(pipeline: Pipeline):

@@ -6,6 +6,7 @@ import onnx
 import pytest
 import torch
 
+from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.forms import BFLOAT, FORMS
 from hirelc_deploy.compress.integer.placement import Placement, changes, place
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
@@ -14,6 +15,7 @@ from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable be
 from hirelc_deploy.measure.backend import BFLOAT_FORM
 from tests.test_quantize import write
 
+END = "end of boxes"
 CHANGES = {"a": frozenset("a"), "b": frozenset("bB"), "c": frozenset("c")}
 
 
@@ -145,3 +147,25 @@ def test_among_files_as_fast_as_the_fastest_the_nearest_to_float_is_taken(tmp_pa
     )
     assert (again.pattern, again.float_layers) == ("all", ())
     assert clock.place().pattern == "weights"
+
+
+@pytest.mark.parametrize(
+    ("faster", "nearer", "integer"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_an_end_becomes_integer_only_where_that_is_faster_and_answers_no_worse(tmp_path, faster, nearer, integer):
+    end = End(("boxes",), frozenset({"concat", "add"}), ("Concat joins", "Exp turns"), frozenset({"expected"}))
+    clock = Clockwork(
+        tmp_path,
+        lambda pattern, floats: 10.0 if pattern == "float" else 4.0 - 0.1 * (faster and END not in floats),
+    )
+    distance = lambda path: 0.01 + 0.02 * (not nearer and END not in path.name)  # noqa: E731
+    tried = {**CHANGES, "expected": frozenset({"expected"})}
+    found = place(tmp_path / "float", tried, clock.build, clock.time, divergence=distance, ends=[end])
+    assert found.float_layers == (() if integer else (END, "expected"))
+    assert found.ratio == pytest.approx(0.39 if integer else 0.4)
+    assert "expected" not in found.candidates
+    told = found.ends[END]
+    assert (told["why"], told["operators"]) == ("Concat joins; Exp turns", 2)
+    assert told["divergence"] == (0.01 if nearer else 0.03)
+    assert ("ratio" in told) == nearer
+    assert place(tmp_path / "float", tried, clock.build, clock.time, ends=[end]).float_layers == (END, "expected")

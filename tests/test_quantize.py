@@ -176,11 +176,24 @@ def test_an_image_that_is_not_finite_is_named_as_the_tensor_it_breaks(cnn):
         calibrate(cnn[0], [broken])
 
 
-def test_calibration_wants_a_known_method_and_a_dynamic_file(cnn):
+def test_calibration_wants_a_known_method_and_a_dynamic_file(cnn, tmp_path):
     with pytest.raises(InputError, match="'median' is unknown; use minmax"):
         calibrate(cnn[0], [images(1)], "median")
+    export.set_static_batch(cnn[0], tmp_path / "two.onnx", 2)
     with pytest.raises(InputError, match="fixed batch"):
-        calibrate(cnn[1], [images(1)])
+        calibrate(tmp_path / "two.onnx", [images(2)])
+
+
+def test_a_file_for_one_image_is_calibrated_image_by_image(cnn):
+    together, alone = (calibrate(file, [images(4)], "minmax") for file in cnn[:2])
+    assert alone.images == together.images == 4
+    shared = together.low.keys() & alone.low.keys()
+    assert len(shared) > 3
+    for tensor in shared:
+        assert alone.low[tensor] == pytest.approx(together.low[tensor], abs=1e-5)
+        assert alone.high[tensor] == pytest.approx(together.high[tensor], abs=1e-5)
+    for layer, mean in together.means.items():
+        np.testing.assert_allclose(alone.means[layer], mean, atol=1e-5)
 
 
 def test_ranges_come_back_from_their_file(cnn, tmp_path):

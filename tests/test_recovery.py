@@ -36,6 +36,8 @@ CPU = torch.device("cpu")
 class Pictures:
     """Random 8x8 pictures; view v is picture i shifted by v columns."""
 
+    decodes = False
+
     def __init__(self, count: int = 64) -> None:
         self.pixels = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         self.labels = (self.pixels.mean((1, 2, 3)) > 0.5).long().numpy()

@@ -100,9 +100,48 @@ def test_a_file_that_keeps_the_drop_by_training_is_told() -> None:
     assert "Back to float" not in text
 
 
+def test_what_why_found_is_a_section_and_escaped(tmp_path: Path) -> None:
+    won = {"won": -3.25, "low": -5.0, "high": -1.5}
+    effect = {"points": won, "divergence": {"won": -0.125, "low": -0.25, "high": 0.0}, "ms": None}
+    fix = {"what": "float", "how": f"--float-layers {EVIL}", **effect}
+    layer = {
+        "name": EVIL,
+        "precision": "int8",
+        "rounding": effect,
+        "cut": None,
+        "fixes": [fix],
+        "suggested": fix["how"],
+    }
+    found = {"explains": "shipped", "pattern": "all", "images": 500, "rounding": effect, "layers": [layer]}
+    run = write_run(tmp_path / "run")
+    (run / "why.json").write_text(json.dumps({**found, "together": fix}))
+    html = render(read_run(run))
+    text = words(html)
+    assert re.search(r"Which layer lost what The shipped file, pattern all, on 500 selection images\.", text)
+    assert "int8 −3.25 (−5.00 to −1.50) −0.1250 (−0.2500 to +0.0000) –" in text
+    assert f"--float-layers {EVIL} : −3.25 (−5.00 to −1.50) points, −0.1250" in text
+    assert "suggested" in text
+    assert "<script" not in html
+    assert "Which layer lost what" not in words(render(read_run(write_run(tmp_path / "other"))))
+    (run / "why.json").write_text("[" * 5)
+    assert "why.json cannot be read" in words(render(read_run(run)))
+
+
 def test_the_guard_of_an_old_run_is_still_listed() -> None:
     old = [{"layer": "stage1.conv", "divergence": 0.01, "drop_points": 0.75, "ms": 0.125}]
     assert re.search(r"Back to float for accuracy .* stage1\.conv 0\.125 ms", only({**result(), "guard": old}))
+
+
+def test_each_end_is_told_in_a_line_with_what_decided(page: str) -> None:
+    end = {"name": "end of boxes", "precision": "float", "why": "Exp turns a step of rounding into a factor"}
+    far = {**end, "divergence": 0.5, "float_divergence": 0.002}
+    near = {**end, "precision": "int8", "divergence": 0.001, "float_divergence": 0.002, "ratio": 0.9}
+    text = only({"ends": [end, far, near, {"name": "end of nothing"}]})
+    assert "end of boxes float Exp turns a step of rounding into a factor; the fastest pattern rounds nothing" in text
+    assert "factor; as integers 0.5 nats from the float answers, as floats 0.002" in text
+    assert "end of boxes int8 Exp turns a step of rounding into a factor; integers answer no worse" in text
+    assert "end of nothing" not in text
+    assert "What decodes the outputs" not in words(page)
 
 
 def test_without_layer_names_in_the_profile_no_share_of_time_is_shown() -> None:

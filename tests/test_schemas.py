@@ -46,12 +46,13 @@ JOB += ["--selection-images", "24", "--json", "-q"]
 SEARCH = ["search", *JOB, "--trials", "2", "--finalists", "1", "--options", "3", "--max-drop", "90", "--out", "run"]
 COMPARE = ["compare", "run", "--strategies", "hirelc,random", "--seeds", "1", "--speedups", "1.1", "--trials", "2"]
 OUTPUTS: dict[str, list[str]] = {
-    "inspect": ["inspect", *MODEL, "--exclude", "0.*", "--json"],
+    "inspect": ["inspect", *MODEL, "--exclude", "0.*", "--verdict", "--json", "-q"],
     "verify": ["verify", "run/bundle", "--data", "net.py:data", "--json"],
     "benchmark": ["benchmark", "run/bundle/model.onnx", "run/bundle/model.onnx", "--json"],
     "profile": ["profile", *MODEL, "--out", "stairs", "--steps", "3", "--json", "-q"],
     "compare": [*COMPARE, "--out", "compared", "--json", "-q"],
     "status": ["status", "run", "--json"],
+    "why": ["why", "run", "--fixes", "1", "--json", "-q"],
     "doctor": ["doctor", "--json"],
     "targets": ["targets", "--json"],
     "search": SEARCH,  # a finished run, which prints what it found

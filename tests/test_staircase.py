@@ -81,7 +81,9 @@ def test_a_profile_is_stored_drawn_and_reused(
 
     def once() -> dict[str, Any]:
         out, quiet = tmp_path / "out", Progress(quiet=True)
-        return profile_model(graph, FakeBackend(), out, "Twins <1>", threads=1, steps=4, fresh=False, progress=quiet)
+        return profile_model(
+            graph, FakeBackend(), out, "Twins <1>", threads=1, batch=1, steps=4, fresh=False, progress=quiet
+        )
 
     first, second = once(), once()
     assert first["stairs"] == second["stairs"]

@@ -103,7 +103,7 @@ class Session:
         pieces = [padded[start : start + batch] for start in range(0, len(padded), batch)]
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // self._threads)) as every_core:
             outputs = list(every_core.map(lambda piece: self._run(self._session, piece), pieces))
-        return {name: np.concatenate([part[name] for part in outputs])[: len(images)] for name in self._outputs}
+        return {name: stacked([part[name] for part in outputs])[: len(images)] for name in self._outputs}
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[tuple[str, str, bool, float]]:
         """Return (name, operator, is integer, microseconds) of each operator in execution order.
@@ -145,6 +145,15 @@ class Session:
         except InvalidArgument:
             raise ValueError(f"takes input of shape {self._input.shape}, found {list(images.shape)}") from None
         return {name: np.asarray(output, np.float32) for name, output in zip(self._outputs, outputs)}  # noqa: B905
+
+
+def stacked(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return the answers to all images; where their sizes depend on the image, as of a loop, zeros fill the shorter."""
+    import numpy as np
+
+    size = np.max([part.shape[1:] for part in parts], axis=0)
+    missing = [[(0, 0)] + [(0, int(n)) for n in size - np.array(part.shape[1:], int)] for part in parts]
+    return np.concatenate([np.pad(part, pads) if np.any(pads) else part for part, pads in zip(parts, missing)])  # noqa: B905
 
 
 def random_input(session: onnxruntime.InferenceSession, seed: int = 0) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""In: a run's folder, or a bundle. Out: `compare`, `verify`, `report`, `status`, `export`: what follows from it."""
+"""In: a run's folder, or a bundle. Out: `compare`, `verify`, `why`, `report`, `status`, `export`: what follows."""
 
 from __future__ import annotations
 
@@ -124,6 +124,28 @@ def verify(
         raise typer.Exit(1)
     if result.worse:
         raise typer.Exit(WORSE)
+
+
+@app.command()
+def why(
+    run: Annotated[Path, typer.Argument(help="The folder a search or apply wrote, or the bundle in it.")],
+    data: Annotated[str | None, typer.Option(help="Where the run's data set is now, if it was moved.")] = None,
+    data_dir: DataDir = None,
+    fixes: Annotated[int, typer.Option(min=0, help="Layers, those that lost most, for which changes are tried.")] = 3,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which layers of a run's integer file lost what, and try what would help: ranges, equalising, float.
+
+    \b
+    Example: hirelc-deploy why runs/a
+    """
+    from hirelc_deploy import api
+
+    command = shlex.join(["hirelc-deploy", *sys.argv[1:]])
+    progress = Progress(quiet=quiet)
+    found = api.why(run, data=data, data_dir=data_dir, fixes=fixes, progress=progress, command=command)
+    show(dict(found.record), as_json, str(found))
 
 
 @app.command()

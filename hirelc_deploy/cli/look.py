@@ -11,6 +11,7 @@ import typer
 
 from hirelc_deploy.cli.application import app, show, targets_app
 from hirelc_deploy.cli.options import (
+    Batch,
     Exclude,
     Include,
     InputSize,
@@ -27,6 +28,7 @@ from hirelc_deploy.cli.options import (
     arguments_of,
     numbers,
 )
+from hirelc_deploy.errors import InputError
 from hirelc_deploy.progress import Progress
 
 
@@ -40,14 +42,25 @@ def inspect(
     input_size: InputSize = None,
     exclude: Exclude = None,
     include: Include = None,
+    verdict: Annotated[
+        bool, typer.Option("--verdict", help="Foretell what INT8, bf16, cutting and other runtimes can bring.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Of the verdict, a target profile; cpu if not given."),
+    ] = None,
+    threads: Threads = None,
+    seconds: Annotated[float | None, typer.Option(help="Of the verdict; 60 if not given.", show_default=False)] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a model consists of, what can be cut, and what is kept whole and why.
 
-    With --exclude or --include also what each pattern matches, before anything is cut.
+    With --exclude or --include also what each pattern matches, before anything is cut. With --verdict also what can be
+    gained on a target: foretold from timed pieces of the network, in under a minute, without training.
 
     \b
-    Example: hirelc-deploy inspect --model resnet18 --exclude 'layer1.*'
+    Example: hirelc-deploy inspect --model resnet18 --verdict --target cpu
     """
     from hirelc_deploy import api
 
@@ -60,6 +73,11 @@ def inspect(
         input_size=numbers("--input-size", input_size, int),
         exclude=exclude or (),
         include=include or (),
+        verdict=verdict,
+        target=target,
+        threads=threads,
+        seconds=seconds,
+        progress=Progress(quiet=quiet or not verdict),
     )
     show(dict(found.record), as_json, str(found))
 
@@ -69,6 +87,12 @@ def benchmark(
     files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is the reference.")],
     target: Target = "cpu",
     threads: Threads = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images of one inference, for files that take any number; what they take if not given."
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Wall-clock limit.")] = 300.0,
     as_json: Json = False,
 ) -> None:
@@ -79,14 +103,18 @@ def benchmark(
     """
     from hirelc_deploy import api
 
-    machine, timings = api.timed(files, target, threads, seconds)
+    machine, timings = api.timed(files, target, threads, batch, seconds)
     times = ("median_ms", "p90_ms", "p99_ms", "ratio", "ratio_low", "ratio_high")
-    keys = ("file", *times, "verdict", "rounds", "contended", "note")
+    keys = ("file", *times, "batch", "images_per_second", "verdict", "rounds", "contended", "note")
     results = [{key: timing.to_dict()[key] for key in keys} for timing in timings]
-    lines = [f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'p99 ms':>9} {'ratio':>7}  {'95 % interval':<16} verdict"]
+    lines = [
+        f"{'file':<44} {'median ms':>10} {'p90 ms':>9} {'p99 ms':>9} {'images/s':>9} {'ratio':>7}  "
+        f"{'95 % interval':<16} verdict"
+    ]
     for r in results:
         lines.append(
-            f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['p99_ms']:>9.4f} {r['ratio']:>7.3f}  "
+            f"{r['file']:<44} {r['median_ms']:>10.4f} {r['p90_ms']:>9.4f} {r['p99_ms']:>9.4f} "
+            f"{r['images_per_second']:>9.1f} {r['ratio']:>7.3f}  "
             f"{r['ratio_low']:.3f} to {r['ratio_high']:.3f}   {r['verdict']}"
         )
         if r["note"]:
@@ -106,6 +134,7 @@ def profile(
     input_size: InputSize = None,
     exclude: Exclude = None,
     threads: Threads = None,
+    batch: Batch = None,
     steps: Annotated[int, typer.Option(min=2, help="Widths per unit, at most.")] = 12,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Believe no other machine's times, even if checks agree.")
@@ -121,7 +150,7 @@ def profile(
     import torch
 
     from hirelc_deploy.compress.branches import proven
-    from hirelc_deploy.graph.units import build_graph
+    from hirelc_deploy.evaluate.uncut import seen_graph
     from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
     from hirelc_deploy.jobs.profile import profile_model
     from hirelc_deploy.measure.targets import find_target, open_target
@@ -133,13 +162,18 @@ def profile(
     network = source.with_input_size(wanted).load().eval()
     size = preprocess_of(network, None, {"input_size": wanted}).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
-    graph = proven(network, build_graph(network, images, exclude=tuple(exclude or ())), images)
+    graph = seen_graph(network, images, tuple(exclude or ()))
+    if not graph.units:
+        why = f" ({graph.kept_whole[0].reason})" if graph.kept_whole else ""
+        raise InputError(f"profile: nothing of {model} can be cut{why}, so there are no widths to time.")
+    graph = proven(network, graph, images)
     found = profile_model(
         graph,
         backend,
         out,
         f"{model} at {'x'.join(map(str, size))} on {target}",
         threads=threads or device.threads,
+        batch=batch or 1,
         steps=steps,
         fresh=fresh,
         progress=Progress(quiet=quiet),

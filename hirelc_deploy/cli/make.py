@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 from hirelc_deploy.cli.application import app, show
 from hirelc_deploy.cli.options import (
+    Batch,
     CalibrationImages,
     DataDir,
     DataSpec,
+    Equalise,
     Exclude,
+    FloatLayers,
     Geometry,
     Include,
     InputSize,
@@ -37,6 +40,7 @@ from hirelc_deploy.cli.options import (
     Out,
     Pretrained,
     Quiet,
+    RangesOf,
     Ray,
     RecoveryEpochs,
     Seed,
@@ -50,6 +54,7 @@ from hirelc_deploy.cli.options import (
     Weights,
     WeightsKey,
     arguments_of,
+    methods,
     numbers,
 )
 
@@ -77,7 +82,7 @@ AS_THEY_ARE = (
         "geometry",
         "interpolation",
     ),
-    *("recovery_epochs", "learning_rate", "threads", "seed"),
+    *("recovery_epochs", "learning_rate", "threads", "batch", "seed"),
 )
 """Options of the command line that the Python calls take by the same name."""
 
@@ -99,6 +104,9 @@ def job_options(given: Mapping[str, Any]) -> JobOptions:
         "lower_is_better": given["lower_is_better"] or None,
         "exclude": given["exclude"] or (),
         "include": given["include"] or (),
+        "float_layers": given["float_layers"] or (),
+        "equalise": given["equalise"] or (),
+        "ranges": methods("--ranges", given["ranges"]),
         "track": given["track"] or (),
         "progress": Progress(quiet=given["quiet"]),
     }
@@ -108,8 +116,8 @@ def job_options(given: Mapping[str, Any]) -> JobOptions:
 def search(
     context: typer.Context,
     model: Model,
-    data: DataSpec,
     out: Out,
+    data: DataSpec = None,
     target: Target = "cpu",
     model_arg: ModelArg = None,
     weights: Weights = None,
@@ -128,6 +136,13 @@ def search(
     speedup: Annotated[float | None, typer.Option(help="Times faster than the uncut float file.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of one inference on the target.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Size of the shipped file.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Peak memory of the process that runs the file on the target, for example 200M."),
+    ] = None,
+    max_energy_mj: Annotated[
+        float | None, typer.Option(help="Millijoules that the target draws during one inference, where it tells them.")
+    ] = None,
     strategy: Annotated[
         str, typer.Option(help="hirelc, two-stage, knapsack, greedy, tpe, nsga2, flat, random, uniform or untrained.")
     ] = "hirelc",
@@ -159,7 +174,11 @@ def search(
     interpolation: Interpolation = None,
     exclude: Exclude = None,
     include: Include = None,
+    float_layers: FloatLayers = None,
+    equalise: Equalise = None,
+    ranges: RangesOf = None,
     threads: Threads = None,
+    batch: Batch = None,
     jobs: Jobs = None,
     ray: Ray = None,
     track: Track = None,
@@ -173,8 +192,9 @@ def search(
     Example: hirelc-deploy search --model resnet18 --weights w.safetensors --data imagefolder:photos --out runs/a
     """
     from hirelc_deploy import api
-    from hirelc_deploy.config import Limits
+    from hirelc_deploy.config import Limits, parse_bytes
 
+    memory = None if max_memory is None else parse_bytes(max_memory)
     if max_drop is None and speedup is None and max_latency_ms is None:
         max_drop = 1.0
     result = api.search(
@@ -183,7 +203,7 @@ def search(
         out=out,
         task=task,
         target=target,
-        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes),
+        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes, memory, max_energy_mj),
         metric=metric,
         loss=loss,
         strategy=strategy,
@@ -205,7 +225,6 @@ def search(
 def apply(
     context: typer.Context,
     model: Model,
-    data: DataSpec,
     out: Out,
     plan: Annotated[
         str,
@@ -214,6 +233,7 @@ def apply(
             show_default=False,
         ),
     ],
+    data: DataSpec = None,
     target: Target = "cpu",
     model_arg: ModelArg = None,
     weights: Weights = None,
@@ -236,7 +256,11 @@ def apply(
     interpolation: Interpolation = None,
     exclude: Exclude = None,
     include: Include = None,
+    float_layers: FloatLayers = None,
+    equalise: Equalise = None,
+    ranges: RangesOf = None,
     threads: Threads = None,
+    batch: Batch = None,
     track: Track = None,
     seed: Seed = 0,
     as_json: Json = False,

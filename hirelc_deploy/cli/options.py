@@ -26,11 +26,11 @@ WeightsKey = Annotated[
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm fetch its own trained weights.")]
 DataSpec = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--data",
         help="npz:, imagefolder:, coco:, yolo:, voc:, masks:, csv: or hfdata:PATH, FILE.py:factory, torch/cifar10, "
-        "synthetic:N.",
+        "synthetic:N. An ONNX file can do without: structure and speed, no accuracy.",
         show_default=False,
     ),
 ]
@@ -68,7 +68,23 @@ Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of units or lay
 Include = Annotated[
     list[str] | None, typer.Option(help="Pattern of units or layers; when given, only these are cut. May be repeated.")
 ]
+FloatLayers = Annotated[
+    list[str] | None, typer.Option(help="Pattern of layers that stay float in every integer file; may be repeated.")
+]
+Equalise = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of layers whose channels are made alike across activations, too; may be repeated."),
+]
+RangesOf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ranges", help="LAYERS=minmax, percentile or mse: how the ranges at their ends are taken; may be repeated."
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one inference; the target's own if not given.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Images of one inference, as a server gathers them; 1 if not given.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder that is made for the results.", show_default=False)]
 Jobs = Annotated[
     int | None,
@@ -104,6 +120,19 @@ def arguments_of(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
     from hirelc_deploy.user_code import parse_arguments
 
     return parse_arguments(pairs or [], option)
+
+
+def methods(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
+    """Return pattern to method of an option that is given as PATTERN=METHOD."""
+    found: dict[str, str] = {}
+    for pair in pairs or ():
+        pattern, equals, method = pair.rpartition("=")
+        if not equals or not pattern:
+            raise InputError(f"{option} {pair!r}: write LAYERS=METHOD, as in 'stages.1.*=minmax'.")
+        if pattern in found:
+            raise InputError(f"{option} {pattern} is given twice.")
+        found[pattern] = method
+    return found
 
 
 def numbers(option: str, text: str | None, kind: type[int] | type[float]) -> tuple[Any, ...] | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -27,6 +28,7 @@ from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.inputs.data.loader import Wanted, loaded
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.contract import Targets, Task
@@ -197,11 +199,14 @@ class Teacher:
         with torch.no_grad():
             return [values.shape[1:] for values in named(self.model(picture)).values()]
 
-    def targets(self, indices: Tensor, view: int) -> Targets | None:
-        """Return what is true of these pictures, as the task collates it; None without labels."""
-        if not self.images.labelled:
-            return None
-        return on_device(self.task.collate(self.images.targets(indices.numpy(), view)), self.device)
+    def batches(self, wanted: Iterable[Wanted]) -> Generator[tuple[Wanted, Tensor, Targets | None], None, None]:
+        """Yield what was wanted, the pictures, and what is true of them, collated by the task; None without labels."""
+        on_gpu = self.device.type == "cuda"
+        for batch in loaded(self.images, wanted, targets=self.images.labelled, pinned=on_gpu, again=True):
+            pictures = batch.pictures.to(self.device, memory_format=torch.channels_last, non_blocking=on_gpu)
+            known = batch.targets
+            targets = None if known is None else on_device(self.task.collate(known), self.device)
+            yield batch.wanted, pictures, targets
 
 
 def on_device(targets: Targets, device: torch.device) -> Targets:
@@ -252,7 +257,6 @@ def fine_tune(
     images, device = teacher.images, teacher.device
     if len(images) < 2:
         raise InputError(f"recovery: the training split has {len(images)} images; fine-tuning needs at least 2.")
-    generator = torch.Generator().manual_seed(seed)
     batch_size, per_epoch = batches_of(teacher, recovery)
     steps = steps_of(recovery, per_epoch)
     student = laid_out(student, device)
@@ -262,41 +266,35 @@ def fine_tune(
     rate = STILL_RATE if still_norms and not as_exported else 1.0
     peaks = [rate * group["lr"] for group in optimizer.param_groups]
     averaged = copy.deepcopy(student) if recovery.weights_ema else None
-    order = torch.empty(0, dtype=torch.long)
     match = FeatureMatch(student, teacher.model, reads if recovery.feature_weight and not teacher.dense else {})
     afresh = match.watches or teacher.dense  # features are not kept, and dense answers would take much memory
     training = _Training(steps, student, averaged, optimizer, match.variances)
     first = training.resume(begun) if begun else 0
-    for _ in range(math.ceil(first / per_epoch)):
-        order = torch.randperm(len(images), generator=generator)
-    for step in progress.track(range(first, steps), name, steps - first, kind=TRAINING_STEP):
-        epoch, position = divmod(step, per_epoch)
-        if position == 0:
-            order = torch.randperm(len(images), generator=generator)
-        indices = order[position * batch_size : (position + 1) * batch_size]
-        view = epoch if afresh else epoch % teacher.views
-        pictures = images.views(indices.numpy(), view).to(device, memory_format=torch.channels_last)
-        answers = teacher.answers(indices, view, pictures, afresh=afresh)
-        scale = min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * scale
-        with contextlib.nullcontext() if as_exported else half_precision(device):
-            found = _answers(student, pictures)
-        loss = distillation_loss(teacher.task, found, answers, teacher.targets(indices, view), recovery)
-        if match.watches:
-            loss = loss + recovery.feature_weight * match.distance()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 5.0)
-        optimizer.step()
-        if averaged is not None:
-            _average(averaged, student, min(recovery.weights_ema, (step + 1) / (step + 10)))
-        if step % 20 == 0:
-            progress.note(f"loss {loss.item():.3f}")
-            watch(step, {"loss": loss.item(), "learning rate": optimizer.param_groups[0]["lr"]})
-        if position == per_epoch - 1:
-            after_epoch(epoch + 1, student.eval(), training.standing(step + 1))
-            _in_training(student, still_norms)
+    order = _order(len(images), batch_size, steps, seed, views=None if afresh else teacher.views)
+    counted = progress.track(range(first, steps), name, steps - first, kind=TRAINING_STEP)
+    with contextlib.closing(teacher.batches(itertools.islice(order, first, None))) as arriving:
+        for step, (wanted, pictures, targets) in zip(counted, arriving, strict=True):
+            answers = teacher.answers(torch.from_numpy(wanted.rows), wanted.view, pictures, afresh=afresh)
+            scale = min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * scale
+            with contextlib.nullcontext() if as_exported else half_precision(device):
+                found = _answers(student, pictures)
+            loss = distillation_loss(teacher.task, found, answers, targets, recovery)
+            if match.watches:
+                loss = loss + recovery.feature_weight * match.distance()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), 5.0)
+            optimizer.step()
+            if averaged is not None:
+                _average(averaged, student, min(recovery.weights_ema, (step + 1) / (step + 10)))
+            if step % 20 == 0:
+                progress.note(f"loss {loss.item():.3f}")
+                watch(step, {"loss": loss.item(), "learning rate": optimizer.param_groups[0]["lr"]})
+            if (step + 1) % per_epoch == 0:
+                after_epoch((step + 1) // per_epoch, student.eval(), training.standing(step + 1))
+                _in_training(student, still_norms)
     match.close()
     result = averaged or student
     return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
@@ -311,6 +309,16 @@ def batches_of(teacher: Teacher, recovery: Recovery) -> tuple[int, int]:
 def steps_of(recovery: Recovery, per_epoch: int) -> int:
     """Return the steps of a whole recovery."""
     return max(1, round(recovery.epochs * per_epoch))
+
+
+def _order(count: int, batch_size: int, steps: int, seed: int, views: int | None) -> Iterator[Wanted]:
+    """Yield what each step is trained on; every epoch has an order of its own, and one of so many `views` in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        epoch, position = divmod(step, count // batch_size)
+        if position == 0:
+            order = torch.randperm(count, generator=generator).numpy()
+        yield Wanted(order[position * batch_size : (position + 1) * batch_size], epoch % views if views else epoch)
 
 
 @torch.no_grad()

@@ -22,14 +22,17 @@ from hirelc_deploy.graph.answers import answers
 from hirelc_deploy.graph.model_graph import KeptWhole, ModelGraph, Unit
 from hirelc_deploy.graph.sizes import set_whole_number, whole_numbers
 from hirelc_deploy.graph.trace import drop_caches
-from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.plan import END_OF, CompressionPlan
 
 Kept = Mapping[str, NDArray[np.int64]]
 """Unit name to the ascending element numbers it keeps; a unit not named keeps all."""
 
 
 def check_plan(graph: ModelGraph, plan: CompressionPlan) -> None:
-    """Raise InputError when the plan names a unit or layer the model lacks, or a width the unit cannot take."""
+    """Raise InputError when the plan names a unit or layer the model lacks, or a width the unit cannot take.
+
+    Which ends a file has is known with the file.
+    """
     units = {unit.name: unit for unit in graph.units}
     layers = {layer.name: layer for layer in graph.layers}
     for name, width in plan.keep.items():
@@ -41,9 +44,9 @@ def check_plan(graph: ModelGraph, plan: CompressionPlan) -> None:
             choice = " or ".join(str(w) for w in around)
             raise InputError(f"plan: unit {name!r} cannot keep {width} of {units[name].size} elements; use {choice}.")
     for name in plan.precision:
-        if name not in layers:
+        if name not in layers and not name.startswith(END_OF):
             raise InputError(f"plan: layer {name!r} does not exist.{_near(name, layers)}")
-        if plan.precision[name] == "int4" and layers[name].shape.kind != "linear":
+        if plan.precision[name] == "int4" and (name not in layers or layers[name].shape.kind != "linear"):
             raise InputError(f"plan: layer {name!r} is no Linear layer and cannot have int4; use int8 or float.")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from hirelc_deploy.deliver.read import MODEL, json_object, number, record
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.batch import at_batch
 from hirelc_deploy.measure.machine import fingerprint
 from hirelc_deploy.measure.protocol import FULL, TimingLimits, compare
 from hirelc_deploy.tasks.contract import Metric
@@ -159,7 +161,9 @@ def latency_side_by_side(
     new: Path, old: Path, backend: Backend, max_slowdown: float | None, limits: TimingLimits = FULL
 ) -> Change:
     """Time the files of two bundles in turns on this device."""
-    timing = compare([old / MODEL, new / MODEL], backend, limits=limits)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        files, batch = at_batch([old / MODEL, new / MODEL], None, Path(folder))
+        timing = compare(files, backend, batch=batch, limits=limits)[1]
     allowed = MAX_SLOWDOWN if max_slowdown is None else max_slowdown
     return _slowdown(timing.ratio, timing.ratio_low, timing.ratio_high, allowed)
 

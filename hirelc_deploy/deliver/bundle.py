@@ -75,6 +75,7 @@ class BundleContents:
             whether it was given the same images.
         runtime: The package that runs `model_onnx`; bundle_template has a file for it.
         options: What that runtime was told when the file was timed; see `measure.backend.Configured`.
+        batch: Images that `model_onnx` takes at a time.
     """
 
     model_onnx: Path
@@ -96,6 +97,7 @@ class BundleContents:
     task_record: Mapping[str, Any] = field(default_factory=dict)
     runtime: str = "onnxruntime"
     options: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 1
     created: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
 
 
@@ -170,6 +172,7 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
         "machine": dict(contents.machine),
         "versions": dict(contents.versions),
         "runtime": {"name": contents.runtime, "options": dict(contents.options)},
+        "batch": contents.batch,
         "files": {
             name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in files
         },

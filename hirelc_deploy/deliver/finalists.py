@@ -18,6 +18,7 @@ from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.deliver.agenda import Agenda, Sizes
 from hirelc_deploy.deliver.budget import Budget
 from hirelc_deploy.errors import ConstraintError, InputError
+from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.network_time import (
     SAMPLES,
     fit_network_time,
@@ -57,6 +58,8 @@ CORRECTIONS = 2
 TOLERANCE = 0.02
 """A file within this share of its latency budget meets it: below what a brief timing can tell."""
 
+UNUSED = 0.05
+"""A file that leaves more than this share of its latency budget unused could have kept more of the network."""
 
 SECOND_CHANCES = 1
 """Finalists beyond those asked for, where none keeps the limits: a search that found nothing has been for nothing."""
@@ -82,6 +85,7 @@ class Finalist:
     """A plan that was recovered, exported and timed, and whether it keeps the limits on the selection split.
 
     `drop_points` and `drop_error` are the paired loss of accuracy against the uncut model and its standard error.
+    `peak_memory_bytes` is that of its process, `energy_mj` that of one inference; None where nothing limits it.
     """
 
     plan: CompressionPlan
@@ -89,13 +93,17 @@ class Finalist:
     drop_points: float
     drop_error: float
     keeps_limits: bool
+    peak_memory_bytes: int | None = None
+    energy_mj: float | None = None
 
 
 class Search:
     """Looks for the fastest plan that keeps the limits.
 
-    With a latency limit it works at that budget. Without one it enters where plans begin to lose, and a finalist that
-    keeps the limits is followed by a faster one, one that does not by a slower one.
+    With a latency limit it works at that budget, and a finalist that breaks another limit is followed by one without
+    other branches: two plans that lose alike after a little training may end two points apart. Without a latency limit
+    it enters where plans begin to lose, and a finalist that keeps the limits is followed by a faster one, one that does
+    not by a slower one.
     """
 
     def __init__(self, pipeline: Pipeline, run: Run, table: LatencyTable, limits: Limits, config: SearchConfig) -> None:
@@ -103,12 +111,9 @@ class Search:
         self.searches: list[SearchResult] = []
         self._gone: Gone | None = None
         self._share: float | None = None
+        self._other_depths: list[Gone] = []  # best first
         self.records: list[dict[str, Any]] = []
-        self.agenda = Agenda(
-            pipeline.progress.left, run, pipeline.files.machine, sizes_of(pipeline, limits, config.f1_evaluations)
-        )
-        spent, clock = pipeline.progress.left.spent, pipeline.progress.clock
-        self.budget = Budget(config.budget_seconds, self.agenda, spent=spent, clock=clock)
+        self.agenda, self.budget = planned(pipeline, limits, config)
         asked_for = limits.max_latency_ms is not None or limits.speedup is not None
         self._to_find, judged = (1, 0) if asked_for else (config.finalists, BISECTIONS)
         _ = self._elsewhere  # what cannot be read is said before anything is measured
@@ -133,6 +138,10 @@ class Search:
                 f"about {floor_ms:.3g} ms on this target, and the uncut float file "
                 f"{pipeline.files.reference_ms:.3g} ms. Allow more time."
             )
+        if limits.max_memory_bytes is not None:
+            check_memory(pipeline, limits.max_memory_bytes)
+        if limits.max_energy_mj is not None:
+            check_energy(pipeline)
         go_on = None if config.budget_seconds is None else self.budget.measures_more
         self.problem = build_problem(pipeline, network, options=config.options, go_on=go_on)
         self._settles_depth = config.depth and bool(branches_of(self.problem))
@@ -156,20 +165,18 @@ class Search:
         return found
 
     def finalists(self) -> list[Finalist]:
-        """Return recovered and timed plans, in the order they were tried.
-
-        Where none of them keeps the limits, SECOND_CHANCES slower ones follow.
-        """
+        """Return recovered and timed plans, in the order they were tried."""
         wanted_ms = latency_budget_ms(self.limits, self.pipeline.files.reference_ms)
-        if wanted_ms is not None:
-            only = self._finalist(wanted_ms)
-            self._over()
-            return [only] if only is not None else []
+        found = self._finalists_around_entry() if wanted_ms is None else self._finalists_at(wanted_ms)
+        no_more_finalists(self.pipeline, self.agenda, self.budget)
+        return found
+
+    def _finalists_around_entry(self) -> list[Finalist]:
+        """Return finalists of budgets a step apart; where none keeps the limits, SECOND_CHANCES slower ones follow."""
         found: list[Finalist] = []
         entry_ms, step, tried = self._entry_ms(), 0, set[int]()
         while self._wants_another(found) and step not in tried:
-            if found and not self.budget.decides(f"finalist {len(tried) + 1}", self.agenda.finalist_seconds()):
-                self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
+            if found and not self._has_time_for_finalist(len(tried) + 1):
                 break
             tried.add(step)
             budget_ms = entry_ms / STEP**step
@@ -180,15 +187,36 @@ class Search:
             finalist = self._finalist(budget_ms)
             if finalist is not None:
                 found.append(finalist)
-            step += 1 if finalist is not None and finalist.keeps_limits else -1
-        self._over()
+            step += 1 if finalist is not None and (finalist.keeps_limits or self._is_too_large(finalist)) else -1
         return found
 
-    def _over(self) -> None:
-        """Say that no finalist follows, and whether the accuracy guard may train."""
-        self.agenda.search(0)
-        needs = self.agenda.finalist_seconds(search=False)
-        self.pipeline.trains_placed = self.budget.decides("training of the uncut integer file", needs)
+    def _finalists_at(self, budget_ms: float) -> list[Finalist]:
+        """Return finalists of one budget, each without other branches, until one keeps the limits."""
+        found: list[Finalist] = []
+        for number in range(1, self.config.finalists + 1):
+            if number > 1:
+                if not self._other_depths or not self._has_time_for_finalist(number):
+                    break
+                self._gone = self._other_depths.pop(0)
+            self._expect()
+            finalist = self._finalist(budget_ms)
+            if finalist is not None:
+                found.append(finalist)
+                if finalist.keeps_limits:
+                    break
+        return found
+
+    def _has_time_for_finalist(self, number: int) -> bool:
+        if self.budget.decides(f"finalist {number}", self.agenda.finalist_seconds()):
+            return True
+        self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
+        return False
+
+    def _is_too_large(self, finalist: Finalist) -> bool:
+        """Return whether it exceeds a limit on memory or energy, which a slower plan would exceed by more."""
+        return not keeps_memory(self.limits, finalist.peak_memory_bytes) or not keeps_energy(
+            self.limits, finalist.energy_mj
+        )
 
     def _expect(self, searched: int = 0) -> None:
         """Say what is still to come, from the finalist at hand on."""
@@ -246,18 +274,20 @@ class Search:
         outcome = self._decided(plan, outcome)
         drop = self.pipeline.selection_drop(plan, "F3")
         error = drop_error(drop)
-        kept = keeps_limits(self.limits, outcome, drop.points, error, self.pipeline.files.reference_ms)
+        files = self.pipeline.files
+        memory, energy = appetite(self.limits, files, files.file_of(plan, "F3"))
+        kept = keeps_limits(self.limits, outcome, drop.points, error, files.reference_ms, memory, energy)
         points = (None if math.isnan(value) else value for value in (drop.points, error))  # without labels
         judged = dict(
             zip(("plan", "drop_points", "drop_error", "keeps_limits"), (plan.digest, *points, kept), strict=True)
         )
-        self.run.remember(f"{FINALIST}{plan.digest} on {self.pipeline.files.machine}", lambda: judged)
+        self.run.remember(f"{FINALIST}{plan.digest} on {files.machine}", lambda: judged)
         unit = self.pipeline.task.metric.unit or self.pipeline.task.metric.name
         self.pipeline.progress.say(
             f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "
             f"drop {drop.points:+.2f} {unit} (standard error {error:.2f}) on the selection split"
         )
-        return Finalist(plan, outcome, drop.points, error, kept)
+        return Finalist(plan, outcome, drop.points, error, kept, memory, energy)
 
     def _fit_recovery(self) -> None:
         """Shorten recoveries where the time budget does not allow whole ones; settled with the first finalist."""
@@ -282,34 +312,57 @@ class Search:
         return replace(outcome, **found)
 
     def _best_plan(self, budget_ms: float) -> CompressionPlan | None:
-        """Search at one budget; where a file misses one that was asked for, search again at a corrected one."""
-        aim_ms, best = budget_ms, None
+        """Search at one budget; where a file misses one that was asked for, search again at a corrected one.
+
+        Too slow breaks the limit; too fast gives accuracy away. Of files that meet the budget that which loses least.
+        """
+        aim_ms, tried = budget_ms, list[tuple[CompressionPlan, Measured]]()
         asked_for = latency_budget_ms(self.limits, self.pipeline.files.reference_ms) is not None
         for attempt in range(CORRECTIONS + 1 if asked_for else 1):
-            late = attempt and not self.budget.decides(f"correction {attempt}", self.agenda.finalist_seconds())
-            if late or aim_ms < self.floor_ms:
-                return best
-            problem, budget = self._with_bytes(aim_ms)
-            if not problem.decisions or smallest(problem)[1] > budget:
-                return best
-            result = self._searched(problem, budget, aim_ms)
-            if result.best is None:
-                return best
-            if self._gone is None and self._settles_depth and self._has_time_for_depth():
-                self._gone = settled_depth(self.pipeline, problem, budget, result.rivals())
-                again = self._gone is not None and self._gone != gone_from(result.best[0])
-                self._expect(searched=int(not again))
-                if again:
-                    problem, budget = self._with_bytes(aim_ms)
-                    result = self._searched(problem, budget, aim_ms)
-            if result.best is None:
-                return best
-            best, outcome = result.best
-            measured_ms = (outcome.ratio or 0.0) * self.pipeline.files.reference_ms
-            if measured_ms <= budget_ms * (1 + TOLERANCE):
-                return best
-            aim_ms *= budget_ms / measured_ms
-        return best
+            if attempt and not self._has_time_to_correct():
+                break
+            found = self._best_at(aim_ms)
+            if found is None:
+                break
+            again = any(found[0] == plan for plan, _ in tried)
+            tried.append(found)
+            used = self._used(found[1], budget_ms)
+            if again or 1 - UNUSED <= used <= 1 + TOLERANCE:
+                break
+            aim_ms /= used
+        if not tried:
+            return None
+        met = [found for found in tried if self._used(found[1], budget_ms) <= 1 + TOLERANCE]
+        return min(met, key=lambda found: found[1].loss)[0] if met else tried[-1][0]
+
+    def _used(self, outcome: Measured, budget_ms: float) -> float:
+        """Return the share of a latency budget that a file takes; all of it where it was not timed."""
+        return 1.0 if outcome.ratio is None else outcome.ratio * self.pipeline.files.reference_ms / budget_ms
+
+    def _best_at(self, aim_ms: float) -> tuple[CompressionPlan, Measured] | None:
+        """Search at one budget, and once, after the first search, settle which branches go; None where nothing fits."""
+        if aim_ms < self.floor_ms:
+            return None
+        problem, budget = self._with_bytes(aim_ms)
+        if not problem.decisions or smallest(problem)[1] > budget:
+            return None
+        result = self._searched(problem, budget, aim_ms)
+        if result.best is not None and self._gone is None and self._settles_depth and self._has_time_for_depth():
+            if depths := settled_depth(self.pipeline, problem, budget, result.rivals()):
+                self._gone, *self._other_depths = depths
+            again = self._gone is not None and self._gone != gone_from(result.best[0])
+            self._expect(searched=int(not again))
+            if again:
+                problem, budget = self._with_bytes(aim_ms)
+                result = self._searched(problem, budget, aim_ms)
+        return result.best
+
+    def _has_time_to_correct(self) -> bool:
+        """Return whether the time budget allows a further search for the same finalist, and if so expect it."""
+        if not self.budget.decides(f"search {len(self.searches) + 1}", self.agenda.finalist_seconds()):
+            return False
+        self._expect()
+        return True
 
     def _has_time_for_depth(self) -> bool:
         trials, recovered = self.agenda.depth_seconds(), self.agenda.finalist_seconds(search=False)
@@ -362,15 +415,17 @@ class Search:
 
 def settled_depth(
     pipeline: Pipeline, problem: Problem, budget_ms: float, known: Sequence[CompressionPlan]
-) -> Gone | None:
-    """Return which branches are left out, by trial recoveries; None where there is nothing to decide or no training.
+) -> list[Gone]:
+    """Return which branches may be left out, the best set first by trial recoveries.
+
+    Nothing is returned where there is nothing to decide or no training.
 
     Args:
         known: The best plan found so far for each set of branches, best first.
     """
     recovery = pipeline.effort.recovery
     if recovery is None or not branches_of(problem):
-        return None
+        return []
     epochs = trial_epochs(pipeline)
     best_first = {gone_from(plan): plan for plan in known}
     with pipeline.progress.stage("which branches go"):
@@ -384,6 +439,21 @@ def trial_epochs(pipeline: Pipeline) -> float:
         return 0.0
     per_epoch = max(1, len(pipeline.uncut.sensitivity_split) // recovery.batch_size)
     return min(recovery.epochs, max(TRIAL_SHARE * recovery.epochs, TRIAL_STEPS / per_epoch))
+
+
+def planned(pipeline: Pipeline, limits: Limits, config: SearchConfig) -> tuple[Agenda, Budget]:
+    """Return what a search has before it and the time that it may take; nothing is expected yet."""
+    left = pipeline.progress.left
+    sizes = sizes_of(pipeline, limits, config.f1_evaluations)
+    agenda = Agenda(left, pipeline.run, pipeline.files.machine, sizes)
+    return agenda, Budget(config.budget_seconds, agenda, spent=left.spent, clock=pipeline.progress.clock)
+
+
+def no_more_finalists(pipeline: Pipeline, agenda: Agenda, budget: Budget) -> None:
+    """Say that no finalist follows, and whether the accuracy guard may train."""
+    agenda.search(0)
+    needs = agenda.finalist_seconds(search=False)
+    pipeline.trains_placed = budget.decides("training of the uncut integer file", needs)
 
 
 def sizes_of(pipeline: Pipeline, limits: Limits, f1_evaluations: int) -> Sizes:
@@ -407,20 +477,86 @@ def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:
     return min(allowed, default=None)
 
 
+def check_memory(pipeline: Pipeline, most: int) -> None:
+    """Refuse a limit on the memory of the running process that nothing can keep, before anything is trained.
+
+    Raises:
+        InputError: The target does not tell the memory of a process.
+        ConstraintError: The narrowest network exceeds the limit.
+    """
+    files = pipeline.files
+    if files.peak_memory_bytes(files.reference) is None:
+        raise InputError(
+            f"--max-memory: {files.backend.name} does not tell the memory of a running process on this target; "
+            "leave it out."
+        )
+    plan = CompressionPlan({unit.name: unit.least for unit in pipeline.graph.units}, default_precision="auto")
+    if not isinstance(pipeline.outcome(plan, "F2"), Measured):
+        return  # nothing is known of the narrowest one; the finalists show what they need
+    least = files.peak_memory_bytes(files.file_of(plan, "F2"))
+    if least is not None and least > most:
+        raise ConstraintError(
+            f"search: {most:,} bytes of memory cannot be met: with every unit at its narrowest the process still takes "
+            f"{least:,} bytes on this target, its runtime included. Allow more memory."
+        )
+
+
+def check_energy(pipeline: Pipeline) -> None:
+    """Raise InputError where the target does not tell what it draws."""
+    files = pipeline.files
+    if files.energy_mj(files.reference) is None:
+        raise InputError(
+            f"--max-energy-mj: {files.backend.name} does not tell what it draws on this target (RAPL's counters under "
+            "/sys/class/powercap, or the rail VDD_IN of a Jetson, readable for you); leave it out."
+        )
+
+
+def appetite(limits: Limits, files: Files, path: Path) -> tuple[int | None, float | None]:
+    """Return the peak memory of a file's process and the energy of one inference; None where nothing limits them."""
+    return (
+        None if limits.max_memory_bytes is None else files.peak_memory_bytes(path),
+        None if limits.max_energy_mj is None else files.energy_mj(path),
+    )
+
+
+def keeps_energy(limits: Limits, energy_mj: float | None) -> bool:
+    """Return whether the energy of one inference keeps the limit on it; what was not told keeps none."""
+    return limits.max_energy_mj is None or (energy_mj is not None and energy_mj <= limits.max_energy_mj)
+
+
+def keeps_memory(limits: Limits, memory: int | None) -> bool:
+    """Return whether the peak of a process keeps the limit on it; what was not told keeps none."""
+    return limits.max_memory_bytes is None or (memory is not None and memory <= limits.max_memory_bytes)
+
+
 def drop_error(drop: PairedDrop) -> float:
     """Return the standard error of a drop, from its 95 % interval."""
     return (drop.high - drop.low) / (2 * 1.96)
 
 
-def keeps_limits(limits: Limits, outcome: Measured, drop: float, error: float, reference_ms: float) -> bool:
+def keeps_limits(
+    limits: Limits,
+    outcome: Measured,
+    drop: float,
+    error: float,
+    reference_ms: float,
+    memory: int | None = None,
+    energy_mj: float | None = None,
+) -> bool:
     """Return whether a file keeps every limit.
 
     The drop on the selection split is an estimate, so it must stay below the limit by one standard error: about 84 of
     100 files judged so keep the limit on images nobody has seen.
+
+    Args:
+        memory: Peak bytes of the file's process, where the limits are about it.
+        energy_mj: Of one inference, likewise.
     """
     if limits.max_drop is not None and not math.isnan(drop) and drop + error > limits.max_drop:
         return False
     if limits.max_bytes is not None and (outcome.size_bytes or 0) > limits.max_bytes:
+        return False
+    if not keeps_memory(limits, memory) or not keeps_energy(limits, energy_mj):
         return False
     budget = latency_budget_ms(limits, reference_ms)
     return budget is None or outcome.ratio is None or outcome.ratio * reference_ms <= budget * (1 + TOLERANCE)

@@ -167,7 +167,8 @@ def race(
     contenders = unpruned(pipeline, max_drop) + ours
     clock = SideBySide({c.path: c.home(pipeline).backend for c in contenders})
     with pipeline.progress.stage("final timing"):
-        found = compare([c.path for c in contenders], clock, threads=pipeline.threads, limits=limits)
+        files = [c.path for c in contenders]
+        found = compare(files, clock, threads=pipeline.threads, batch=pipeline.batch, limits=limits)
     timings = {c.name: timing for c, timing in zip(contenders, found, strict=True)}
     best = min((c for c in contenders if c not in ours), key=lambda c: timings[c.name].ratio)
     able = [c for c in contenders if c is candidate or keeps(c, timings[c.name])]
@@ -270,6 +271,9 @@ def result_record(pipeline: Pipeline, delivery: Delivery, scores: SplitScores) -
         "latency": {
             "median_ms": timing.median_ms,
             "p99_ms": timing.p99_ms,
+            "batch": pipeline.batch,
+            "threads": pipeline.threads,
+            "images_per_second": timing.images_per_second,
             "reference": delivery.reference.path.name,
             "ratio": timing.ratio,
             "ratio_low": timing.ratio_low,

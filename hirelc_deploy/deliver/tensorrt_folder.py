@@ -25,10 +25,11 @@ from hirelc_deploy.inputs.data.batches import batches, two_images
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.fitting import answering
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.inputs.models.source import ModelSource
 from hirelc_deploy.measure.accuracy import finite
 from hirelc_deploy.measure.registry import get_backend
-from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.plan import END_OF, CompressionPlan
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.paired import paired_drop
 
@@ -61,6 +62,10 @@ def write_folder(run: Path, out: Path) -> list[Path]:
     source = ModelSource(config.model.spec, arguments=dict(config.model.arguments))
     source = source.with_input_size(config.preprocess.input_size)
     model = load_bundle(bundle, None if source.is_timm else source.build)
+    if isinstance(model, FileNetwork):
+        raise InputError(
+            f"{run}: {model.file.name} is placed as it is, which is for ONNX Runtime alone; use --format onnx."
+        )
     data = configured_data(config).preprocessed(preprocess)
     task = read_task(bundle, config.task.options.get("decode"))
     answering(model, task, model(two_images(data)))
@@ -68,7 +73,7 @@ def write_folder(run: Path, out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         export_onnx(model, data.calibration.batch(np.arange(2) % len(data.calibration)), dynamic)
-        set_static_batch(dynamic, static)
+        set_static_batch(dynamic, static, config.batch or 1)
         ranges = calibrate(dynamic, (images.numpy() for images in batches(data.calibration, BATCH)))
         for name, (precision, pattern) in forms(plan).items():
             export_tensorrt.write_tensorrt(
@@ -101,8 +106,11 @@ def forms(plan: CompressionPlan) -> dict[str, tuple[str, str]]:
 
 
 def precision_of(plan: CompressionPlan, precision: str, layer: str) -> str:
-    """Return what a layer runs in: what the plan says of it, or nothing but FP16 in the form of that name."""
-    if precision == "float":
+    """Return what a layer runs in: what the plan says of it, or nothing but FP16 in the form of that name.
+
+    What decodes the answers is FP16 unless the plan says otherwise: no clock was asked.
+    """
+    if precision == "float" or (layer.startswith(END_OF) and layer not in plan.precision):
         return "float"
     return plan.precision.get(layer, "float" if plan.default_precision == "float" else precision)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import Message
 
+from hirelc_deploy.config import LARGEST_INPUT
 from hirelc_deploy.deliver.against import (
     Change,
     accuracy_change,
@@ -48,6 +50,7 @@ from hirelc_deploy.evaluate.cutting import tensors
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.measure.accuracy import OperatorCount, operators
 from hirelc_deploy.measure.backend import Backend, Outputs, Runner
+from hirelc_deploy.measure.batch import at_batch, filled, fixed_batch
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, TimingLimits, compare
 from hirelc_deploy.plan import CompressionPlan
@@ -192,10 +195,11 @@ def verify(
         inputs, expected = read_samples(bundle, preprocess)
         _check_weights(bundle)
         _check_self_contained(bundle / MODEL)
+        batch = _batch_of(bundle, manifest, math.prod(preprocess.input_size))
         runner = backend.build(bundle / MODEL)
         findings.machine = describe(backend)
         findings.problems += _check_samples(runner.infer(inputs), expected)
-        findings.count = operators(runner, inputs[:1])
+        findings.count = operators(runner, filled(inputs, batch))
         findings.problems += _check_operators(findings.count, record(measurements, "operators"))
     except (InputError, ExportError) as error:
         findings.problems.append(str(error))
@@ -273,6 +277,21 @@ def _check_self_contained(model: Path) -> None:
         raise InputError(f"{MODEL}: not readable as ONNX ({error}).") from None
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors_in(model_proto)):
         raise InputError(f"{MODEL}: keeps weights in other files, which nothing vouches for.")
+
+
+def _batch_of(bundle: Path, manifest: Mapping[str, Any], values: int) -> int:
+    """Return how many images of so many values the file takes at a time.
+
+    Raises:
+        InputError: The manifest says another number, or it is more than any search asks for.
+    """
+    claimed = manifest.get("batch", 1)  # older bundles have files of one image
+    takes = fixed_batch(bundle / MODEL) or 1
+    if type(claimed) is not int or claimed != takes:
+        raise InputError(f"{MODEL}: takes {takes} images at a time, {MANIFEST} says {claimed!r:.60}.")
+    if takes * values > LARGEST_INPUT:
+        raise InputError(f"{MODEL}: takes {takes:,} images at a time, of {values:,} values each; that is too much.")
+    return takes
 
 
 def _tensors_in(message: Any) -> Iterator[onnx.TensorProto]:
@@ -369,7 +388,9 @@ def _latency_again(
     limits: TimingLimits,
 ) -> None:
     """Time the file against the reference; another machine's ratio may differ, this machine's may not."""
-    timing = compare([reference, model], backend, limits=limits)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        files, batch = at_batch([model, reference], None, Path(folder))
+        timing = compare(files[::-1], backend, batch=batch, limits=limits)[1]
     findings.reference_sha256 = sha256_of(reference)
     keys = ("median_ms", "ratio", "ratio_low", "ratio_high", "verdict")
     findings.latency = {key: getattr(timing, key) for key in keys}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress import norms, recovery, slicing
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.evaluate.effort import SMALL_BATCH
-from hirelc_deploy.graph.answers import Answers, named
+from hirelc_deploy.graph.answers import Answers, named, stacked
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.measure.backend import Outputs
@@ -78,22 +78,31 @@ def judged(task: Task, found: Answers, wanted: Answers, targets: Targets | None)
 def divergence(task: Task, wanted: Answers, found: Answers) -> float:
     """Return the mean divergence over images, in double precision."""
     total = torch.zeros((), dtype=torch.float64)
-    count = len(next(iter(wanted.values())))
-    for start in range(0, count, SMALL_BATCH):
-        pair = (
+    for part in _divergences(task, wanted, found):
+        total += part.sum()
+    return float(total / len(next(iter(wanted.values()))))
+
+
+def divergences(task: Task, wanted: Answers, found: Answers) -> NDArray[np.float64]:
+    """Return the (n,) divergence of each image."""
+    each: NDArray[np.float64] = torch.cat(list(_divergences(task, wanted, found))).numpy()
+    return each
+
+
+def _divergences(task: Task, wanted: Answers, found: Answers) -> Iterator[Tensor]:
+    for start in range(0, len(next(iter(wanted.values()))), SMALL_BATCH):
+        uncut, ours = (
             {name: values[start : start + SMALL_BATCH].double() for name, values in each.items()}
             for each in (wanted, found)
         )
-        uncut, ours = pair
-        total += task.divergence(uncut, ours).sum()
-    return float(total / count)
+        yield task.divergence(uncut, ours)
 
 
 def forward(model: nn.Module, pictures: Tensor) -> Answers:
     """Return the float32 answers to (n, channels, height, width) pictures, in batches."""
     with torch.no_grad():
         parts = [named(model(batch)) for batch in pictures.split(SMALL_BATCH)]
-    return {name: torch.cat([part[name].float() for part in parts]) for name in parts[0]}
+    return {name: torch.from_numpy(stacked([part[name].float().numpy() for part in parts])) for name in parts[0]}
 
 
 def tensors(outputs: Outputs) -> Answers:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from torch import nn
 
@@ -17,24 +18,33 @@ from hirelc_deploy.compress.integer import placement, qat, quantize
 from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.placement import Placement
 from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
+from hirelc_deploy.errors import InputError
+from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.cutting import FLOAT, divergence, judged, tensors
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.evaluate.writer import Exported, Writer
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.batch import filled
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
 from hirelc_deploy.outcome import Fidelity
-from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.plan import END_OF, CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run, atomic_path
 from hirelc_deploy.tasks.paired import PairedDrop, paired_drop
+
+ENERGY_ROUNDS = 100
+"""At least 0.1 s with what settles before each burst: 100 steps of RAPL's counter, which moves every millisecond."""
+ENERGY_TURNS = 2
+"""The counter starts again once in minutes to hours, so not in two turns in a row."""
 
 
 class Files:
     """The files of one run on one target.
 
     Attributes:
+        batch: Images of one inference: every file takes exactly so many, and is timed with them.
         folder: Receives exported files and recovered weights, whole or absent.
         machine: Of the target: what was timed counts only there.
     """
@@ -47,12 +57,14 @@ class Files:
         threads: int,
         progress: Progress,
         folder: str = "files",
+        by_layer: ByLayer = AS_USUAL,
+        batch: int = 1,
     ) -> None:
-        self.backend, self.run, self.threads = backend, run, threads
+        self.backend, self.run, self.threads, self.batch = backend, run, threads, batch
         self.folder = run.directory / folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.machine = fingerprint(describe(backend))
-        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations)
+        self.writer = Writer(uncut, backend, self.folder, lambda: self.across_activations, by_layer, batch)
         self._uncut, self._progress = uncut, progress
         self._scratch = tempfile.TemporaryDirectory()
 
@@ -84,11 +96,14 @@ class Files:
 
         def measure() -> dict[str, Any]:
             runner = self.backend.build(self.blanket, self.threads)
-            wholly_integer = not accuracy.operators(runner, self._uncut.example[:1].numpy()).float_ops
-            tried = placement.changes(onnx.load(str(self._exported.static)), wholly_integer=wholly_integer)
+            wholly_integer = not accuracy.operators(runner, filled(self._uncut.example.numpy(), self.batch)).float_ops
+            exported = self._exported
+            changes = placement.changes(onnx.load(str(exported.static)), wholly_integer=wholly_integer)
+            free = {name: layers - self.writer.by_layer.in_float for name, layers in changes.items()}
+            tried = {name: layers for name, layers in free.items() if layers}
             with self._progress.stage("precision placement"):
-                patterns = self.writer.form.patterns
-                found = placement.place(self.reference, tried, self.trial, self.time, patterns, self.divergence)
+                patterns, ends = self.writer.form.patterns, quantize.ends_of(exported.static, exported.ranges)
+                found = placement.place(self.reference, tried, self.trial, self.time, patterns, self.divergence, ends)
                 return found.to_dict()
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))
@@ -109,8 +124,9 @@ class Files:
                 for across in (False, True):
                     exported = self.writer.exported(self._uncut.model, folder, across=across)
                     static, ranges, path = exported.static, exported.ranges, folder / f"{across}.onnx"
-                    pattern, layers = self.writer.form.patterns[0], _integer_but(frozenset())
-                    self.writer.form.write_integer(static, ranges, layers, self.writer.integer, pattern, path)
+                    decoding = frozenset(end.name for end in quantize.ends_of(static, ranges))
+                    pattern, layers = self.writer.form.patterns[0], _integer_but(decoding)
+                    self.writer.write_integer(static, ranges, layers, pattern, path)
                     divergences.append(self.divergence(path))
             return divergences[1] < divergences[0]
 
@@ -135,11 +151,22 @@ class Files:
         return FLOAT
 
     def precision_of(self, plan: CompressionPlan) -> Callable[[str], str]:
-        """Return layer name to `int8` or `float`; where the plan leaves it to measurement, the placement says."""
+        """Return name of a layer or end to `int8` or `float`; where a plan leaves it open, the placement says.
+
+        Layers that the user wants in float are float.
+
+        Raises:
+            InputError: The plan names an end that the files do not have.
+        """
+        for name in filter(lambda name: name.startswith(END_OF), plan.precision):
+            if name not in self.placement.ends:
+                known = "; ".join(self.placement.ends) or "none"
+                raise InputError(f"plan: {name!r} does not exist in this model; it has: {known}.")
         if plan.default_precision != "auto":
-            return plan.precision_of
+            return self.writer.by_layer.precision_of(plan.precision_of)
         floats = frozenset(self.placement.float_layers)
-        return lambda layer: plan.precision.get(layer, "float" if layer in floats else "int8")
+        placed = lambda layer: plan.precision.get(layer, "float" if layer in floats else "int8")  # noqa: E731
+        return self.writer.by_layer.precision_of(placed)
 
     def file_of(self, plan: CompressionPlan, fidelity: Fidelity) -> Path:
         """Return where the exported file of a plan is, or would be."""
@@ -157,13 +184,13 @@ class Files:
         return path
 
     def write_plan(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
-        """Write the file that is shipped and timed: static batch of one, integer where the plan says so."""
+        """Write the file that is shipped and timed: for a fixed batch, integer where the plan says so."""
         with tempfile.TemporaryDirectory() as folder:
             exported = self.writer.exported(model, Path(folder), equalise=not plan.trained_rounding)
             self.writer.write(exported, path, self.pattern_of(plan), self.precision_of(plan))
 
     def write_batched(self, model: nn.Module, plan: CompressionPlan, path: Path) -> None:
-        """Write the file of a plan for any number of images at once; the one for a single image is what is timed."""
+        """Write the file of a plan for any number of images at once; the one for a fixed batch is what is timed."""
         pattern, precision_of = self.pattern_of(plan), self.precision_of(plan)
         with tempfile.TemporaryDirectory() as folder:
             exported = self.writer.exported(model, Path(folder), equalise=not plan.trained_rounding)
@@ -175,7 +202,7 @@ class Files:
         path = Path(self._scratch.name) / f"{pattern}-{_digest(floats)}.onnx"
         if not path.exists():
             static, ranges = self._exported.static, self._exported.ranges
-            self.writer.form.write_integer(static, ranges, _integer_but(floats), self.writer.integer, pattern, path)
+            self.writer.write_integer(static, ranges, _integer_but(floats), pattern, path)
         return path
 
     def roundings_of(self, model: nn.Module, plans: Sequence[CompressionPlan]) -> list[qat.Rounding]:
@@ -192,7 +219,7 @@ class Files:
                     found.append(qat.Rounding({}, {}))
                     continue
                 static, ranges = exported.static, exported.ranges
-                self.writer.form.write_integer(static, ranges, precision_of, self.writer.integer, pattern, path)
+                self.writer.write_integer(static, ranges, precision_of, pattern, path)
                 integer = onnx.load(str(path))
                 found.append(
                     qat.rounding_of(model, batched, integer, self._uncut.example, self.writer.integer.weight_bits)
@@ -222,7 +249,37 @@ class Files:
 
     def time(self, files: Sequence[Path], limits: TimingLimits | None = None) -> list[Timing]:
         """Time files against the first of them on the target, briefly unless told otherwise."""
-        return compare(files, self.backend, threads=self.threads, limits=limits or self._uncut.effort.timing)
+        limits = limits or self._uncut.effort.timing
+        return compare(files, self.backend, threads=self.threads, limits=limits, batch=self.batch)
+
+    def peak_memory_bytes(self, path: Path) -> int | None:
+        """Return the peak of a process on the target that loads and runs this file alone; None where none tells."""
+
+        def measure() -> int | None:
+            with self.backend.open_timing([path], self.threads, 0) as process:
+                process.rounds(1)
+                return process.states[1].peak_memory_bytes if process.states else None
+
+        found = self.run.remember(f"peak memory of {path.name} on {self.machine}", measure)
+        return None if found is None else int(found)
+
+    def energy_mj(self, path: Path) -> float | None:
+        """Return the millijoules that the target draws during one inference of a file; None where it does not tell.
+
+        The mean power while it runs this file alone, times the median time of an inference.
+        """
+
+        def measure() -> float | None:
+            with self.backend.open_timing([path], self.threads, 0) as process:
+                for _ in range(ENERGY_TURNS):
+                    nanoseconds = process.rounds(ENERGY_ROUNDS)[:, 0, 0]
+                    watts = process.states[0].mean_power_w(process.states[1]) if process.states else None
+                    if watts is not None:
+                        return watts * float(np.median(nanoseconds)) / 1e6
+            return None
+
+        found = self.run.remember(f"energy of {path.name} on {self.machine}", measure)
+        return None if found is None else float(found)
 
     def milliseconds(self, files: Sequence[Path]) -> list[float]:
         """Return the times of files that were timed side by side."""

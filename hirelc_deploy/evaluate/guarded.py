@@ -24,10 +24,11 @@ def guarded(pipeline: Pipeline, max_drop: float) -> tuple[CompressionPlan, Guard
     """
     files = pipeline.files
     placed = files.placement
-    always = frozenset(placed.float_layers)
+    always = frozenset(placed.float_layers) | files.writer.by_layer.in_float
     timed = {name: found["ratio"] for name, found in placed.candidates.items() if name in files.writer.form.patterns}
     patterns = sorted(timed, key=lambda name: (name != placed.pattern, timed[name]))
-    layers = [layer.name for layer in pipeline.graph.layers if layer.name not in always]
+    parts = [*(layer.name for layer in pipeline.graph.layers), *placed.ends]
+    layers = [part for part in parts if part not in always]
     trains = pipeline.effort.recovery and len(pipeline.data.train) > 1 and pipeline.trains_placed
     trials = guard.Trials(
         lambda pattern, floats: files.trial(pattern, floats | always),
@@ -41,11 +42,16 @@ def guarded(pipeline: Pipeline, max_drop: float) -> tuple[CompressionPlan, Guard
         with pipeline.progress.stage("accuracy guard"):
             return guard.guard(patterns, layers, trials, max_drop).to_dict()
 
-    found = Guarded.from_dict(pipeline.run.remember(f"accuracy guard at {max_drop:g} on {files.machine}", measure))
+    found = Guarded.from_dict(pipeline.run.remember(guard_key(pipeline, max_drop), measure))
     floats = [step.layer for step in found.reverted]
     pattern = "" if found.pattern == placed.pattern else found.pattern
     precision = dict.fromkeys(floats, "float")
     return CompressionPlan({}, precision, "auto", pattern, trained_rounding=found.trained), found
+
+
+def guard_key(pipeline: Pipeline, max_drop: float) -> str:
+    """Return the name under which a run remembers what its guard found."""
+    return f"accuracy guard at {max_drop:g} on {pipeline.files.machine}"
 
 
 def guarded_file(pipeline: Pipeline, plan: CompressionPlan) -> Path:

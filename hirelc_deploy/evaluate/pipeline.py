@@ -15,6 +15,7 @@ from torch import nn
 
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError, SliceError
+from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.clock import clocked
 from hirelc_deploy.evaluate.cutting import FLOAT, cut
 from hirelc_deploy.evaluate.effort import Effort
@@ -42,6 +43,7 @@ class Pipeline:
 
     Attributes:
         task: What the model is for.
+        batch: Images of one inference on the target.
         uncut: What is known of the model before it is cut.
         files: Writes, runs and times files.
         others: The same for further runtimes of the device, whose files take part in the last race.
@@ -64,6 +66,7 @@ class Pipeline:
         task: Task = CLASSIFICATION,
         seed: int = 0,
         threads: int = 1,
+        batch: int = 1,
         progress: Progress | None = None,
         graph: ModelGraph | None = None,
         start: Path | None = None,
@@ -71,17 +74,19 @@ class Pipeline:
         evaluators: Callable[[Callable[[str], str], int], Evaluators] = Ahead,
         rounds: bool = False,
         others: Sequence[Backend] = (),
+        by_layer: ByLayer = AS_USUAL,
     ) -> None:
-        """Args: `graph` and `start` as of `UncutModel` and `Training`."""
+        """Args: `graph`, `start` and `by_layer` as of `UncutModel`, `Training` and `Writer`."""
         self.data, self.backend, self.run, self.effort = data, backend, run, effort
-        self.seed, self.threads, self.task = seed, threads, task
+        self.seed, self.threads, self.batch, self.task = seed, threads, batch, task
         self.progress = progress or Progress(quiet=True)
         self.jobs, self.evaluators, self.rounds = jobs, evaluators, rounds
         self.uncut = UncutModel(model, data, task, effort, self.progress, graph)
         self.model = self.uncut.model
-        self.files = Files(self.uncut, backend, run, threads, self.progress)
+        self.files = Files(self.uncut, backend, run, threads, self.progress, by_layer=by_layer, batch=batch)
         self.others = tuple(
-            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}") for other in others
+            Files(self.uncut, other, run, threads, self.progress, f"files-{other.name}", by_layer, batch)
+            for other in others
         )
         roundings = lambda: tuple(self.roundings.values())  # noqa: E731
         self.training = Training(self.uncut, self.files, effort, seed, self.progress, start, roundings)

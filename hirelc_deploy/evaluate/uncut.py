@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress import norms, recovery
 from hirelc_deploy.compress.branches import proven
+from hirelc_deploy.compress.onnx_file.whole import graph_of
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate import effort as sizes
 from hirelc_deploy.evaluate.cutting import arrays, forward
@@ -25,6 +26,7 @@ from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.data.batches import batches, two_images
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.splits import Data
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks import guessing
 from hirelc_deploy.tasks.contract import Targets, Task
@@ -35,13 +37,22 @@ def proven_graph(
 ) -> ModelGraph:
     """Return blocks, units and layers of a model; every unit was shown to cut exactly."""
     example = two_images(data)
-    graph = build_graph(model, example, exclude=exclude, include=include)
+    graph = seen_graph(model, example, exclude, include)
     if not graph.layers:
         raise InputError(
             f"{type(model).__name__}: no convolution and no linear layer was seen in its forward pass; "
             "there is nothing to cut or to make integer."
         )
-    return proven(model, graph, example)
+    return proven(model, graph, example) if graph.units else graph
+
+
+def seen_graph(
+    model: nn.Module, images: Tensor, exclude: tuple[str, ...] = (), include: tuple[str, ...] = ()
+) -> ModelGraph:
+    """Return blocks, units and layers as they are seen in the model; nothing was proven."""
+    if isinstance(model, FileNetwork):
+        return graph_of(model)
+    return build_graph(model, images, exclude=exclude, include=include)
 
 
 class UncutModel:

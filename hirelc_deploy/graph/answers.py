@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import InputError
@@ -58,6 +60,15 @@ def selected(answer: Any, names: Sequence[str]) -> Answers:
     if missing := [name for name in names if name not in found]:
         raise InputError(f"the model returns no output {missing[0]!r}; it has {', '.join(found)}.")
     return {name: found[name] for name in names}
+
+
+def stacked(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return (n, ...) answers from those to parts of the images; where sizes depend on them, zeros fill the shorter."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return np.concatenate(parts)
+    size = np.max([part.shape[1:] for part in parts], axis=0)
+    fill = [[(0, 0), *((0, int(missing)) for missing in size - np.array(part.shape[1:], int))] for part in parts]
+    return np.concatenate([np.pad(part, edges) for part, edges in zip(parts, fill, strict=True)])
 
 
 def _collect(value: Any, path: str, found: Answers) -> None:

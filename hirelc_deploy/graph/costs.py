@@ -13,7 +13,7 @@ from hirelc_deploy.graph.model_graph import Layer, ModelGraph, Share
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and multiply-accumulates of one inference."""
+    """Parameters, and multiply-accumulates of one image."""
 
     params: int
     macs: int

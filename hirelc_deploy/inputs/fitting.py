@@ -103,6 +103,8 @@ def fit(
     except InputError as error:
         raise _of_classes(error, data) from None
     data = stated(data.preprocessed(preprocess_of(model, data, overrides)), overrides or {})
+    if source.kind == "onnx" and wanted.name is None and not data.labelled:
+        wanted = replace(wanted, name=_task_of_answers(model, data))
     task, record = task_for(model, data, wanted, metric, loss)
     rows = np.arange(min(2, len(data.calibration)))
     targets = task.collate(data.calibration.targets(rows)) if data.calibration.labelled else None
@@ -118,6 +120,13 @@ def fit(
             raise InputError(f"{data.name}: has no labels, which a metric or loss is taken against; leave it out.")
         check_functions(model, data, task)
     return Fitted(model, data, source, task, record)
+
+
+def _task_of_answers(model: nn.Module, data: Data) -> str:
+    """Return `classification` for a file that answers with one row of numbers an image, else `none`."""
+    with torch.no_grad():
+        found = list(named(model(data.calibration.batch(np.arange(min(2, len(data.calibration)))))).values())
+    return "classification" if len(found) == 1 and found[0].ndim == 2 else "none"
 
 
 def _of_classes(error: InputError, data: Data) -> InputError:

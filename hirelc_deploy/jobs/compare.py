@@ -47,10 +47,12 @@ def run_compare(
     Every evaluation goes through the run's journal, so an interrupted comparison resumes where it was.
     """
     pipeline, config = workplace.pipeline, workplace.config
+    if not pipeline.graph.units:
+        raise InputError(f"compare: nothing of {workplace.source.spec} can be cut, so strategies have no choice.")
     search = Search(
         pipeline,
         workplace.run,
-        LatencyTable(pipeline.backend, table_path(), pipeline.threads),
+        LatencyTable(pipeline.backend, table_path(), pipeline.threads, pipeline.batch),
         config.limits,
         config.search,
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hirelc_deploy.compress.storage import codec, restore
-from hirelc_deploy.config import JobConfig
 from hirelc_deploy.deliver.read import (
     ARRAYS,
     DECODER,
@@ -22,15 +21,12 @@ from hirelc_deploy.deliver.read import (
     WEIGHTS,
     read_manifest,
 )
-from hirelc_deploy.deliver.read import load as load_bundle
 from hirelc_deploy.deliver.stored_bits import Chosen, StoredBits
 from hirelc_deploy.deliver.tensorrt_folder import write_folder
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.evaluate.cutting import divergence, tensors
 from hirelc_deploy.evaluate.pipeline import Pipeline
-from hirelc_deploy.inputs.fitting import answering
-from hirelc_deploy.jobs.workplace import open_workplace
-from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.jobs.workplace import reopened, shipped_of
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.strategies.baselines import STRATEGIES
 
@@ -129,7 +125,7 @@ def export_files(
 
 def chosen_bits(run: Path, model: Path, storage: Storage, max_bytes: int) -> Mapping[str, int]:
     """Return tensor name to bits for the shipped file of a run; see `best_bits`."""
-    pipeline = open_workplace(JobConfig.read(run / "config.toml"), run, "", Progress(quiet=True)).pipeline
+    pipeline = reopened(run, Progress(quiet=True)).pipeline
     return best_bits(pipeline, model, storage, max_bytes).bits
 
 
@@ -152,11 +148,9 @@ def export_batched(run: Path, out: Path) -> list[Path]:
         ExportError: its answers are not those of the shipped file, but for single roundings.
     """
     bundle, path = run / "bundle", out / EXPORTED["onnx"][0]
-    workplace = open_workplace(JobConfig.read(run / "config.toml"), run, "", Progress(quiet=True))
+    workplace = reopened(run, Progress(quiet=True))
     pipeline = workplace.pipeline
-    plan = CompressionPlan.from_dict(read_manifest(bundle).get("plan"), f"{bundle}: plan")
-    model = load_bundle(bundle, None if workplace.source.is_timm else workplace.source.build)
-    answering(model, pipeline.task, model(pipeline.uncut.example))
+    model, plan = shipped_of(workplace)
     pipeline.files.write_batched(model, plan, path)
     images = pipeline.uncut.selection[0][: pipeline.effort.search_images].numpy()
     shipped, batched = (

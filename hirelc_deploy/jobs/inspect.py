@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hirelc_deploy.compress.branches import proven
+from hirelc_deploy.evaluate.uncut import seen_graph
 from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph, Unit
-from hirelc_deploy.graph.units import build_graph, matches
+from hirelc_deploy.graph.units import matches
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import preprocess_of
+from hirelc_deploy.jobs.verdict import verdict_text
 
 
 def inspected(
@@ -22,19 +24,22 @@ def inspected(
     overrides: Mapping[str, Any],
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
+    verdict: Callable[[nn.Module, ModelGraph, Tensor], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return blocks, units, their widths and costs, layers that stay whole, and what each pattern matches.
 
     Args:
         overrides: Entries of `Preprocess` that the user asked for.
+        verdict: Says of the network, its graph and two images what a device makes of them; see `verdict_of`.
     """
     network = source.with_input_size(overrides.get("input_size")).load().eval()
     size = preprocess_of(network, None, overrides).input_size
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))
-    everything = graph = build_graph(network, images)
+    everything = graph = seen_graph(network, images)
     if patterns := [*exclude, *include]:
-        graph = build_graph(network, images, exclude=tuple(exclude), include=tuple(include))
-    graph = proven(network, graph, images)
+        graph = seen_graph(network, images, tuple(exclude), tuple(include))
+    graph = proven(network, graph, images) if graph.units else graph
+    foretold = {} if verdict is None else {"verdict": verdict(network, graph, images)}
     return {
         "model": source.spec,
         "notes": list(notes_of(network)),
@@ -45,6 +50,7 @@ def inspected(
         "units": [unit_record(network, graph, unit) for unit in graph.units],
         "kept_whole": [{"layer": k.layer, "reason": k.reason} for k in graph.kept_whole],
         "matched": {pattern: [u.name for u in everything.units if matches(u, pattern)] for pattern in patterns},
+        **foretold,
     }
 
 
@@ -84,5 +90,6 @@ def inspection_text(record: Mapping[str, Any]) -> str:
             f"pattern {pattern!r} matches {', '.join(names) or 'layers in no unit'}"
             for pattern, names in record["matched"].items()
         ),
+        *([verdict_text(record["verdict"])] if "verdict" in record else []),
     ]
     return "\n".join(lines)

@@ -25,13 +25,14 @@ def profile_model(
     title: str,
     *,
     threads: int,
+    batch: int,
     steps: int,
     fresh: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure the stairs of every unit into the table that searches read; write them to `out` as JSON and as a page."""
     started = time.monotonic()
-    table = LatencyTable(backend, table_path(), threads)
+    table = LatencyTable(backend, table_path(), threads, batch)
     precisions = [precision.name for precision in backend.precisions() if precision.name in ("float", "int8")]
     wanted = wanted_keys(graph, precisions, steps)
     adoption = None if fresh else table.adopt(wanted)
@@ -42,6 +43,7 @@ def profile_model(
     facts = {
         "device": machine["cpu_model"],
         "runtime": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        "images at a time": batch,
         "units": f"{len(graph.units)}, of {len(stairs)} kinds",
         "layer times": f"{len(wanted)} distinct, {table.measured} measured now",
         "minutes": round((time.monotonic() - started) / 60, 2),

@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hirelc_deploy.config import Limits
-from hirelc_deploy.deliver.finalists import Finalist, Search, drop_error, keeps_limits
+from hirelc_deploy.deliver.finalists import (
+    Finalist,
+    Search,
+    appetite,
+    drop_error,
+    keeps_limits,
+    no_more_finalists,
+    planned,
+)
 from hirelc_deploy.deliver.race import Contender
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.pipeline import Pipeline
@@ -28,6 +36,13 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
     started = time.monotonic()
     if pipeline.uncut.doubt:
         pipeline.progress.say(f"warning: {pipeline.uncut.doubt}")
+    keeps = unpruned_limits(pipeline, config.limits)
+    if not pipeline.graph.units:
+        no_more_finalists(pipeline, *planned(pipeline, config.limits, config.search))
+        try:
+            return deliver(workplace, None, {}, started, keeps=keeps, max_drop=config.limits.max_drop)
+        except ConstraintError as error:
+            raise ConstraintError(f"search: nothing can be cut; {error} Allow a larger drop, or more time.") from None
     path = table_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +51,7 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
             f"{path.parent}: this folder for layer times cannot be made ({error.strerror}); "
             "set HIRELC_DEPLOY_CACHE to a folder that can be written."
         ) from None
-    table = LatencyTable(pipeline.backend, path, pipeline.threads)
+    table = LatencyTable(pipeline.backend, path, pipeline.threads, pipeline.batch)
     search = Search(pipeline, run, table, config.limits, config.search)
     finalists = search.finalists()
     fit = [f for f in finalists if f.keeps_limits]
@@ -53,14 +68,13 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
         "agreement": agreement(search.problem, run.trials, pipeline.files.reference_ms),
         "finalists": [finalist_record(f) for f in finalists],
     }
-    keeps = unpruned_limits(pipeline, config.limits)
     try:
         plan = chosen.plan if chosen else None
         return deliver(workplace, plan, facts, started, keeps=keeps, max_drop=config.limits.max_drop)
     except ConstraintError as error:
         raise ConstraintError(
             f"search: {error}{closest_plan(pipeline, finalists, config.limits.max_drop)} "
-            "Allow a larger drop, more time, more bytes or more recovery epochs."
+            "Allow a larger drop, more time, more bytes, memory or energy, or more recovery epochs."
         ) from None
 
 
@@ -74,6 +88,10 @@ def closest_plan(pipeline: Pipeline, finalists: Sequence[Finalist], max_drop: fl
         f"of {closest.drop_points:.2f} {unit} (standard error {closest.drop_error:.2f}) on the selection split; "
         f"its file, of {closest.outcome.size_bytes:,} bytes, is {pipeline.files.file_of(closest.plan, 'F3')}."
     )
+    if closest.peak_memory_bytes is not None:
+        says += f" Its process takes {closest.peak_memory_bytes:,} bytes of memory at most."
+    if closest.energy_mj is not None:
+        says += f" One inference draws {closest.energy_mj:.3g} mJ."
     if max_drop is not None and closest.drop_points <= max_drop < closest.drop_points + closest.drop_error:
         says += (
             " A drop must keep its limit by one standard error, which more than these "
@@ -92,7 +110,8 @@ def unpruned_limits(pipeline: Pipeline, limits: Limits) -> Callable[[Contender, 
         if file.path != pipeline.files.reference:  # which is what a drop is counted from
             drop = file.home(pipeline).file_drop(file.path)
             points, error = drop.points, drop_error(drop)
-        return keeps_limits(limits, outcome, points, error, pipeline.files.reference_ms)
+        memory, energy = appetite(limits, file.home(pipeline), file.path)
+        return keeps_limits(limits, outcome, points, error, pipeline.files.reference_ms, memory, energy)
 
     return keeps
 
@@ -105,4 +124,6 @@ def finalist_record(finalist: Finalist) -> dict[str, Any]:
         "drop_points": finalist.drop_points,
         "drop_error": finalist.drop_error,
         "keeps_limits": finalist.keeps_limits,
+        "peak_memory_bytes": finalist.peak_memory_bytes,
+        "energy_mj": finalist.energy_mj,
     }

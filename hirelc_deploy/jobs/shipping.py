@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from hirelc_deploy.deliver.race import (
     unpruned,
 )
 from hirelc_deploy.deliver.samples import write_samples
+from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.workplace import PRINTED, Workplace
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Configured, Runner
+from hirelc_deploy.measure.batch import filled
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
@@ -35,6 +37,10 @@ from hirelc_deploy.results.report import read_run, write_report
 from hirelc_deploy.runs import RESULT, Run, json_text, write_atomic
 
 SAMPLES = 8
+UNKNOWN = (
+    "accuracy is unknown: the data has no labels, so the accuracy guard counted nothing and no limit on a drop was "
+    "looked at; give labelled data with --data"
+)
 
 
 def deliver(
@@ -55,12 +61,18 @@ def deliver(
     doubt = pipeline.uncut.doubt
     warnings = [*workplace.notes, *([doubt] if doubt else [])]
     warnings += [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
+    if not pipeline.data.labelled:
+        warnings.append(UNKNOWN)
     if candidate is not None and shipped not in delivery.ours:
         warnings.append(
             f"compression did not help: {shipped.name} is at least as fast as the best plan, so it is shipped."
         )
-    if candidate is None:
+    if candidate is None and not pipeline.graph.units:
+        warnings.append(f"nothing can be cut: {shipped.name}, the fastest file that keeps the limits, is shipped.")
+    elif candidate is None:
         warnings.append(f"no plan kept the limits: {shipped.name}, the fastest unpruned file that does, is shipped.")
+    ends = end_records(shipped.home(pipeline), shipped.plan)
+    warnings += end_warnings(shipped.home(pipeline), ends)
     scores = final_accuracy(pipeline, delivery)
     with pipeline.progress.stage(BUNDLE):
         record = result_record(pipeline, delivery, scores)
@@ -68,15 +80,16 @@ def deliver(
         runner = home.backend.build(shipped.path, pipeline.threads)
         labels = pipeline.data.selection.labels
         samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
+        batch = filled(samples, pipeline.batch)
         answers = runner.infer(samples)
-        operators = operator_records(runner, shipped.path, samples[:1])
+        operators = operator_records(runner, shipped.path, batch)
         bundle = write_bundle(
             run.directory / "bundle",
             BundleContents(
                 model_onnx=shipped.path,
                 model=shipped_model(pipeline, shipped),
                 source=workplace.source.describe(),
-                plan=shipped.plan,
+                plan=home.writer.by_layer.stated(shipped.plan, pipeline.graph),
                 preprocess=pipeline.data.preprocess,
                 classes=pipeline.task.classes or pipeline.data.classes,
                 task=pipeline.task,
@@ -86,7 +99,8 @@ def deliver(
                 sample_labels=None if labels is None else labels[:SAMPLES],
                 test=scores.images,
                 measurements=record,
-                operators=accuracy.operators(runner, samples[:1]),
+                operators=accuracy.operators(runner, batch),
+                batch=pipeline.batch,
                 machine=run.machine if shipped.files is None else describe(home.backend),
                 versions=home.backend.versions(),
                 runtime=RUNTIMES.get(home.backend.name, "onnxruntime"),
@@ -99,6 +113,8 @@ def deliver(
             "bundle": str(bundle),
             **record,
             "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
+            "peak_memory_bytes": home.peak_memory_bytes(shipped.path),
+            "energy_mj": None if workplace.config.limits.max_energy_mj is None else home.energy_mj(shipped.path),
             "candidates": candidates(pipeline, delivery, run),
             "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
             "exports": {
@@ -108,6 +124,7 @@ def deliver(
             "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
             "operators": operators,
             "placement": pipeline.files.placement.candidates,
+            "ends": ends,
             "guard": delivery.guard.to_dict() if delivery.guard else None,
             "by_class": scores.by_class,
             "samples": write_samples(run.directory, pipeline.task, pipeline.data.preprocess, samples, answers),
@@ -119,14 +136,29 @@ def deliver(
     return {key: result[key] for key in PRINTED}
 
 
-def operator_records(runner: Runner, path: Path, image: NDArray[np.float32]) -> list[dict[str, Any]]:
+def end_records(files: Files, plan: CompressionPlan) -> list[dict[str, Any]]:
+    """Return what decodes the answers, its precision in the file of a plan, and what the placement saw of it."""
+    precision_of = files.precision_of(plan)
+    return [{"name": name, "precision": precision_of(name), **told} for name, told in files.placement.ends.items()]
+
+
+def end_warnings(files: Files, ends: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each end that a plan makes integer and the placement does not."""
+    return [
+        f"{end['name']} is integer in the shipped file, as the plan says; precision auto keeps it float: {end['why']}."
+        for end in ends
+        if end["precision"] == "int8" and end["name"] in files.placement.float_layers
+    ]
+
+
+def operator_records(runner: Runner, path: Path, images: NDArray[np.float32]) -> list[dict[str, Any]]:
     """Return every operator that ran with its time; those that compute a layer carry the layer's name.
 
     The shipped file names its nodes by numbers, and the runtime appends to them what it fused.
     """
     layers = json.loads(path.with_suffix(".layers.json").read_text("utf-8"))
     records = []
-    for operator in runner.profile(image, runs=50):
+    for operator in runner.profile(images, runs=50):
         layer = layers.get(operator.name.partition("_token_")[0])
         records.append({**vars(operator), "name": f"{layer}/{operator.operator}" if layer else operator.name})
     return records

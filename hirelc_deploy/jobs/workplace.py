@@ -12,29 +12,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer.forms import BFLOAT_PATTERNS
 from hirelc_deploy.compress.integer.quantize import PATTERNS
 from hirelc_deploy.compress.recovery import Recovery
-from hirelc_deploy.config import JobConfig
+from hirelc_deploy.config import LARGEST_INPUT, JobConfig
 from hirelc_deploy.deliver.race import metric_record
+from hirelc_deploy.deliver.read import load as load_bundle
 from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.errors import HirelcError, InputError
+from hirelc_deploy.evaluate.by_layer import ByLayer
 from hirelc_deploy.evaluate.effort import GRADIENT_VALUES, LEAST_BATCH, Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.uncut import proven_graph
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.data.splits import Data
-from hirelc_deploy.inputs.fitting import fit
+from hirelc_deploy.inputs.fitting import answering, fit
 from hirelc_deploy.inputs.models.given import Source
+from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import ModelSource
+from hirelc_deploy.measure.backend import TENSORRT_FORM
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.runs import RESULT, Run
+from hirelc_deploy.runs import CONFIG, RESULT, Run
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.together.processes import Ahead, Evaluators
 from hirelc_deploy.together.ray_cluster import connect
@@ -89,6 +95,7 @@ def open_workplace(
     ray: str | None = None,
     given: Given | None = None,
     track: Sequence[str] = (),
+    again: bool = False,
 ) -> Workplace:
     """Load model and data, open the target and the run directory; every problem with them is one sentence.
 
@@ -97,6 +104,7 @@ def open_workplace(
         ray: Address of the Ray cluster on whose hosts they are; None for this machine.
         given: Objects in place of what the configuration names.
         track: Trackers that are told what is measured; no part of the configuration either.
+        again: The configuration is that of a run which is there: the file of its plan is not read once more.
     """
     check_trackers(track)
     given = given or Given()
@@ -121,12 +129,35 @@ def open_workplace(
             "for timm's own (for structural work without accuracy: --data synthetic:64)."
         )
     # Whatever can be wrong with the options is found before the run directory is made.
+    values = math.prod(data.preprocess.input_size)
+    if (config.batch or 1) * values > LARGEST_INPUT:
+        raise InputError(
+            f"batch = {config.batch}: {config.batch or 1:,} images of {values:,} values each; at most "
+            f"{LARGEST_INPUT:,} values go into one inference."
+        )
     graph = proven_graph(model, data, config.exclude, config.include)
+    is_file = isinstance(model, FileNetwork)
+    if is_file and backend.precisions()[0].form == TENSORRT_FORM:
+        raise InputError(
+            f"--model {source.spec}: {graph.kept_whole[0].reason}, so it is placed as it is, which is for ONNX Runtime "
+            f"alone; use --target cpu, or give its torch code."
+        )
     if not config.search.depth:
         graph = graph.without_branches()
+    by_layer = ByLayer.of(
+        [layer.name for layer in graph.layers if layer.shape.kind != "attention"],
+        config.float_layers,
+        config.ranges,
+        config.equalise,
+    )
     options = config
-    if config.plan is not None:
+    if config.plan is not None and not again:
         plan = read_plan(config.plan, graph)
+        if is_file and config.plan.startswith("uniform:") and parse_uniform(config.plan)[0] < 1:
+            raise InputError(
+                f"--plan {config.plan}: nothing of {source.spec} can be cut: {graph.kept_whole[0].reason}; use "
+                "--plan uniform:precision=auto, which places its precision."
+            )
         if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
             options = replace(config, plan=f"{config.plan} ({plan.digest})")
     run = Run.open(directory, options.to_toml(), describe(backend))
@@ -135,8 +166,9 @@ def open_workplace(
     except HirelcError as error:
         run.__exit__(type(error), error, error.__traceback__)
         raise
-    values = math.prod(data.preprocess.input_size)
-    effort = Effort(recovery=recovery_of(config, values)).for_inputs(values)
+    trains = not is_file and not config.data.spec.startswith("pixels:")  # random pictures teach nothing
+    effort = Effort(recovery=recovery_of(config, values) if trains else None).for_inputs(values)
+    earlier = Path(config.plan) / "weights.safetensors" if config.plan and not is_file else None
     pipeline = Pipeline(
         model,
         data,
@@ -146,15 +178,31 @@ def open_workplace(
         task=task,
         seed=config.seed,
         threads=config.threads or target.threads,
+        batch=config.batch or 1,
         progress=progress,
         graph=graph,
-        start=earlier if config.plan and (earlier := Path(config.plan) / "weights.safetensors").is_file() else None,
+        start=earlier if earlier is not None and earlier.is_file() else None,
         jobs=jobs,
         evaluators=evaluators,
         rounds=config.search.precisions,
-        others=open_others(target),
+        others=() if is_file else open_others(target),
+        by_layer=by_layer,
     )
     return Workplace(config, pipeline, run, source, fitted.record, command, notes, tuple(track))
+
+
+def reopened(directory: Path, progress: Progress, *, command: str = "", given: Given | None = None) -> Workplace:
+    """Open the workplace of a run that is there; see `open_workplace`."""
+    config = JobConfig.read(directory / CONFIG)
+    return open_workplace(config, directory, command, progress, given=given, again=True)
+
+
+def shipped_of(workplace: Workplace) -> tuple[nn.Module, CompressionPlan]:
+    """Return the float model in a run's bundle, answering as its task wants, and its plan."""
+    bundle, pipeline = workplace.run.directory / "bundle", workplace.pipeline
+    plan = CompressionPlan.from_dict(read_manifest(bundle)["plan"], f"{bundle}: plan")
+    model = load_bundle(bundle, None if workplace.source.is_timm else workplace.source.build)
+    return answering(model, pipeline.task, model(pipeline.uncut.example)), plan
 
 
 def evaluators_of(

@@ -38,11 +38,11 @@ def finite(outputs: Outputs, first: int = 0) -> Outputs:
     return outputs
 
 
-def operators(runner: Runner, image: NDArray[np.float32]) -> OperatorCount:
-    """Count what really ran for one (1, channels, height, width) image, after the runtime's own rewriting of the file.
+def operators(runner: Runner, images: NDArray[np.float32]) -> OperatorCount:
+    """Count what really ran for (batch, channels, height, width) images, after the runtime's rewriting of the file.
 
     Operators that only move or convert numbers (WITHOUT_ARITHMETIC) count as neither.
     """
-    ran = [time for time in runner.profile(image, 1) if time.operator not in WITHOUT_ARITHMETIC]
+    ran = [time for time in runner.profile(images, 1) if time.operator not in WITHOUT_ARITHMETIC]
     integer = sum(time.is_integer for time in ran)
     return OperatorCount(integer, len(ran) - integer)

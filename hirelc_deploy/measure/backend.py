@@ -71,6 +71,8 @@ class DeviceState:
         throttled: Reasons for which the device slows itself down now.
         power_w: Drawn by the whole board now.
         peak_memory_bytes: Of the timing process until now.
+        energy_uj: Microjoules that the processors have drawn since some moment in the past; the count may start again.
+        clock_ns: When that was read, on a clock of the device.
     """
 
     frequency_khz: int | None = None
@@ -78,12 +80,32 @@ class DeviceState:
     throttled: tuple[str, ...] = ()
     power_w: float | None = None
     peak_memory_bytes: int | None = None
+    energy_uj: int | None = None
+    clock_ns: int | None = None
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> DeviceState:
-        """Return the state that worker.state told; keys of a newer one are ignored."""
+        """Return the state that worker.state told; keys of a newer one are ignored.
+
+        Raises:
+            TypeError: What should be a number is none.
+        """
         known: dict[str, Any] = {field.name: said.get(field.name) for field in fields(cls)}
+        for name, value in known.items():
+            if name != "throttled" and value is not None and type(value) not in (int, float):
+                raise TypeError(f"{name} is a {type(value).__name__}")
         return cls(**{**known, "throttled": tuple(said.get("throttled") or ())})
+
+    def mean_power_w(self, later: DeviceState) -> float | None:
+        """Return the watts that were drawn from this state to a later one.
+
+        By the counter of energy, else as the rail of the board says at the end; None where neither tells, and where the
+        counter has started again in between.
+        """
+        if self.energy_uj is None or self.clock_ns is None or later.energy_uj is None or later.clock_ns is None:
+            return later.power_w
+        microjoules, nanoseconds = later.energy_uj - self.energy_uj, later.clock_ns - self.clock_ns
+        return 1000.0 * microjoules / nanoseconds if microjoules > 0 and nanoseconds > 0 else None
 
 
 class Runner(Protocol):
@@ -94,6 +116,8 @@ class Runner(Protocol):
 
     def profile(self, image: NDArray[np.float32], runs: int) -> list[OperatorTime]:
         """Return the time of each operator in execution order: the mean of the fastest half of `runs` inferences.
+
+        `image` is (1, channels, height, width), or a batch of them for a file that takes so many.
 
         Other programs can only add time, so the slower half says more about them than about the file.
         """
@@ -160,7 +184,7 @@ class Portable(Protocol):
             `availability()` and `versions()` as of a backend, `facts()` (JSON values that precisions depend on), and
             `open_session(path, threads, cache)`, which raises anything to refuse a file and else returns an object with
             `infer(images)` (output name to array), `profile(image, runs)` (tuples of the fields of OperatorTime) and
-            `timed_run()`, one synchronised inference of batch 1 that returns nanoseconds: wall time, and the
+            `timed_run()`, one synchronised inference of the file's batch that returns nanoseconds: wall time, and the
             processor's own time. `cache` is a folder that lasts as long as the connection. Where files are opened with
             options, the object also has `options`, a dictionary of JSON values.
     """

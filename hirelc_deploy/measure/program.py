@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import ExportError, HirelcError, InputError, TargetUnavailable, printable
+from hirelc_deploy.graph.answers import stacked
 from hirelc_deploy.measure import worker
 from hirelc_deploy.measure.backend import DeviceState, OperatorTime, Outputs, Precision, TimingProcess
 from hirelc_deploy.measure.device import (
@@ -232,7 +233,7 @@ def operator_time(name: Any, operator: Any, is_integer: Any, microseconds: Any) 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
     """Return the outputs for all images from those for parts of them, in order."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: stacked([part[name] for part in parts]) for name in parts[0]}
 
 
 class ProgramTiming:

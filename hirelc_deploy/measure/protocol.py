@@ -87,7 +87,7 @@ are too narrow and verdicts are hints: enough to rank candidates, not to report 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was found about one file. Times are of one inference of batch 1.
+    """What was found about one file. Times are of one inference, of all images of its batch.
 
     Attributes:
         median_ms: Wall time: median over processes of each one's median. Compare across days only by `ratio`.
@@ -101,6 +101,7 @@ class Timing:
         rounds: Of all processes together.
         contended: Other programs took the core while this ran; None with several threads, where it cannot be told.
         note: What a reader must know about these numbers, in sentences, or ``.
+        batch: Images of one inference.
         device: What the device said of itself from the first to the last turn; None where it says nothing.
         samples: (processes, rounds, 2) nanoseconds, wall and CPU, of every run of this file.
     """
@@ -122,16 +123,22 @@ class Timing:
     note: str
     device: Mapping[str, Any] | None
     samples: Samples = field(repr=False, compare=False)
+    batch: int = 1
 
     @property
     def ratios(self) -> dict[str, float]:
         """The times that an `outcome.Measured` keeps, by its names for them."""
         return {name: getattr(self, name) for name in ("median_ms", "ratio", "ratio_low", "ratio_high")}
 
+    @property
+    def images_per_second(self) -> float:
+        """Throughput by the median wall time, one inference after the other."""
+        return 1000.0 * self.batch / self.median_ms
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the samples, as JSON values."""
         value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "samples"}
-        return {**value, "file": str(self.file)}
+        return {**value, "file": str(self.file), "images_per_second": self.images_per_second}
 
 
 def compare(
@@ -139,6 +146,7 @@ def compare(
     backend: Timer,
     *,
     threads: int = 1,
+    batch: int = 1,
     limits: TimingLimits = FULL,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -152,6 +160,7 @@ def compare(
     which on a shared machine says little (spread of 20-run medians: 22 % against 3 %).
 
     Args:
+        batch: Images of one inference, as all the files have them.
         progress: Called with (rounds done, rounds at most) after each turn of all processes.
         samples_path: Where to keep every single run, as .npz: `files` (n,), `nanoseconds` (processes, rounds, n, 2).
 
@@ -195,7 +204,7 @@ def compare(
     if samples_path is not None:
         np.savez_compressed(samples_path, files=np.array([str(file) for file in files]), nanoseconds=samples)
     watch.restarts = sum(process.restarts for process in processes)
-    return judge(files, samples, clock, seed=seed, min_rounds=limits.min_rounds, watch=watch)
+    return judge(files, samples, clock, seed=seed, min_rounds=limits.min_rounds, watch=watch, batch=batch)
 
 
 @dataclass
@@ -300,6 +309,7 @@ def judge(
     seed: int = 0,
     min_rounds: int = 1,
     watch: Watch | None = None,
+    batch: int = 1,
 ) -> list[Timing]:
     """Return what `samples` say about each file; no clock is read and nothing runs.
 
@@ -345,6 +355,7 @@ def judge(
                 note=" ".join(filter(None, notes)),
                 device=watch.to_dict() if watch is not None else None,
                 samples=samples[:, :, index],
+                batch=batch,
             )
         )
     return timings

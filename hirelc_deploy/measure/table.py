@@ -84,9 +84,9 @@ class LatencyTable:
     per machine and runtime version, so equal layers are measured once, ever.
     """
 
-    def __init__(self, backend: Backend, path: Path | None, threads: int = 1) -> None:
+    def __init__(self, backend: Backend, path: Path | None, threads: int = 1, batch: int = 1) -> None:
         """Open a table; `path` need not exist yet, and None keeps nothing on disk. Broken lines are skipped."""
-        self._backend, self._path, self._threads = backend, path, threads
+        self._backend, self._path, self._threads, self._batch = backend, path, threads, batch
         self._precisions = {precision.name: precision for precision in backend.precisions()}
         self._machine = fingerprint(describe(backend))
         self._ms: dict[str, float] = {}
@@ -98,7 +98,7 @@ class LatencyTable:
             self._read(path)
 
     def layer_ms(self, shape: LayerShape, in_features: int, out_features: int, precision: str) -> float:
-        """Return milliseconds of one layer at batch 1; measures it if this machine has not done so before.
+        """Return milliseconds of one layer for the whole batch; measures it if this machine has not done so before.
 
         Raises:
             InputError: a precision that the device does not execute, or widths that the shape cannot take.
@@ -160,7 +160,7 @@ class LatencyTable:
         return Adoption(machine, CHECKS, float(np.median(differences)), max(differences), len(taken))
 
     def _measure(self, key: LayerKey) -> float:
-        model, image_shape, macs = layer_model(key, self._precisions[self._execution(key)])
+        model, image_shape, macs = layer_model(key, self._precisions[self._execution(key)], self._batch)
         runs = int(min(max(SECONDS_PER_LAYER * MACS_PER_SECOND / macs, LEAST_RUNS), MOST_RUNS))
         image = np.random.default_rng(0).standard_normal(image_shape).astype(np.float32)
         with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +179,9 @@ class LatencyTable:
     def _key_text(self, key: LayerKey) -> str:
         shape = dataclasses.asdict(key.shape)
         features = [key.in_features, key.out_features]
-        return json.dumps([shape, *features, self._execution(key), self._threads], sort_keys=True)
+        # A batch of one goes without saying: tables from before there were others stay true.
+        several = [self._batch] if self._batch > 1 else []
+        return json.dumps([shape, *features, self._execution(key), self._threads, *several], sort_keys=True)
 
     def _read(self, path: Path) -> None:
         try:
@@ -234,8 +236,8 @@ def calibrate(predicted: Sequence[float], measured: Sequence[float]) -> tuple[fl
     return float(a), float(c)
 
 
-def layer_model(key: LayerKey, precision: Precision) -> tuple[onnx.ModelProto, tuple[int, ...], int]:
-    """Return (one-layer ONNX model of batch 1, shape of its float32 input, multiply-accumulates).
+def layer_model(key: LayerKey, precision: Precision, batch: int = 1) -> tuple[onnx.ModelProto, tuple[int, ...], int]:
+    """Return (one-layer ONNX model of this batch, shape of its float32 input, multiply-accumulates).
 
     An integer convolution gets its input as integers and leaves integers, as between two convolutions. An integer
     linear layer rounds its own input and leaves floats, as behind a layer norm, a GELU or attention; in TensorRT's form
@@ -249,12 +251,12 @@ def layer_model(key: LayerKey, precision: Precision) -> tuple[onnx.ModelProto, t
         raise InputError(f"layer: widths {key.in_features} -> {key.out_features}; both must be at least 1.")
     of_form = _TypedGraph if precision.form == TENSORRT_FORM else _Graph
     graph = of_form(None if precision.name == "float" else precision)
-    image_shape, output_shape, output, macs = builders[key.shape.kind](graph, key)
-    return graph.model(image_shape, output_shape, output), image_shape, macs
+    image_shape, output_shape, output, macs = builders[key.shape.kind](graph, key, batch)
+    return graph.model(image_shape, output_shape, output), image_shape, batch * macs
 
 
 _Built = tuple[tuple[int, ...], tuple[int | None, ...], str, int]
-"""Input shape, output shape (None: not worth computing), name of the output, multiply-accumulates."""
+"""Input shape, output shape (None: not worth computing), name of the output, multiply-accumulates of one image."""
 
 
 def _counts(operator: OperatorTime, kind: str) -> bool:
@@ -405,12 +407,12 @@ class _TypedGraph(_Graph):
         return self.typed_model(input_shape, output_shape, output, taken, left)
 
 
-def _conv(graph: _Graph, key: LayerKey) -> _Built:
+def _conv(graph: _Graph, key: LayerKey, batch: int) -> _Built:
     shape, inputs, outputs = key.shape, key.in_features, key.out_features
     groups = inputs if shape.depthwise else shape.groups
     if inputs % groups or outputs % groups:
         raise InputError(f"convolution: {inputs} -> {outputs} channels do not divide into {groups} groups.")
-    image_shape = (1, inputs, *shape.input_size)
+    image_shape = (batch, inputs, *shape.input_size)
     weight_shape = (outputs, inputs // groups, *shape.kernel)
     tensor = graph.add(
         "Conv",
@@ -424,30 +426,31 @@ def _conv(graph: _Graph, key: LayerKey) -> _Built:
     )
     finish = graph.activation if graph.integer is None else graph.activated_and_rounded
     tensor = finish(shape.activation, tensor)
-    return image_shape, (1, outputs, None, None), tensor, shape.positions * math.prod(weight_shape)
+    return image_shape, (batch, outputs, None, None), tensor, shape.positions * math.prod(weight_shape)
 
 
-def _linear(graph: _Graph, key: LayerKey) -> _Built:
+def _linear(graph: _Graph, key: LayerKey, batch: int) -> _Built:
     positions, inputs, outputs = key.shape.positions, key.in_features, key.out_features
     tensor = graph.add("Gemm", graph.rounded_input(LAYER), *graph.weight((inputs, outputs), 1))
     tensor = graph.activation(key.shape.activation, tensor)
-    return (positions, inputs), (positions, outputs), tensor, positions * inputs * outputs
+    return (batch * positions, inputs), (batch * positions, outputs), tensor, positions * inputs * outputs
 
 
-def _attention(graph: _Graph, key: LayerKey) -> _Built:
+def _attention(graph: _Graph, key: LayerKey, batch: int) -> _Built:
     tokens, heads, size = key.shape.positions, key.in_features, key.shape.head_dim
+    rows = batch * tokens
     if size < 1:
         raise InputError(f"attention: head_dim is {size}; it must be at least 1.")
 
     def integers(*values: int) -> str:
         return graph.constant(np.array(values, np.int64))
 
-    split = graph.add("Reshape", graph.first, integers(1, tokens, 3, heads, size))
+    split = graph.add("Reshape", graph.first, integers(batch, tokens, 3, heads, size))
     turned = graph.add("Transpose", split, perm=(2, 0, 3, 1, 4))
     parts = graph.add("Split", turned, outputs=3, axis=0, num_outputs=3)
     query, keys, value = (graph.add("Squeeze", f"{parts}{end}", integers(0)) for end in ("", ".1", ".2"))
     query = graph.add("Mul", query, graph.constant(np.float32(size**-0.5)))
     scores = graph.add("MatMul", query, graph.add("Transpose", keys, perm=(0, 1, 3, 2)))
     mixed = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), value)
-    output = graph.add("Reshape", graph.add("Transpose", mixed, perm=(0, 2, 1, 3)), integers(tokens, heads * size))
-    return (tokens, 3 * heads * size), (tokens, heads * size), output, 2 * heads * tokens * tokens * size
+    output = graph.add("Reshape", graph.add("Transpose", mixed, perm=(0, 2, 1, 3)), integers(rows, heads * size))
+    return (rows, 3 * heads * size), (rows, heads * size), output, 2 * heads * tokens * tokens * size

@@ -229,7 +229,8 @@ def state(root: str = "/") -> dict[str, Any]:
     """Return clocks, heat, throttling and power at this moment; None or empty where the device does not say.
 
     Keys: `frequency_khz` of the fastest core, `temperature_c` of the hottest zone, `throttled` (reasons that hold now),
-    `power_w` of the whole board, `peak_memory_bytes` of this process.
+    `power_w` of the whole board, `peak_memory_bytes` of this process, `energy_uj` that the processors have drawn since
+    some moment in the past, `clock_ns` at which that was read.
     """
     clocks = [_number(slurp(path + "/scaling_cur_freq")) for path in _cpufreq(root)]
     heat = _folders(os.path.join(root, "sys/class/thermal"), "thermal_zone")
@@ -241,6 +242,8 @@ def state(root: str = "/") -> dict[str, Any]:
         "throttled": _throttled(root),
         "power_w": _power_w(root),
         "peak_memory_bytes": int(peak[0]) * 1024 if peak else None,
+        "energy_uj": _energy_uj(root),
+        "clock_ns": time.monotonic_ns(),
     }
 
 
@@ -269,6 +272,15 @@ def _power_w(root: str) -> float | None:
                 amperes = _number(slurp(f"{path}/curr{channel}_input"))
                 return volts * amperes / 1e6 if volts and amperes else None
     return None
+
+
+def _energy_uj(root: str) -> int | None:
+    """Sum of the counters of all processor packages (RAPL); None where there is none or it may not be read."""
+    zones = _folders(os.path.join(root, "sys/class/powercap"), "intel-rapl:")
+    packages = [path for path in zones if (slurp(path + "/name") or "").startswith("package")]
+    drawn = [_number(slurp(path + "/energy_uj")) for path in packages]
+    known = [one for one in drawn if one is not None]
+    return sum(known) if known and len(known) == len(drawn) else None
 
 
 def boot_id(root: str = "/") -> str:

@@ -17,6 +17,7 @@ import jinja2
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.measure.accuracy import WITHOUT_ARITHMETIC
+from hirelc_deploy.results.layer_text import WHY, effect_text, layer_rows, sentences
 from hirelc_deploy.results.scatter import Point, draw, frame
 from hirelc_deploy.results.values import (
     MetricWords,
@@ -63,6 +64,7 @@ class ReportInput:
     Attributes:
         name: Shown where the run does not name its model.
         manifest: Of the bundle; where the result does not tell date, command and plan, they come from here.
+        why: What `why` found, if it was asked.
         trials: One record per evaluation; the outcome's keys lie in it or under `outcome`.
         pictures: Place of a sample picture in the run to its data URI.
         absent: One sentence for each part of the run that was missing or could not be read.
@@ -74,6 +76,7 @@ class ReportInput:
     machine: Record = field(default_factory=dict)
     config: Record = field(default_factory=dict)
     manifest: Record = field(default_factory=dict)
+    why: Record = field(default_factory=dict)
     pictures: Mapping[str, str] = field(default_factory=dict)
     absent: Sequence[str] = ()
 
@@ -126,6 +129,7 @@ def read_run(directory: Path) -> ReportInput:
         machine=read(MACHINE, json.loads, {}),
         config=read(CONFIG, tomllib.loads, {}),
         manifest=read(BUNDLE_MANIFEST, json.loads, {}),
+        why=read(WHY, json.loads, {}) if (directory / WHY).is_file() else {},
         pictures=_pictures(directory / SAMPLES),
         absent=absent,
     )
@@ -186,6 +190,8 @@ def render(run: ReportInput) -> str:
         config=json.dumps(run.config, indent=2, default=str, ensure_ascii=False) if run.config else "",
         plan=json.dumps(plan, indent=2, ensure_ascii=False) if plan else "",
         guard=_guard(result),
+        ends=_ends(result),
+        why=_why(run.why),
         command=text_of(result.get("command")) or text_of(run.manifest.get("command")),
         warnings=[text_of(item) for item in list_of(result.get("warnings")) if text_of(item)],
         absent=[
@@ -223,6 +229,21 @@ def _title(run: ReportInput) -> str:
     return f"{model} on {data}" if model and data else model or run.name
 
 
+def _throughput(latency: Record) -> str:
+    """Return images per second, and how many there are of one inference; nothing where an older run did not say."""
+    rate, batch = positive(latency.get("images_per_second")), positive(latency.get("batch"))
+    if not rate:
+        return ""
+    return f"{rate:,.0f} images per second" + (f", {batch:.0f} at a time" if batch and batch > 1 else "")
+
+
+def _draws(result: Record) -> str:
+    """Return the memory and energy of the running file, as far as they are known."""
+    peak, energy = positive(result.get("peak_memory_bytes")), positive(result.get("energy_mj"))
+    memory = f"its process takes {bytes_text(peak)} of memory" if peak else ""
+    return "; ".join(filter(None, [memory, f"{energy:.3g} mJ an inference" if energy else ""]))
+
+
 def _facts(run: ReportInput) -> list[str]:
     """Return the short facts under the title."""
     date = text_of(run.result.get("date")) or text_of(run.manifest.get("created"))
@@ -247,6 +268,7 @@ def _headline(result: Record) -> list[dict[str, str]]:
         median, verdict = positive(latency.get("median_ms")), text_of(latency.get("verdict"))
         longest = positive(latency.get("p99_ms"))
         times = [ms_text(median) if median else "", f"99 of 100 within {ms_text(longest)}" if longest else ""]
+        times.append(_throughput(latency))
         notes = ["" if verdict == "faster" else verdict, *times, sure]
         tiles.append(
             {
@@ -266,11 +288,12 @@ def _headline(result: Record) -> list[dict[str, str]]:
         )
     size_ratio, size = positive(result.get("size_ratio")), positive(result.get("size_bytes"))
     if size_ratio and size:
+        became = f"{bytes_text(size)}, was {bytes_text(size * size_ratio)}"
         tiles.append(
             {
                 "value": times_text(max(size_ratio, 1 / size_ratio)),
                 "label": f"{'smaller' if size_ratio >= 1 else 'larger'} than the {_float_name(result)} file",
-                "note": f"{bytes_text(size)}, was {bytes_text(size * size_ratio)}",
+                "note": "; ".join(filter(None, [became, _draws(result)])),
             }
         )
     accuracy = record(result.get("accuracy"))
@@ -454,6 +477,38 @@ def _guard(result: Record) -> dict[str, Any]:
         return {}
     trained = totals.get("trained") is True
     return {"steps": steps, "pattern": pattern, "numbers": None if None in numbers else numbers, "trained": trained}
+
+
+def _ends(result: Record) -> list[dict[str, str]]:
+    """Return what decodes the outputs, whether it is float, and why, in one line each."""
+    rows = []
+    for end in records(result.get("ends")):
+        name, why, precision = (text_of(end.get(key)) for key in ("name", "why", "precision"))
+        if not (name and why and precision):
+            continue
+        nats, float_nats = number(end.get("divergence")), number(end.get("float_divergence"))
+        ratio = positive(end.get("ratio"))
+        if nats is None or float_nats is None:
+            decided = "the fastest pattern rounds nothing of it"
+        elif ratio is None:
+            decided = f"as integers {nats:.2g} nats from the float answers, as floats {float_nats:.2g}"
+        else:
+            decided = f"integers answer no worse here and take {ratio:.3f} of the time"
+        rows.append({"name": name, "precision": precision, "why": f"{why}; {decided}"})
+    return rows
+
+
+def _why(found: Record) -> dict[str, Any]:
+    """Return what `why` says of the file and of each layer; empty where it was not asked."""
+    together, words = record(found.get("together")), MetricWords.of(found)
+    if not records(found.get("layers")):
+        return {}
+    return {
+        "sentences": sentences(found),
+        "unit": words.unit or words.name,
+        "layers": layer_rows(found),
+        "together": {"how": text_of(together.get("how")), "effect": effect_text(together, words)} if together else {},
+    }
 
 
 def _cost(result: Record, outcomes: Sequence[Record]) -> dict[str, Any]:

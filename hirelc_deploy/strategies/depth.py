@@ -65,8 +65,10 @@ def choose_depth(
     budget_ms: float,
     known: Mapping[Gone, CompressionPlan],
     loss_after: Callable[[CompressionPlan], float],
-) -> Gone:
-    """Return the branches to leave out: those of the first known plan, or better ones found by single changes.
+) -> list[Gone]:
+    """Return the sets of branches that were tried, that which loses least first.
+
+    From those of the first known plan single changes lead to better ones.
 
     Args:
         known: The best plan found so far for each set, the best one first; others are the solver's answers.
@@ -85,7 +87,7 @@ def choose_depth(
         if best == here:
             break
         here = best
-    return here
+    return sorted(losses, key=lambda gone: losses[gone])
 
 
 def _answer(problem: Problem, gone: Gone, budget_ms: float) -> CompressionPlan | None:

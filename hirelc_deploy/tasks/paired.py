@@ -63,7 +63,7 @@ def paired_drop(task: Task, parts_before: Sequence[Any], parts_after: Sequence[A
     unit = task.metric.drop(1.0, 0.0)  # below 0 where lower is better
     if all(np.isin(numbers, (0.0, 1.0)).all() for numbers in (first, second)):
         return _right_or_wrong(first > 0, second > 0, unit)
-    return _of_means(first - second, unit)
+    return mean_drop(first - second, unit)
 
 
 def _right_or_wrong(before: NDArray[np.bool_], after: NDArray[np.bool_], unit: float) -> PairedDrop:
@@ -75,7 +75,8 @@ def _right_or_wrong(before: NDArray[np.bool_], after: NDArray[np.bool_], unit: f
     return PairedDrop(unit * (lost - gained) / n, low, high)
 
 
-def _of_means(differences: NDArray[np.float64], unit: float) -> PairedDrop:
+def mean_drop(differences: NDArray[np.float64], unit: float = 1.0) -> PairedDrop:
+    """Return the mean of (n,) differences in a unit, with Student's interval; see `paired_drop`."""
     n = len(differences)
     mean = math.fsum(differences) / n
     if n == 1:

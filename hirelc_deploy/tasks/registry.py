@@ -20,6 +20,7 @@ BUILT_IN = {
     "regression": "regression:Regression",
     "keypoints": "keypoints:Keypoints",
     "embedding": "embedding:Embedding",
+    "none": "none:NoTask",
 }
 """Name to module and factory. Listed here too: an editable installation keeps the entry points of its first day."""
 

@@ -134,6 +134,15 @@ class BackendContract:
                 assert (nanoseconds[..., 0] > 0).all()
                 assert (nanoseconds >= 0).all()
 
+    def test_a_file_of_a_fixed_batch_is_profiled_and_timed_with_all_its_images(
+        self, backend: Backend, tmp_path: Path
+    ) -> None:
+        """A server gathers images: `profile` gets as many as the file takes, and a timed run has as many."""
+        path = write_model(tmp_path / "two.onnx", batch=2)
+        assert all(operator.microseconds > 0 for operator in backend.build(path).profile(random_images(2), 2))
+        with backend.open_timing([path], 1, seed=0) as process:
+            assert (process.rounds(2)[..., 0] > 0).all()
+
     @pytest.mark.parametrize("content", [None, b"", b"not a model"])
     def test_a_missing_or_broken_file_is_refused_in_one_sentence(
         self, backend: Backend, content: bytes | None, tmp_path: Path

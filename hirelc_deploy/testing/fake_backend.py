@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ STEPS = {"float": (16, 8, 1.0), "int8": (32, 8, 0.25)}
 MACS_PER_MICROSECOND = 20_000.0
 ELEMENTS_PER_MICROSECOND = 4_000.0
 NODE_MICROSECONDS = 1.0
+WATTS = 4
+"""That the simulated device draws while it works."""
+PROCESS_BYTES = 40_000_000
+"""Of a simulated process that has opened no file."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,13 @@ class Heat:
 
 @dataclass(frozen=True)
 class Faults:
-    """What shall go wrong: files whose name contains `refuse` are not loaded; a timing process ends early."""
+    """What shall go wrong: files whose name contains `refuse` are not loaded; a timing process ends early.
+
+    A `silent` device says nothing about itself between timed runs.
+    """
 
     refuse: str = ""
+    silent: bool = False
     end_after_rounds: int | None = None
     unavailable: str = ""
 
@@ -101,6 +109,11 @@ class FakeBackend:
         """Return what the device says about itself."""
         return DeviceState(temperature_c=self.celsius, throttled=("simulated heat",) if self.is_throttled else ())
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether the device says nothing about itself."""
+        return self._faults.silent
+
     def availability(self) -> str | None:
         """Return None, or the fault that was asked for."""
         return self._faults.unavailable or None
@@ -130,7 +143,8 @@ class FakeBackend:
         for file in files:
             self._refuse(file)
         microseconds = [sum(operator.microseconds for operator in operator_times(file, threads)) for file in files]
-        yield FakeTiming(microseconds, self._noise, seed, self._faults.end_after_rounds, self)
+        memory = PROCESS_BYTES + sum(memory_bytes(file) for file in files)
+        yield FakeTiming(microseconds, self._noise, seed, self._faults.end_after_rounds, self, memory)
 
     def _refuse(self, model: Path) -> None:
         if self._faults.refuse and self._faults.refuse in model.name:
@@ -163,8 +177,9 @@ class FakeTiming:
         seed: int,
         end_after_rounds: int | None = None,
         device: FakeBackend | None = None,
+        memory: int = PROCESS_BYTES,
     ) -> None:
-        self._noise, self._left, self._device = noise, end_after_rounds, device
+        self._noise, self._left, self._device, self._memory = noise, end_after_rounds, device, memory
         self._rng = np.random.default_rng(seed)
         speed = 1.0 + noise.process * self._rng.standard_normal()
         sessions = 1.0 + noise.session * self._rng.standard_normal(len(microseconds))
@@ -187,7 +202,11 @@ class FakeTiming:
         if self._device is not None:
             before = self._device.state()
             slowdown = self._device.work(count)
-            self.states = before, self._device.state()
+            before, after = (
+                replace(before, energy_uj=0, clock_ns=0),
+                replace(self._device.state(), peak_memory_bytes=self._memory, energy_uj=WATTS * 10**6, clock_ns=10**9),
+            )
+            self.states = None if self._device.is_silent else (before, after)
         cpu = slowdown * self._nanoseconds * drift[:, None] * np.abs(1.0 + noise.run * self._rng.standard_normal(shape))
         burst = (self._rng.random(shape) < noise.burst_share) * noise.burst_scale * self._rng.pareto(1.5, shape)
         wall = cpu * (1.0 + burst)
@@ -221,12 +240,20 @@ def operator_times(model: Path, threads: int = 1) -> list[OperatorTime]:
     return times
 
 
+def memory_bytes(model: Path) -> int:
+    """Return the simulated memory of an open file: what it holds, and its largest tensor, of all images at once."""
+    nodes, shapes, _, _ = _read(model)
+    largest = max((math.prod(shapes.get(name, ())) for node in nodes for name in node.output), default=0)
+    return model.stat().st_size + 4 * largest
+
+
 def _stepped_macs(
     kind: str, weight: tuple[int, ...], output: tuple[int, ...], transposed: bool, precision: str
 ) -> float:
     out_step, in_step, relative = STEPS[precision]
     if kind == "Conv":
-        outputs, inputs, positions = weight[0], weight[1], math.prod(output[2:]) * math.prod(weight[2:])
+        outputs, inputs = weight[0], weight[1]
+        positions = output[0] * math.prod(output[2:]) * math.prod(weight[2:])
     else:
         outputs, inputs = (weight[0], weight[1]) if transposed else (weight[-1], weight[-2])
         positions = math.prod(output[:-1])
@@ -235,7 +262,7 @@ def _stepped_macs(
 
 
 def _read(model: Path) -> tuple[list[Any], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], set[str]]:
-    """Return (nodes, shape of each tensor at batch 1, shape of each weight, names of weights stored as integers)."""
+    """Return (nodes, shape of each tensor, shape of each weight, names of weights stored as integers)."""
     import onnx
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from hirelc_deploy.compress.integer.bias_correction import observed_inputs
-from hirelc_deploy.compress.onnx_file.watch import Watch
+from hirelc_deploy.compress.onnx_file.watch import Watch, as_taken
 from hirelc_deploy.errors import ExportError, InputError
 
 SCHEMA_VERSION = 2
@@ -66,6 +66,16 @@ class Ranges:
             return cls(**value)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a file of calibration ranges ({error}); calibrate again.") from None
+
+
+def with_other(ranges: Ranges, other: Ranges, tensors: Iterable[str]) -> Ranges:
+    """Return ranges that are those of `other` for these tensors; tensors without a range are passed by."""
+    known = [tensor for tensor in tensors if tensor in other.low]
+    return replace(
+        ranges,
+        low={**ranges.low, **{tensor: other.low[tensor] for tensor in known}},
+        high={**ranges.high, **{tensor: other.high[tensor] for tensor in known}},
+    )
 
 
 class Histogram:
@@ -143,18 +153,18 @@ def calibrate(
     One pass; memory depends on the size of a batch and not on how many there are.
 
     Args:
-        float_model: A file whose batch is dynamic.
+        float_model: A file for any number of images, or for one.
         images: Batches of (n, channels, height, width); 32 to 64 images each are fastest.
         method: `minmax`, `percentile` (see PERCENTILE) or `mse` (least squared rounding error).
 
     Raises:
-        InputError: no image, an unknown method, or a file with a fixed batch.
+        InputError: no image, an unknown method, or a file for another fixed number of images.
         ExportError: a tensor holds NaN or infinity.
     """
     if method not in METHODS:
         raise InputError(f"calibration method {method!r} is unknown; use {', '.join(METHODS)}.")
     proto = onnx.load(str(float_model))
-    if proto.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
+    if proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value > 1:
         raise InputError(f"{float_model}: fixed batch; calibrate on the file with a dynamic batch.")
     watch, tensors, layers = _watch(proto, sample=method != "minmax")
     values_of = watch.open(threads)
@@ -162,7 +172,7 @@ def calibrate(
     low, high = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
     histograms = [Histogram() for _ in tensors]
     seen = 0
-    for batch in images:
+    for batch in as_taken(proto, images):
         if len(batch) == 0:
             continue
         values = values_of(batch)
@@ -197,7 +207,7 @@ def _watch(proto: ModelProto, *, sample: bool) -> tuple[Watch, list[str], list[s
     shapes: dict[str, ValueInfoProto] = {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
     made = [graph.input[0].name, *(tensor for node in graph.node for tensor in node.output)]
     tensors = [t for t in made if t in shapes and shapes[t].type.tensor_type.elem_type == TensorProto.FLOAT]
-    watch, layers = Watch(proto), observed_inputs(proto)
+    watch, layers = Watch(proto), _of_known_rank(observed_inputs(proto), shapes)
     for tensor, operator in layers.values():
         rank = len(shapes[tensor].type.tensor_type.shape.dim)
         channels = 1 if operator == "Conv" else rank - 1
@@ -210,3 +220,14 @@ def _watch(proto: ModelProto, *, sample: bool) -> tuple[Watch, list[str], list[s
         # An odd step walks through all columns of an even-sized image; 64 images are taken for a batch.
         watch.sample(tensor, (64 * int(np.prod([size for size in sizes if size > 0])) // SAMPLES_PER_BATCH) | 1)
     return watch, tensors, list(layers)
+
+
+def _of_known_rank(
+    layers: Mapping[str, tuple[str, str]], shapes: Mapping[str, ValueInfoProto]
+) -> dict[str, tuple[str, str]]:
+    """Return the layers of which it is known which dimension holds the channels: behind a loop it may not be."""
+    return {
+        layer: (tensor, operator)
+        for layer, (tensor, operator) in layers.items()
+        if tensor in shapes and len(shapes[tensor].type.tensor_type.shape.dim) > 1
+    }

@@ -14,7 +14,7 @@ MobileNetV2 with ImageNet weights the divergence of the integer file from the fl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from hirelc_deploy.compress.onnx_file.export import give_each_layer_its_own_constants, layer_of_node
 from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of
-from hirelc_deploy.compress.onnx_file.watch import Watch
+from hirelc_deploy.compress.onnx_file.watch import Watch, as_taken
 
 LARGEST = 16.0
 """A channel is multiplied or divided by this at most: silent channels are not blown up to noise. Across activations a
@@ -111,7 +111,11 @@ def streams(proto: ModelProto, *, across: bool = False) -> list[Stream]:
 
 
 def equalise(
-    proto: ModelProto, images: Iterable[NDArray[np.float32]], *, across: bool = False
+    proto: ModelProto,
+    images: Iterable[NDArray[np.float32]],
+    *,
+    across: bool = False,
+    asked: Collection[str] = (),
 ) -> tuple[Factors, Factors]:
     """Return what the outputs of writers and the inputs of readers are multiplied by; nothing without a stream.
 
@@ -119,9 +123,11 @@ def equalise(
         proto: A float file of any batch.
         images: Batches of (n, channels, height, width).
         across: Streams with a channel that is WIDE are followed across activations too.
+        asked: Layers at whose ends streams are followed across activations, WIDE or not.
     """
     images = list(images)
-    found, wide = streams(proto), wide_streams(proto, images) if across else []
+    found, wide = _of_known_rank(proto, streams(proto)), wide_streams(proto, images) if across else []
+    wide += [stream for stream in streams_at(proto, asked) if not any(s.tensors == stream.tensors for s in wide)]
     covered = {tensor for stream in wide for tensor in stream.tensors}
     found = [*wide, *(stream for stream in found if not covered & set(stream.tensors))]
     if not found:
@@ -142,9 +148,18 @@ def equalise(
     return written, read
 
 
+def streams_at(proto: ModelProto, layers: Collection[str]) -> list[Stream]:
+    """Return the streams across activations that one of these layers writes or reads."""
+    if not layers:
+        return []
+    named = layer_of_node(proto)
+    found = streams(proto, across=True)
+    return [s for s in found if any(named.get(node.name) in layers for node in (*s.writers, *s.readers))]
+
+
 def wide_streams(proto: ModelProto, images: Iterable[NDArray[np.float32]]) -> list[Stream]:
     """Return the streams across activations that have a channel which is WIDE in the images."""
-    found = streams(proto, across=True)
+    found = _of_known_rank(proto, streams(proto, across=True))
     ranges = _ranges(proto, found, images)
     return [
         stream for stream in found if ranges[stream].max() > WIDE * max(float(np.median(ranges[stream])), LEAST_RANGE)
@@ -188,16 +203,21 @@ def scale(proto: ModelProto, written: Factors, read: Factors) -> None:
 
 
 def write_equalised(
-    batched: Path, static: Path, images: Sequence[NDArray[np.float32]], *, across: bool = False
+    batched: Path,
+    static: Path,
+    images: Sequence[NDArray[np.float32]],
+    *,
+    across: bool = False,
+    asked: Collection[str] = (),
 ) -> tuple[Path, Path]:
     """Write a model's two float files with like channels beside them and return their paths, or those given.
 
     Args:
         batched, static: Of any batch and of one; they stay as they are.
         images: Batches of (n, channels, height, width); a few dozen images do.
-        across: See `equalise`.
+        across, asked: See `equalise`.
     """
-    written, read = equalise(onnx.load(str(batched)), images, across=across)
+    written, read = equalise(onnx.load(str(batched)), images, across=across, asked=asked)
     if not written:
         return batched, static
     paths = []
@@ -217,17 +237,28 @@ def _ranges(
     if not found:
         return {}
     tensors = list(dict.fromkeys(tensor for stream in found for tensor in stream.tensors))
-    watch, graph = Watch(proto), onnx.shape_inference.infer_shapes(proto).graph
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input)}
+    watch, ranks = Watch(proto), _ranks(proto)
     for tensor in tensors:
         for operator in ("ReduceMin", "ReduceMax"):
             watch.reduce(operator, tensor, [axis for axis in range(ranks[tensor]) if axis != 1])
-    values = [*map(watch.open(), images)]
+    values = [*map(watch.open(), as_taken(proto, images))]
     largest = {
         tensor: np.max([np.abs(seen[end]) for seen in values for end in (2 * index, 2 * index + 1)], axis=0)
         for index, tensor in enumerate(tensors)
     }
     return {stream: np.max([largest[tensor] for tensor in stream.tensors], axis=0) for stream in found}
+
+
+def _of_known_rank(proto: ModelProto, found: Sequence[Stream]) -> list[Stream]:
+    """Return the streams of which it is known which dimension holds the channels: behind a loop it may not be."""
+    ranks = _ranks(proto) if found else {}
+    return [stream for stream in found if all(ranks.get(tensor) for tensor in stream.tensors)]
+
+
+def _ranks(proto: ModelProto) -> dict[str, int]:
+    """Return tensor to its number of dimensions; 0 where it is not known."""
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    return {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input)}
 
 
 def _group(node: NodeProto) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
+from hirelc_deploy.compress.onnx_file.links import reads
 from hirelc_deploy.errors import InputError
 
 BLOCK = 32
@@ -55,7 +56,7 @@ def use_four_bits(proto: ModelProto, layers: Collection[str]) -> ModelProto:
     )
     quantizer.process()
     result: ModelProto = quantizer.model.model
-    read = {tensor for node in result.graph.node for tensor in node.input}
+    read = {tensor for node in result.graph.node for tensor in reads(node)}
     kept = [tensor for tensor in result.graph.initializer if tensor.name in read]
     del result.graph.initializer[:]
     result.graph.initializer.extend(kept)

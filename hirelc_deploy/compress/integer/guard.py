@@ -5,7 +5,9 @@ Where there are images to train on, the placed file is made again of weights tha
 (another pattern), and layers. Layers go back together, and
 every set of them is judged as a whole file, because pieces do not add up: on a MobileNetV3 one float layer in an
 integer file moved the drop up as often as down. What a layer's rounding costs is therefore seen in a file where nothing
-else is rounded; there, and not among the errors of all others, it is the layer's own (`alone`).
+else is rounded; there, and not among the errors of all others, it is the layer's own (`alone`). What decodes the
+answers (`ends`) goes back as one layer does; alone it would not be integer, because nothing integer feeds it, so it
+counts with what it saves in the file where everything is rounded.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hirelc_deploy.errors import ConstraintError
+from hirelc_deploy.plan import END_OF
 
 LEAST_MS_SHARE = 0.005
 """A layer counts as costing at least this share of the file's time as float: less cannot be told from nothing."""
@@ -51,10 +54,11 @@ class Trials:
 
 @dataclass(frozen=True)
 class Reverted:
-    """One layer that went back to float.
+    """One layer, or end, that went back to float.
 
     Attributes:
-        divergence: From the float answers, in nats, of a file in which nothing but this layer is rounded.
+        divergence: From the float answers, in nats, of a file in which nothing but this layer is rounded; of an end,
+            what it brings to the file in which everything is.
         ms: By how much the integer file gets slower when this layer alone is float; below 0 where it gets faster.
     """
 
@@ -135,7 +139,7 @@ def guard(patterns: Sequence[str], layers: Sequence[str], trials: Trials, max_dr
 
     Args:
         patterns: Fastest first; the first one is the placed one.
-        layers: Those that are integer in the placed file and may go back.
+        layers: Layers and ends that are integer in the placed file and may go back.
 
     Raises:
         ConstraintError: Even with all these layers float the drop is larger.
@@ -207,7 +211,12 @@ def priced(pattern: str, layers: Sequence[str], trials: Trials) -> list[Reverted
     """Return what each layer's rounding costs and saves, those first that save most divergence per millisecond."""
     whole = frozenset(layers)
     everything = trials.build(pattern, NONE)
-    alone = {layer: trials.divergence(trials.build(pattern, whole - {layer})) for layer in layers}
+    alone = {
+        layer: trials.divergence(everything) - trials.divergence(trials.build(pattern, frozenset({layer})))
+        if layer.startswith(END_OF)
+        else trials.divergence(trials.build(pattern, whole - {layer}))
+        for layer in layers
+    }
     ms: dict[str, float] = {}
     for start in range(0, len(layers), TOGETHER):
         group = layers[start : start + TOGETHER]

@@ -4,7 +4,8 @@ Blanket INT8 is a gamble, because a float layer between integer ones costs conve
 fast kernel. So whole files are timed: first the exact patterns of `quantize`, then the fastest of them with the faster
 Gelu, where the network has one, and with bfloat16, where the device multiplies it, then the first few layers and every
 class of equal layers the other way round. Pieces do not add up; what is chosen was timed as a whole. Where the clock
-does not tell files apart, their answers do.
+does not tell files apart, their answers do. What decodes the answers (`ends`) stays float unless integers are faster
+there and answer no worse.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
+from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.forms import BFLOAT
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
@@ -51,16 +53,20 @@ class Placement:
 
     Attributes:
         pattern: Of the patterns of the target's form.
-        float_layers: Weight layers that stay float although the pattern would make them integer.
+        float_layers: Weight layers and ends that stay float although the pattern would make them integer.
         ratio: Time of that file / time of the float file.
         candidates: What else was timed: its name to `ratio`, `ratio_low`, `ratio_high` against the float file for
             patterns, against the file it would change for single changes.
+        ends: Name of each end to `why` it is one and how many `operators` it has. Where the pattern would make some of
+            them integer, also `divergence` and `float_divergence` of the files with and without that, in nats; and
+            where the first is no larger, its time against the second as in `candidates`.
     """
 
     pattern: str
     float_layers: tuple[str, ...]
     ratio: float
     candidates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    ends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the placement as JSON values."""
@@ -69,7 +75,8 @@ class Placement:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
         """Rebuild what `to_dict` returned."""
-        return cls(value["pattern"], tuple(value["float_layers"]), value["ratio"], value["candidates"])
+        floats = tuple(value["float_layers"])
+        return cls(value["pattern"], floats, value["ratio"], value["candidates"], value.get("ends", {}))
 
 
 def changes(proto: ModelProto, *, wholly_integer: bool = False) -> dict[str, frozenset[str]]:
@@ -111,6 +118,7 @@ def place(
     time: Callable[[Sequence[Path]], Sequence[Timing]],
     patterns: Sequence[str] = tuple(PATTERNS),
     divergence: Callable[[Path], float] | None = None,
+    ends: Sequence[End] = (),
 ) -> Placement:
     """Return the fastest placement that was found, and among those that are as fast the one nearest to float.
 
@@ -120,15 +128,19 @@ def place(
     Args:
         reference: The float file.
         tried: Of `changes`.
-        build: Writes the file of a pattern and the layers that stay float, and returns its path.
+        build: Writes the file of a pattern and the layers and ends that stay float, and returns its path.
         time: Times files side by side against the first of them.
         patterns: Those of the form that the target takes.
-        divergence: Of a file's answers from the float ones, in nats; without it the clock alone decides.
+        divergence: Of a file's answers from the float ones, in nats; without it the clock alone decides, and ends stay
+            float.
+        ends: What decodes the answers.
     """
     candidates: dict[str, dict[str, float]] = {}
+    decoding = frozenset[str]().union(*(end.parts for end in ends))
+    tried = {name: layers - decoding for name, layers in tried.items() if layers - decoding}
     files: dict[bytes, tuple[str, Path]] = {}
     for pattern in (name for name in patterns if not name.endswith(COARSER)):
-        path = build(pattern, frozenset())
+        path = build(pattern, decoding)
         files.setdefault(path.read_bytes(), (pattern, path))
     found = time([reference, *(path for _, path in files.values())])
     for (pattern, _), timing in zip(files.values(), found[1:], strict=True):
@@ -136,13 +148,13 @@ def place(
     best = min(candidates, key=lambda name: candidates[name]["ratio"])
     for end in COARSER:
         faster = f"{best}{end}"
-        if faster in patterns and (path := build(faster, frozenset())).read_bytes() not in files:
-            timing = time([build(best, frozenset()), path])[1]
+        if faster in patterns and (path := build(faster, decoding)).read_bytes() not in files:
+            timing = time([build(best, decoding), path])[1]
             candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
             best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
-    starts = {"": frozenset[str]()}
+    starts = {"": decoding}
     if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
-        starts = {IN_FLOAT: frozenset[str]().union(*tried.values()), **starts}
+        starts = {IN_FLOAT: decoding.union(*tried.values()), **starts}
     found_floats = []
     for where, floats in starts.items():
         changed, seen = _changed(floats, tried, best, build, time)
@@ -152,13 +164,42 @@ def place(
     ratio, floats = min(((t.ratio, f) for t, f in zip(final, found_floats, strict=True)), key=lambda pair: pair[0])
     if divergence is not None:
         others = [(best, floats | layers) for name, layers in tried.items() if _may_be_as_fast(candidates[name], 1.0)]
-        if not floats:  # as the patterns were timed
+        if floats == decoding:  # as the patterns were timed
             exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(COARSER))
             limit = candidates[best]["ratio"]
             others += [(name, floats) for name in sorted(exact) if _may_be_as_fast(candidates[name], limit)]
         best, floats, more = _nearest((best, floats), others, build, time, divergence)
         ratio *= more
-    return Placement(best, tuple(sorted(floats)), ratio, candidates)
+    told: dict[str, dict[str, Any]] = {}
+    for decoder in ends:
+        told[decoder.name] = {"why": "; ".join(decoder.why), "operators": len(decoder.nodes)}
+        if divergence is not None:
+            floats, more, summary = _with_end(decoder, best, floats, build, time, divergence)
+            ratio *= more
+            told[decoder.name] |= summary
+    return Placement(best, tuple(sorted(floats)), ratio, candidates, told)
+
+
+def _with_end(
+    end: End,
+    pattern: str,
+    floats: frozenset[str],
+    build: Callable[[str, frozenset[str]], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+    divergence: Callable[[Path], float],
+) -> tuple[frozenset[str], float, dict[str, float]]:
+    """Return the float layers without an end where it may be integer, its time by that before, and what was seen."""
+    current, changed = build(pattern, floats), build(pattern, floats - end.parts)
+    if current.read_bytes() == changed.read_bytes():
+        return floats, 1.0, {}
+    seen = {"divergence": divergence(changed), "float_divergence": divergence(current)}
+    if not seen["divergence"] <= seen["float_divergence"]:
+        return floats, 1.0, seen
+    timing = time([current, changed])[1]
+    seen |= _summary(timing)
+    if timing.ratio_high < 1 - LEAST_GAIN:
+        return floats - end.parts, timing.ratio, seen
+    return floats, 1.0, seen
 
 
 def _may_be_as_fast(summary: Mapping[str, float], fastest: float) -> bool:

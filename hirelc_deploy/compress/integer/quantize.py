@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,14 +17,14 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-from hirelc_deploy.compress.integer import products, signed
+from hirelc_deploy.compress.integer import ends, products, signed
 from hirelc_deploy.compress.integer.bias_correction import correct_biases
 from hirelc_deploy.compress.integer.calibration import Ranges
 from hirelc_deploy.compress.integer.four_bits import use_four_bits
 from hirelc_deploy.compress.integer.sums import align_sums
 from hirelc_deploy.compress.onnx_file import constant_factors, rewrite
 from hirelc_deploy.compress.onnx_file.export import WEIGHT_OPERATORS, give_each_layer_its_own_constants, layer_of_node
-from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of
+from hirelc_deploy.compress.onnx_file.links import makers_of, put_in_order, readers_of
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.backend import FLOAT_AS, Precision
 from hirelc_deploy.plan import LAYER_PRECISIONS
@@ -140,7 +140,8 @@ def quantize(
     Args:
         float_model: A file of `export_onnx` or `set_static_batch`; ONNX Runtime is fastest on the static one.
         ranges: Of `calibrate` on the dynamic file; shape operators that only the static file has borrow theirs.
-        precision_of: Layer name to `int8`, `int4` (see `use_four_bits`) or `float`.
+        precision_of: Layer name to `int8`, `int4` (see `use_four_bits`) or `float`; name of an end (`ends.find`) to
+            `int8` or `float`.
         pattern: A key of PATTERNS.
 
     Raises:
@@ -153,8 +154,8 @@ def quantize(
     if target.activation_type not in types or target.weight_type != "int8":
         raise InputError(f"precision {target.name!r} of this target has no integer arithmetic; use int8.")
     proto = onnx.load(str(float_model))
-    known = _known_ranges(proto, ranges)
-    proto, integer, factors = _in_fast_forms(proto, precision_of, pattern)
+    known = known_ranges(proto, ranges)
+    proto, integer, factors, decoding = _in_fast_forms(proto, precision_of, pattern, known)
     four = {layer for layer in layer_of_node(proto).values() if precision_of(layer) == "int4"}
     if not integer:
         out.write_bytes(use_four_bits(proto, four).SerializeToString() if four else float_model.read_bytes())
@@ -190,6 +191,9 @@ def quantize(
     padded = [node for node in proto.graph.node if node.output[0] == f"{image}{rewrite.PADDED}"]
     if PATTERNS[pattern].float_outputs:
         quantizer.float_tensors = _float_outputs(proto, set(integer))
+    elif decoding:  # what only a float end reads need not be rounded
+        read = {tensor for node in proto.graph.node if node.name in decoding for tensor in node.input}
+        quantizer.float_tensors = _float_outputs(proto, set(integer)) & read
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -208,15 +212,25 @@ def quantize(
     if padded:
         _round_before_padding(result, padded[0].output[0])
     quantizer.model.topological_sort()
+    put_in_order(result.graph)
     out.write_bytes((use_four_bits(result, four) if four else result).SerializeToString())
 
 
-def _in_fast_forms(
-    proto: ModelProto, precision_of: Callable[[str], str], pattern: str
-) -> tuple[ModelProto, list[str], dict[str, float]]:
-    """Return a float file rewritten for a pattern, the nodes that will be integer, and tensors' factors.
+def ends_of(float_model: Path, ranges: Ranges) -> tuple[ends.End, ...]:
+    """Return what `quantize` asks `precision_of` for besides the layers of a file."""
+    proto = onnx.load(str(float_model))
+    return ends.find(onnx.shape_inference.infer_shapes(proto), known_ranges(proto, ranges))
 
-    The factors are those of `rewrite.use_sigmoid_gelu`.
+
+def _in_fast_forms(
+    proto: ModelProto,
+    precision_of: Callable[[str], str],
+    pattern: str,
+    known: Mapping[str, tuple[float, float]],
+) -> tuple[ModelProto, list[str], dict[str, float], frozenset[str]]:
+    """Return a float file rewritten for a pattern, the nodes that will be integer, tensors' factors, and float ends.
+
+    The factors are those of `rewrite.use_sigmoid_gelu`; of the ends it is the nodes.
     """
     if pattern != BLANKET:
         rewrite.rewrite(proto)
@@ -227,13 +241,15 @@ def _in_fast_forms(
     proto = onnx.shape_inference.infer_shapes(proto)
     give_each_layer_its_own_constants(proto)
     factors = rewrite.use_sigmoid_gelu(proto) if PATTERNS[pattern].sigmoid_gelu else {}
-    integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
+    floats = (end.nodes for end in ends.find(proto, known) if precision_of(end.name) != "int8")
+    decoding = frozenset[str]().union(*floats)
+    integer = _integer_nodes(proto, precision_of, PATTERNS[pattern], decoding)
     if PATTERNS[pattern].float_outputs and rewrite.is_static(proto):
-        floats = _float_outputs(proto, set(integer))
+        written = _float_outputs(proto, set(integer))
         products.use_two_turns(proto, lambda node: node.name in integer)
-        products.use_convolutions(proto, lambda node: node.name in integer and node.output[0] not in floats)
-        integer = _integer_nodes(proto, precision_of, PATTERNS[pattern])
-    return proto, integer, factors
+        products.use_convolutions(proto, lambda node: node.name in integer and node.output[0] not in written)
+        integer = _integer_nodes(proto, precision_of, PATTERNS[pattern], decoding)
+    return proto, integer, factors, decoding
 
 
 def _round_before_padding(proto: ModelProto, padded: str) -> None:
@@ -287,11 +303,14 @@ def _ends_in_quantize(node: NodeProto, readers: Mapping[str, list[NodeProto]]) -
     return len(following) == 1 and following[0].op_type == "QuantizeLinear"
 
 
-def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], pattern: Pattern) -> list[str]:
+def _integer_nodes(
+    proto: ModelProto, precision_of: Callable[[str], str], pattern: Pattern, decoding: Collection[str] = ()
+) -> list[str]:
     """Return the names of the nodes that become integer.
 
     A weight layer goes by its precision. Another operator goes by the pattern, and only when something integer feeds it
-    (the image counts as integer), so that a float part of the network is not rounded for nothing.
+    (the image counts as integer), so that a float part of the network is not rounded for nothing. The nodes of float
+    ends, `decoding`, stay float.
     """
     layers = layer_of_node(proto)
     shapes = {initializer.name: initializer.dims for initializer in proto.graph.initializer}
@@ -299,7 +318,9 @@ def _integer_nodes(proto: ModelProto, precision_of: Callable[[str], str], patter
     supported = {*QLinearOpsRegistry, *QDQRegistry}
     names = []
     for node in proto.graph.node:
-        if node.name in layers:
+        if node.name in decoding:
+            is_integer = False
+        elif node.name in layers:
             precision = precision_of(layers[node.name])
             if precision not in LAYER_PRECISIONS:
                 raise InputError(f"{layers[node.name]}: precision {precision!r}; use int8, int4 or float.")
@@ -360,7 +381,7 @@ def _float_outputs(proto: ModelProto, integer: set[str]) -> frozenset[str]:
     )
 
 
-def _known_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, tuple[float, float]]:
+def known_ranges(proto: ModelProto, ranges: Ranges) -> dict[str, tuple[float, float]]:
     """Return tensor name to range; a tensor that calibration did not see has what follows from those it is made of.
 
     The static file moves transpositions about, which gives moved, joined and summed values other names.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of
+from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of, reads
 
 
 def absorb(proto: ModelProto) -> int:
@@ -52,7 +52,7 @@ def absorb(proto: ModelProto) -> int:
             break
     for node in gone:
         graph.node.remove(node)
-    read = {tensor for node in graph.node for tensor in node.input} | ends
+    read = {tensor for node in graph.node for tensor in reads(node)} | ends
     for node in [node for node in graph.node if node.op_type == "DequantizeLinear" and node.output[0] not in read]:
         graph.node.remove(node)  # ONNX Runtime would run them
     return len(gone) // 2

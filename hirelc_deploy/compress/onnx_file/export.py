@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from hirelc_deploy.compress.onnx_file.folding import Arrays, Recipe, fold, tensors_of
+from hirelc_deploy.compress.onnx_file.links import reads
 from hirelc_deploy.errors import ExportError, InputError, check_room
 from hirelc_deploy.graph.answers import OUTPUT, Answers, answers, named
 
@@ -72,7 +73,7 @@ def exported(model: nn.Module, example: Tensor, *, dynamic_batch: bool = True) -
     """Return what `export_onnx` writes, with the recipe of its constants."""
     failures: list[str] = []
     with evaluating(model):
-        probes = probe(model, example, dynamic_batch)
+        probes = probe(model, example, (1, len(example) + 2) if dynamic_batch else (len(example),) * 2)
         for exporter in (_torchscript, _torch_export):
             try:
                 export = exporter(model, example)
@@ -122,7 +123,7 @@ def static_batch(proto: ModelProto, batch: int = 1) -> ModelProto:
             dimensions[0].Clear()
             dimensions[0].dim_value = batch
     del static.graph.value_info[:]
-    return _optimised(static)
+    return optimised(static)
 
 
 def layer_of_node(proto: ModelProto) -> dict[str, str]:
@@ -147,7 +148,7 @@ def give_each_layer_its_own_constants(proto: ModelProto) -> None:
     The quantizer replaces a constant for all its readers, so a float layer would read what was rounded for another.
     """
     constants = {initializer.name: initializer for initializer in proto.graph.initializer}
-    readers = Counter(tensor for node in proto.graph.node for tensor in node.input)
+    readers = Counter(tensor for node in proto.graph.node for tensor in reads(node))
     for node in proto.graph.node:
         if node.op_type in WEIGHT_OPERATORS:
             for position, tensor in enumerate(node.input):
@@ -195,11 +196,10 @@ Probe = tuple[Tensor, dict[str, NDArray[np.float32]]]
 """Images, and what torch answers to them, by name of the output."""
 
 
-def probe(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> list[Probe]:
-    """Return torch's answers to two batches unlike `example`: one of a single image and a larger one, if dynamic."""
+def probe(model: nn.Module, example: Tensor, sizes: Sequence[int]) -> list[Probe]:
+    """Return torch's answers to batches of these sizes, unlike `example`."""
     generator = torch.Generator().manual_seed(0)
     scale = float(example.std()) if example.numel() > 1 and float(example.std()) > 0 else 1.0
-    sizes = (1, len(example) + 2) if dynamic_batch else (len(example),) * 2
     shapes = [(size, *example.shape[1:]) for size in sizes]
     images = [torch.randn(shape, generator=generator) * scale + example.mean() for shape in shapes]
     return [(one, _outputs(answers(model, one))) for one in images]
@@ -345,8 +345,8 @@ def _finish(proto: ModelProto, example: Tensor, dynamic_batch: bool) -> ModelPro
         for value in graph.output:
             value.type.tensor_type.shape.dim[0].Clear()
             value.type.tensor_type.shape.dim[0].dim_value = len(example)
-    _pool_instead_of_mean(proto)
-    finished = _optimised(proto)
+    pool_instead_of_mean(proto)
+    finished = optimised(proto)
     check_finite({i.name: numpy_helper.to_array(i) for i in finished.graph.initializer})
     return finished
 
@@ -358,7 +358,7 @@ def check_finite(constants: Arrays) -> None:
             raise ExportError(f"{name}: NaN or infinity after folding; its BatchNorm has a broken variance.")
 
 
-def _pool_instead_of_mean(proto: ModelProto) -> None:
+def pool_instead_of_mean(proto: ModelProto) -> None:
     """Replace each ReduceMean over height and width of a 4-d tensor by GlobalAveragePool (and Flatten)."""
     graph = proto.graph
     shapes = onnx.shape_inference.infer_shapes(proto).graph
@@ -384,7 +384,7 @@ def _pool_instead_of_mean(proto: ModelProto) -> None:
     graph.node.extend(nodes)
 
 
-def _optimised(proto: ModelProto) -> ModelProto:
+def optimised(proto: ModelProto) -> ModelProto:
     """Return the model after ONNX Runtime's basic rewrites, which stay within standard ONNX and fold all constants."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model.onnx"

@@ -31,6 +31,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from hirelc_deploy.compress.integer import ends
 from hirelc_deploy.compress.integer.calibration import Ranges
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
 from hirelc_deploy.errors import ExportError, InputError
@@ -107,7 +108,7 @@ def write_tensorrt(
     Args:
         float_model: A file of `set_static_batch`.
         ranges: Of `calibration.calibrate` on the dynamic file; only their larger end counts, as the grid is symmetric.
-        precision_of: Layer name to `int8`, `fp8` or `float`.
+        precision_of: Layer name to `int8`, `fp8` or `float`; name of an end (`ends.find`) likewise.
         pattern: A key of PATTERNS.
 
     Raises:
@@ -121,8 +122,11 @@ def write_tensorrt(
     largest = _largest_values(graph, ranges)
     chosen = _rounded_inputs(graph, precision_of, PATTERNS[pattern])
     wide = _wide_nodes(graph, largest)
-    grids = {name: grid for name, (grid, _) in chosen.items() if name not in wide}
-    inputs = {name: positions for name, (_, positions) in chosen.items() if name not in wide}
+    both = {tensor: (ranges.low[tensor], ranges.high[tensor]) for tensor in ranges.low}
+    decoding = (end.nodes for end in ends.find(proto, both) if precision_of(end.name) == "float")
+    apart = wide.union(*decoding)
+    grids = {name: grid for name, (grid, _) in chosen.items() if name not in apart}
+    inputs = {name: positions for name, (_, positions) in chosen.items() if name not in apart}
     _insert_pairs(graph, largest, grids, inputs)
     _to_half(graph, wide)
     written = graph.finished()

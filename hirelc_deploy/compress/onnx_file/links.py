@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
 
 from onnx import GraphProto, ModelProto, NodeProto
+
+from hirelc_deploy.inputs.models.onnx_files.proto import names_within
+
+
+def reads(node: NodeProto) -> tuple[str, ...]:
+    """Return what a node reads, in their order, with what the graphs within it (a loop's, a branch's) read."""
+    return (*node.input, *sorted(names_within(node)))
 
 
 def makers_of(graph: GraphProto) -> dict[str, NodeProto]:
@@ -14,10 +22,10 @@ def makers_of(graph: GraphProto) -> dict[str, NodeProto]:
 
 
 def readers_of(graph: GraphProto) -> defaultdict[str, list[NodeProto]]:
-    """Return tensor to the nodes that read it, in their order, once for each input that it is."""
+    """Return tensor to the nodes that read it, in their order, once for each input that it is; see `reads`."""
     readers: defaultdict[str, list[NodeProto]] = defaultdict(list)
     for node in graph.node:
-        for tensor in node.input:
+        for tensor in reads(node):
             readers[tensor].append(node)
     return readers
 
@@ -27,6 +35,7 @@ def shapes_of(graph: GraphProto) -> dict[str, tuple[int, ...]]:
     return {
         value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
         for value in (*graph.value_info, *graph.input, *graph.output)
+        if value.type.tensor_type.HasField("shape")
     }
 
 
@@ -37,7 +46,7 @@ def replace_nodes(proto: ModelProto, nodes: Sequence[NodeProto]) -> None:
     kept: list[NodeProto] = []
     for node in reversed(nodes):
         if any(output in wanted for output in node.output):
-            wanted.update(node.input)
+            wanted.update(reads(node))
             kept.append(node)
     del graph.node[:]
     graph.node.extend(reversed(kept))
@@ -47,3 +56,14 @@ def replace_nodes(proto: ModelProto, nodes: Sequence[NodeProto]) -> None:
     known = {value.name: value for value in graph.value_info if value.name in wanted}
     del graph.value_info[:]
     graph.value_info.extend(known.values())
+
+
+def put_in_order(graph: GraphProto) -> None:
+    """Put nodes with graphs within them behind those whose results these read; ONNX Runtime's own tool forgets them."""
+    if not any(names_within(node) for node in graph.node):
+        return
+    maker = {tensor: number for number, node in enumerate(graph.node) for tensor in node.output}
+    before = {number: [maker[name] for name in reads(node) if name in maker] for number, node in enumerate(graph.node)}
+    nodes = [graph.node[number] for number in TopologicalSorter(before).static_order()]
+    del graph.node[:]
+    graph.node.extend(nodes)

@@ -30,15 +30,15 @@ _ON_TOKENS = frozenset({"Gemm", "LayerNormalization"})
 def use_row_gathers(proto: ModelProto) -> None:
     """Let one Gather take the place of operators that only put tokens in another order, in place.
 
-    Tokens lie as (..., features), or as (1, features, height, width). Nothing changes unless a linear layer or a layer
-    norm is at one of the ends: convolutions of the runtime have orders of their own, through which it moves transposes
-    but no Gather.
+    Tokens lie as (..., features), or as (images, features, height, width). Nothing changes unless a linear layer or a
+    layer norm is at one of the ends: convolutions of the runtime have orders of their own, through which it moves
+    transposes but no Gather.
 
     Args:
         proto: With the shapes of its tensors; those of new ones are added.
     """
     graph = proto.graph
-    shapes = shapes_of(graph)
+    shapes, batch = shapes_of(graph), graph.input[0].type.tensor_type.shape.dim[0].dim_value
     constants = {initializer.name: initializer for initializer in graph.initializer}
     makers, readers = makers_of(graph), readers_of(graph)
     new: dict[str, list[NodeProto]] = {}
@@ -53,7 +53,7 @@ def use_row_gathers(proto: ModelProto) -> None:
         ends = behind | ({makers[source].op_type} if source in makers else set())
         if not ends & _ON_TOKENS or not _known(shapes, (source, result)):
             continue
-        found = _row_order(_order(chain, source, shapes[source], result, constants), shapes[source])
+        found = _row_order(_order(chain, source, shapes[source], result, constants), shapes[source], batch)
         if found is None:
             continue
         turned, rows = found
@@ -127,19 +127,21 @@ def _order(
     return np.asarray(found, np.int64)
 
 
-def _row_order(order: Indices, shape: tuple[int, ...]) -> tuple[tuple[bool, bool], Indices] | None:
+def _row_order(order: Indices, shape: tuple[int, ...], batch: int) -> tuple[tuple[bool, bool], Indices] | None:
     """Return how tokens lie in source and result, and for each token of the result its number in the source.
 
     Args:
         order: Of `_order`, in the result's shape.
         shape: The source's.
+        batch: Images of the file.
 
     Returns:
         Whether features come before the picture's height and width in source and result, and (tokens,) numbers; None
         where more than whole tokens is moved.
     """
     for turned in ((False, False), (True, False), (False, True)):
-        if any(first and (len(of) != 4 or of[0] != 1) for first, of in zip(turned, (shape, order.shape), strict=True)):
+        pictures = [of for first, of in zip(turned, (shape, order.shape), strict=True) if first]
+        if any(len(of) != 4 or of[0] != batch for of in pictures):
             continue
         tokens = _as_rows(np.arange(math.prod(shape)).reshape(shape), turned[0])
         wanted = _as_rows(order, turned[1])
@@ -174,12 +176,12 @@ def _regrouped(
     features = _features(wanted, turned[1])
     steps: list[tuple[str, str, Sequence[int], tuple[int, ...]]] = []
     if turned[0]:
-        steps.append(("Transpose", ":turned", (0, 2, 3, 1), (1, *shape[2:], features)))
+        steps.append(("Transpose", ":turned", (0, 2, 3, 1), (shape[0], *shape[2:], features)))
     if rows is not None:
         steps.append(("Reshape", ":listed", (-1, features), (math.prod(shape) // features, features)))
         steps.append(("Gather", PICKED, rows.tolist(), (len(rows), features)))
     if turned[1]:
-        pixels = (1, *wanted[2:], features)
+        pixels = (wanted[0], *wanted[2:], features)
         steps += [("Reshape", ":regrouped", pixels, pixels), ("Transpose", "", (0, 3, 1, 2), wanted)]
     else:
         steps.append(("Reshape", "", wanted, wanted))

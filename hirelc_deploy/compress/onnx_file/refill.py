@@ -29,11 +29,13 @@ class Exporter:
     that lack other branches have nothing in common here.
 
     Attributes:
+        batch: Images of the static files.
         filled: Number of models written without exporting.
         exported: Number of models that were exported, by reason.
     """
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(self, example: Tensor, batch: int = 1) -> None:
+        self.batch = batch
         self.filled = 0
         self.exported: Counter[str] = Counter()
         self._example = example
@@ -41,7 +43,7 @@ class Exporter:
         self._why_none: dict[tuple[str, ...], str] = {}
 
     def write(self, model: nn.Module, batched: Path, static: Path) -> None:
-        """Write a model for any number of images, and for one; see `export_onnx` for what is checked and raised."""
+        """Write a model for any number of images, and for `batch`; see `export_onnx` for what is checked and raised."""
         try:
             files = self._fill(model)
         except _NotCertain as reason:
@@ -58,17 +60,17 @@ class Exporter:
             raise _NotCertain(self._why_none.get(names, "first"))
         with export.evaluating(model):
             batched, static = (proto.SerializeToString() for proto in template.fill(model))
-            one, several = export.probe(model, self._example)
+            exactly, several = export.probe(model, self._example, (self.batch, len(self._example) + 2))
         try:
             export.check_parity(batched, [several])
-            export.check_parity(static, [one])
+            export.check_parity(static, [exactly])
         except ExportError as error:
             raise _NotCertain(f"filled in, it fails: {error}") from None
         return batched, static
 
     def _export(self, model: nn.Module) -> tuple[bytes, bytes]:
         exported = export.exported(model, self._example)
-        static = export.static_batch(exported.proto)
+        static = export.static_batch(exported.proto, self.batch)
         names = tuple(tensors_of(model))
         try:
             if exported.recipe is None:
@@ -100,7 +102,7 @@ class Template:
         self._widths.append(_widths(model))
 
     def fill(self, model: nn.Module) -> list[ModelProto]:
-        """Return the files of a model for any number of images and for one.
+        """Return the files of a model for any number of images and for a fixed batch.
 
         Raises:
             _NotCertain: What the exports so far say leaves a choice.

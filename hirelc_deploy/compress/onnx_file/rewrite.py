@@ -11,7 +11,7 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hirelc_deploy.compress.integer.products import STEP
-from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of, replace_nodes, shapes_of
+from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of, reads, replace_nodes, shapes_of
 from hirelc_deploy.compress.onnx_file.moves import MOVED, PICKED, use_row_gathers
 
 MICROSOFT = "com.microsoft"
@@ -52,7 +52,7 @@ def use_quick_gelu(proto: ModelProto) -> None:
     DequantizeLinear, and the two x are no longer seen to be one. MobileViT-XXS has 34 of them.
     """
     graph = proto.graph
-    readers = Counter(tensor for node in graph.node for tensor in node.input)
+    readers = Counter(tensor for node in graph.node for tensor in reads(node))
     sigmoids = {node.output[0]: node for node in graph.node if node.op_type == "Sigmoid"}
     gone = []
     for node in graph.node:
@@ -163,7 +163,7 @@ class _Rows:
             if inputs is not None:
                 self._keep_in_rows(node, inputs)
             elif not self._is_view(node):
-                for tensor in node.input:
+                for tensor in reads(node):
                     self._need(tensor)
                 self.nodes.append(node)
                 self.there.update(node.output)
@@ -177,9 +177,9 @@ class _Rows:
         """Return the inputs with which a node works on rows; None where it cannot, or where nothing is won by it."""
         shape = self.shapes.get(node.output[0], ())
         source = node.input[0] if node.input else ""
-        if node.output[0].endswith(PICKED) and source in self.rows:
-            return [self.rows[source], *node.input[1:]]
-        if node.op_type in _POINTWISE and source in self.rows:
+        if not shape or not all(shape):  # a loop decides its size
+            return None
+        if (node.output[0].endswith(PICKED) or node.op_type in _POINTWISE) and source in self.rows:
             return [self.rows[source], *node.input[1:]]
         if node.op_type == "Gemm" and source in self.rows and node.input[1] in self.constants:
             return [self.rows[source], *node.input[1:]]
@@ -213,7 +213,7 @@ class _Rows:
         source, result = (node.input[0] if node.input else ""), node.output[0]
         if node.op_type != "Reshape" or source not in self.rows:
             return False
-        before, after = self.shapes[source], self.shapes.get(result, ())
+        before, after = self.shapes.get(source, (0,)), self.shapes.get(result, ())
         if len(after) < 2 or before[-1] != after[-1]:
             return False
         self.rows[result] = self.rows[source]
@@ -251,7 +251,7 @@ def pad_stem(proto: ModelProto) -> None:
     graph = proto.graph
     image = graph.input[0].name
     constants = {initializer.name: initializer for initializer in graph.initializer}
-    readers = [node for node in graph.node if image in node.input]
+    readers = [node for node in graph.node if image in reads(node)]
     if len(readers) != 1 or readers[0].op_type != "Conv" or readers[0].input[1] not in constants:
         return
     conv = readers[0]

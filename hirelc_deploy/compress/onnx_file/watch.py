@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,13 @@ PREFIX = "watch:"
 """Starts the names of what is added to the file."""
 
 EVERYTHING = 2**62
+
+
+def as_taken(proto: ModelProto, images: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """Yield batches of images as a file takes them: one image at a time where it is written for one."""
+    one_by_one = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    for batch in images:
+        yield from (batch[row : row + 1] for row in range(len(batch))) if one_by_one else (batch,)
 
 
 class Watch:

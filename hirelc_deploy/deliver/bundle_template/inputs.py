@@ -1,6 +1,7 @@
 """In: pictures, .npy or .npz files. Out: the model's inputs. For Python 3.8, numpy, and Pillow for pictures."""
 
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def picture(path: str) -> "np.ndarray":
     return np.asarray(image.convert("L" if CHANNELS == 1 else "RGB"))
 
 
+def batches(images: np.ndarray, size: int) -> "Iterator[tuple[np.ndarray, int]]":
+    """Yield (size, channels, height, width) model inputs of images in order, and how many of them are no repetition."""
+    for start in range(0, len(images), size):
+        inputs = [model_input(image) for image in images[start : start + size]]
+        yield np.concatenate(inputs + inputs[-1:] * (size - len(inputs))), len(inputs)
+
+
 def model_input(image: np.ndarray) -> np.ndarray:
     """Return (1, channels, height, width) of a uint8 image; float32 is taken as a model input already."""
     image = np.atleast_3d(image)
@@ -53,3 +61,10 @@ def model_input(image: np.ndarray) -> np.ndarray:
         mean, std = (np.array(OPTIONS[name], np.float32) for name in ("mean", "std"))
         image = image * (np.float32(1 / 255) / std) - mean / std
     return image.transpose(2, 0, 1)[None]
+
+
+def stacked(rows: "list[np.ndarray]") -> "np.ndarray":
+    """Return the answers to all images; where their sizes depend on the image, zeros fill the shorter."""
+    size = np.max([row.shape[1:] for row in rows], axis=0)
+    fill = [[(0, 0)] + [(0, int(n)) for n in size - np.array(row.shape[1:], int)] for row in rows]
+    return np.concatenate([np.pad(row, pads) for row, pads in zip(rows, fill)])  # noqa: B905

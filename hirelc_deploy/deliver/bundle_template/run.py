@@ -20,11 +20,11 @@ decode = getattr(DECODER, TASK["decoder"].get("decode") or "decode")
 line = getattr(DECODER, "line", lambda result: json.dumps(result, default=lambda array: array.tolist()))
 
 try:
-    model = RUNTIME.open_model(str(HERE / "model.onnx"))
+    model, batch = RUNTIME.open_model(str(HERE / "model.onnx"))
     for path in sys.argv[1:] or ["--check"]:
         data = INPUTS.read(str(HERE / "samples.npz") if path == "--check" else path)
-        rows = [model(INPUTS.model_input(image)) for image in data["images"]]
-        outputs = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        parts = [(model(inputs), count) for inputs, count in INPUTS.batches(data["images"], batch)]
+        outputs = {name: INPUTS.stacked([part[name][:count] for part, count in parts]) for name in parts[0][0]}
         results = decode(outputs, TASK["decoder"], ARRAYS)
         for number, result in enumerate(results):
             print(line(result))

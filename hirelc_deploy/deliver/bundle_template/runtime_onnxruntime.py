@@ -1,4 +1,4 @@
-"""In: an ONNX file. Out: a function from one input to the outputs by name. For Python 3.8, numpy and onnxruntime."""
+"""In: an ONNX file. Out: a function from a batch to the outputs by name. For Python 3.8, numpy and onnxruntime."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,10 @@ import numpy as np
 import onnxruntime
 
 
-def open_model(path: str) -> "Callable[[np.ndarray], dict[str, np.ndarray]]":
-    """Return a function from a float32 (1, channels, height, width) to output name and array."""
+def open_model(path: str) -> "tuple[Callable[[np.ndarray], dict[str, np.ndarray]], int]":
+    """Return a function from float32 (batch, channels, height, width) to output name and array, and its batch."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return lambda image: dict(zip(names, session.run(names, {"input": image})))  # noqa: B905
+    batch = session.get_inputs()[0].shape[0]
+    model = lambda images: dict(zip(names, session.run(names, {"input": images})))  # noqa: B905, E731
+    return model, batch if isinstance(batch, int) else 1

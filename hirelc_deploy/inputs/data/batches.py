@@ -8,14 +8,15 @@ import numpy as np
 from torch import Tensor
 
 from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.inputs.data.loader import JUDGED, Wanted, loaded
 from hirelc_deploy.inputs.data.splits import Data
 
 
 def batches(images: Images, size: int, limit: int | None = None) -> Iterator[Tensor]:
-    """Yield preprocessed images, in order, at most `size` at a time and `limit` in all."""
+    """Return preprocessed images, in order, at most `size` at a time and `limit` in all."""
     count = len(images) if limit is None else min(limit, len(images))
-    for start in range(0, count, size):
-        yield images.batch(np.arange(start, min(start + size, count)))
+    wanted = (Wanted(np.arange(start, min(start + size, count)), JUDGED) for start in range(0, count, size))
+    return (batch.pictures for batch in loaded(images, wanted))
 
 
 def two_images(data: Data) -> Tensor:

@@ -46,6 +46,8 @@ class Source:
         classes: Number of classes; None where it is not known.
         collate: Makes (images, targets) of a list of items, where items are something else.
         floats: Whether its images are model inputs.
+        for_processes: Whether other processes may ask for items: its owner's DataLoader has workers. Elsewhere nobody
+            knows; one that keeps a file open would give them each other's bytes.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Source:
     classes: int | None
     collate: Collate | None = None
     floats: bool = False
+    for_processes: bool = False
 
     def item(self, row: int) -> tuple[Any, Any]:
         """Return an image and its target as they are; raises InputError for an item that is something else."""
@@ -79,6 +82,8 @@ class DatasetImages:
     its own is drawn anew for each view, and is the same whenever a view is asked for again. Inputs that are floats are
     not cut or mirrored further.
     """
+
+    canvases = None
 
     def __init__(
         self,
@@ -110,6 +115,11 @@ class DatasetImages:
                 else np.array([self._item(row, None)[1] for row in range(len(self))], np.int64)
             )
         return self._labels
+
+    @property
+    def decodes(self) -> bool:
+        """Whether other processes may make items; see `Source.for_processes`."""
+        return self._source.for_processes
 
     @property
     def labelled(self) -> bool:
@@ -318,11 +328,12 @@ def _by_split(datasets: Any, name: str) -> dict[str, Source]:
             raise InputError(f"{name}: the split {key!r} is unknown; use train, val, test, calibration or selection.")
         if split in found:
             raise InputError(f"{name}: {key!r} and {found[split].name!r} are both {split}; keep one of them.")
-        items, collate = value, None
+        items, collate, for_processes = value, None, False
         if isinstance(value, torch.utils.data.DataLoader):
             items = value.dataset
             usual = torch.utils.data.default_collate
             collate = None if value.collate_fn is usual else value.collate_fn
+            for_processes = value.num_workers > 0 and value.worker_init_fn is None
         if not hasattr(items, "__getitem__") or not hasattr(items, "__len__"):
             raise InputError(
                 f"{name}: {key} is a {type(items).__name__}, which has no length or no items; give a data set with "
@@ -334,7 +345,7 @@ def _by_split(datasets: Any, name: str) -> dict[str, Source]:
             raise InputError(f"{name}: the length of {key} raises {type(error).__name__}: {error}.") from error
         if not count:
             raise InputError(f"{name}: the data set {key} is empty; add items, or leave it out.")
-        found[split] = Source(str(key), items, "none", None, collate)
+        found[split] = Source(str(key), items, "none", None, collate, for_processes=for_processes)
     return found
 
 

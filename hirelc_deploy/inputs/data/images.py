@@ -17,7 +17,7 @@ from hirelc_deploy.inputs.data.canvas import Canvases
 from hirelc_deploy.inputs.data.geometry import Pairs, centred, cut, frame_of
 from hirelc_deploy.inputs.data.pictures import Picture
 from hirelc_deploy.inputs.data.preprocess import Preprocess
-from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised, random_window
+from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised, normalised_each, random_window
 
 Labels = NDArray[np.int64]
 """(n,) class numbers from 0."""
@@ -33,6 +33,14 @@ class Images(Protocol):
     @property
     def labelled(self) -> bool:
         """Whether anything is known to be true of the images."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether images are decoded when asked for, so that it can pay to have other processes do it."""
+
+    @property
+    def canvases(self) -> Canvases | None:
+        """The decoded pictures from which views are cut, where they may be kept."""
 
     def __len__(self) -> int: ...
 
@@ -68,6 +76,9 @@ class Images(Protocol):
 
 class ArrayImages:
     """Images of one size that live in memory: uint8 pixels, or floats that are model inputs already."""
+
+    decodes = False
+    canvases = None
 
     def __init__(
         self,
@@ -163,6 +174,8 @@ def _boxed(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 class FolderImages:
     """Pictures whose targets are the same wherever their objects lie, decoded when asked for."""
 
+    decodes = True
+
     def __init__(
         self,
         files: Sequence[Picture],
@@ -176,7 +189,7 @@ class FolderImages:
         """Take pictures and (n,) labels, or other targets."""
         self._files, self._labels, self._targets = list(files), labels, targets
         self._preprocess, self._seed, self._flips = preprocess, seed, flips
-        self._canvases = Canvases(self._files, preprocess)
+        self.canvases = Canvases(self._files, preprocess)
 
     @property
     def labels(self) -> Labels | None:
@@ -196,19 +209,18 @@ class FolderImages:
         _, height, width = self._preprocess.input_size
         crops = []
         for row in as_rows(indices).tolist():
-            canvas = self._canvas(row)
+            canvas = self._canvas(row, reduced=False)
             top, left = (canvas.shape[1] - height) // 2, (canvas.shape[2] - width) // 2
             crops.append(canvas[:, top : top + height, left : left + width])
-        return normalised(torch.stack(crops), self._preprocess)
+        return normalised_each(crops, self._preprocess)
 
     def views(self, indices: Indices, view: int) -> Tensor:
         """Return randomly cropped and flipped images; see `Images.views`."""
-        rows = as_rows(indices)
-        crops = [
-            random_window(self._canvas(int(row))[None], self._preprocess, self._seed, view, row[None], self._flips)[0]
-            for row in rows
-        ]
-        return normalised(torch.stack(crops), self._preprocess)
+        crops = []
+        for row in as_rows(indices):
+            canvas = self._canvas(int(row), reduced=True)[None]
+            crops.append(random_window(canvas, self._preprocess, self._seed, view, row[None], self._flips)[0])
+        return normalised_each(crops, self._preprocess)
 
     def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
         """Return the targets, which are the same in every view."""
@@ -229,8 +241,8 @@ class FolderImages:
         """Return the same files, whose views are mirrored at random or not."""
         return FolderImages(self._files, self._labels, self._preprocess, self._seed, targets=self._targets, flips=flips)
 
-    def _canvas(self, row: int) -> Tensor:
-        canvas = self._canvases[row]
+    def _canvas(self, row: int, *, reduced: bool) -> Tensor:
+        canvas = self.canvases.read(row, reduced=reduced)
         if self._preprocess.geometry != "letterbox":
             return canvas
-        return cut(canvas, frame_of(self._preprocess, self._canvases.size(row)), self._preprocess.pad_value)
+        return cut(canvas, frame_of(self._preprocess, self.canvases.size(row)), self._preprocess.pad_value)

@@ -24,8 +24,11 @@ from hirelc_deploy.inputs.data.yolo import read_yolo
 
 SUPPORTED = (
     "npz:FILE, imagefolder:DIR, coco:FILE.json, yolo:DIR, voc:DIR, masks:DIR, csv:FILE, hfdata:DIR, FILE.py:FACTORY, "
-    "torch/cifar10 with --data-dir, synthetic:N, demo"
+    "torch/cifar10 with --data-dir, synthetic:N, pixels:N, demo"
 )
+NO_DATA = "pixels:64"
+"""What stands in where nobody gives data: ranges of 64 pictures are no longer doubtful, and they take little time."""
+
 Reader = Callable[[Path, SplitSizes, int, Mapping[str, str], Path | None], Data]
 READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     "npz": (lambda path, sizes, seed, _, __: read_npz(path, sizes, seed), ()),
@@ -72,8 +75,9 @@ def load_data(
     Args:
         spec: `npz:FILE`, `imagefolder:DIR`, `coco:FILE.json` or `coco:DIR`, `yolo:DIR` or `yolo:data.yaml`, `voc:DIR`,
             `masks:DIR`, `csv:FILE`, `hfdata:DIR`, `FILE.py:FACTORY` (returns data sets of Python), `torch/cifar10`,
-            `synthetic:N` (N random inputs in each split), or `demo`. From `coco` to `hfdata`, options may follow, each
-            after a comma, as in `masks:camvid,void=11`; the reader of a format says which there are.
+            `synthetic:N` (N random inputs in each split), `pixels:N` (N random pictures), or `demo`. From `coco` to
+            `hfdata`, options may follow, each after a comma, as in `masks:camvid,void=11`; the reader of a format says
+            which there are.
         data_dir: Where `torch/cifar10` lies: the folder with cifar-10-batches-py (or -bin) in it, or that folder; and
             where the pictures of a COCO file are.
         seed: Of the random crops and flips, and of synthetic inputs.
@@ -88,8 +92,8 @@ def load_data(
         return read_demo(seed)
     if spec == "torch/cifar10":
         return read_cifar10(data_dir, sizes, seed)
-    if kind == "synthetic":
-        return synthetic(rest, seed)
+    if kind in ("synthetic", "pixels"):
+        return synthetic(rest, seed, pixels=kind == "pixels")
     if spec.rpartition(":")[0].endswith(".py"):
         return read_factory(spec, sizes, seed)
     raise InputError(f"--data {spec!r} is not supported; use one of: {SUPPORTED}.")

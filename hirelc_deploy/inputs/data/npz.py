@@ -1,23 +1,33 @@
-"""In: an .npz archive. Out: its images and labels in four splits."""
+"""In: an .npz archive. Out: its images, and labels where it has them, in four splits."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.archives import memory_bytes, read_arrays
-from hirelc_deploy.inputs.data.images import Labels
-from hirelc_deploy.inputs.data.splits import NATIVE_SPLITS, Data, SplitSizes, array_data
+from hirelc_deploy.inputs.data.images import ArrayImages, Labels
+from hirelc_deploy.inputs.data.splits import NATIVE_SPLITS, Data, SplitSizes, array_data, data_of, identity, share_out
 
 # npz
 
 
 def read_npz(file: Path, sizes: SplitSizes, seed: int) -> Data:
-    """Read an archive with x_train, y_train, x_test, y_test; raises InputError for anything else."""
+    """Read an archive with x_train, y_train, x_test, y_test, or with images alone (x, or x_train and x_test).
+
+    Raises:
+        InputError: It is anything else.
+    """
     arrays = read_arrays(file, memory_bytes())
+    if "x" in arrays and len(arrays) == 1:
+        arrays = {"x_train": arrays["x"]}
+    if arrays and all(name in ("x_train", "x_test") for name in arrays):
+        return _unlabelled(file, arrays, sizes, seed)
     names = arrays.pop("classes", None)
     allowed = {f"{part}_{split}" for part in "xy" for split in NATIVE_SPLITS}
     if unknown := sorted(set(arrays) - allowed):
@@ -34,10 +44,38 @@ def read_npz(file: Path, sizes: SplitSizes, seed: int) -> Data:
     return array_data(file.name, splits, class_names, sizes, seed)
 
 
+def _unlabelled(file: Path, arrays: Mapping[str, NDArray[np.generic]], sizes: SplitSizes, seed: int) -> Data:
+    """Return the splits of images of which nothing is known to be true."""
+    lists = {name[2:]: _checked_pixels(pixels, f"{file}: {name}") for name, pixels in arrays.items()}
+    if "train" not in lists:
+        raise InputError(f"{file}: array x_train is missing; call images without labels x, or x_train and x_test.")
+    shapes = {pixels.shape[1:] for pixels in lists.values()}
+    if len(shapes) > 1:
+        raise InputError(f"{file}: its images have shapes {' and '.join(map(str, shapes))}; give all the same.")
+    preprocess = identity(shapes.pop())
+    shared = share_out({name: len(pixels) for name, pixels in lists.items()}, {}, sizes, str(file))
+    splits = {
+        split: ArrayImages(torch.from_numpy(lists[source]), None, rows, preprocess, seed)
+        for split, (source, rows) in shared.items()
+    }
+    return data_of(file.name, (), splits, preprocess, "none", floats=lists["train"].dtype.kind == "f")
+
+
 def _checked_arrays(
     pixels: NDArray[np.generic], labels: NDArray[np.generic], where: str
 ) -> tuple[NDArray[np.generic], Labels]:
     """Return (n, channels, height, width) uint8 or float32 pixels and (n,) int64 labels."""
+    pixels = _checked_pixels(pixels, where)
+    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise InputError(f"{where}: its labels are {labels.dtype} of shape {labels.shape}; give whole numbers (n,).")
+    if len(labels) != len(pixels):
+        raise InputError(f"{where} has {len(pixels)} images, but there are {len(labels)} labels.")
+    return pixels, labels.astype(np.int64)
+
+
+def _checked_pixels(pixels: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+    """Return (n, channels, height, width) uint8 or float32 pixels."""
     if pixels.ndim != 4:
         raise InputError(f"{where} has shape {pixels.shape}; images are (n, height, width, channels).")
     if pixels.dtype.kind == "f":
@@ -51,9 +89,4 @@ def _checked_arrays(
         pixels = pixels.transpose(0, 3, 1, 2)
     elif pixels.shape[1] not in (1, 3):
         raise InputError(f"{where} has shape {pixels.shape}; images have 1 or 3 channels, on the last axis.")
-    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise InputError(f"{where}: its labels are {labels.dtype} of shape {labels.shape}; give whole numbers (n,).")
-    if len(labels) != len(pixels):
-        raise InputError(f"{where} has {len(pixels)} images, but there are {len(labels)} labels.")
-    return np.ascontiguousarray(pixels), labels.astype(np.int64)
+    return np.ascontiguousarray(pixels)

@@ -25,6 +25,9 @@ DEEP_FORMATS = {"PNG", "PPM"}
 """Formats whose whole numbers (mode I) are of 16 bits."""
 
 JPEG_END = b"\xff\xd9"
+FINER = 2
+"""A picture decoded at a reduced size is still so many times as large as it is wanted, as are Pillow's thumbnails."""
+
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # SyntaxError: a broken PNG chunk
 
 
@@ -63,6 +66,29 @@ def read_image(picture: Picture, channels: int = 3) -> Image.Image:
         with _opened(picture) as image:
             part = image.crop(picture.box) if isinstance(picture, Region) else image
             return eight_bits(part, channels, str(picture), image.format)
+    except UNREADABLE as error:
+        raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
+
+
+def read_reduced(
+    picture: Picture, wanted: Callable[[int, int], tuple[int, int]], channels: int = 3
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode a picture as `read_image` does, but a JPEG file at a half, a quarter or an eighth where that is enough.
+
+    Args:
+        wanted: From the picture's height and width to those that it will be resized to.
+
+    Returns:
+        The picture, at least `FINER` times as large as wanted where it was reduced, and its own (height, width).
+    """
+    try:
+        with _opened(picture) as image:
+            size = _size(picture, image)
+            if isinstance(picture, Region):  # its box is in the pixels of the whole picture
+                return eight_bits(image.crop(picture.box), channels, str(picture), image.format), size
+            height, width = wanted(*size)
+            image.draft(None, (FINER * width, FINER * height))  # None: the colours stay
+            return eight_bits(image, channels, str(picture), image.format), size
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
 

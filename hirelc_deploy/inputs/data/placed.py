@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from hirelc_deploy.inputs.data.canvas import Canvases
 from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, scales, view_frame
 from hirelc_deploy.inputs.data.pictures import Picture
 from hirelc_deploy.inputs.data.preprocess import Preprocess
-from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised
+from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised_each
 
 
 class Stored(Protocol):
@@ -40,6 +39,7 @@ class PlacedImages:
 
     labels = None
     labelled = True
+    decodes = True
 
     def __init__(
         self,
@@ -53,6 +53,11 @@ class PlacedImages:
         self._samples, self._kind = list(samples), kind
         self._preprocess, self._seed, self._flips, self._pairs = preprocess, seed, flips, tuple(pairs)
         self._canvases = Canvases([sample.picture for sample in self._samples], preprocess)
+
+    @property
+    def canvases(self) -> Canvases | None:
+        """The decoded pictures; None where every view has a size of its own."""
+        return None if scales(self._kind) else self._canvases
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -91,13 +96,13 @@ class PlacedImages:
         windows = []
         for row in as_rows(indices).tolist():
             if view is None or not scales(self._kind):
-                canvas = self._canvases[row]  # decoded first: then its size is known
+                canvas = self._canvases.read(row, reduced=view is not None)  # decoded first: then its size is known
                 frame = self._frame(row, view)
             else:
                 frame = self._frame(row, view)
                 canvas = self._canvases.scaled(row, frame.canvas)
             windows.append(cut(canvas, frame, self._preprocess.pad_value))
-        return normalised(torch.stack(windows), self._preprocess)
+        return normalised_each(windows, self._preprocess)
 
     def _frame(self, row: int, view: int | None) -> Frame:
         size = self._canvases.size(row)

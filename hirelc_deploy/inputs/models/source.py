@@ -60,7 +60,8 @@ class ModelSource:
             `ultralytics:NAME.yaml`; `FILE.onnx`.
         weights: A .safetensors file, or a .pth, .pt or .bin file with a state dict.
         arguments: Keyword arguments of the factory, of `timm.create_model` or torchvision's function, or entries of the
-            config of transformers; of an ONNX file `input_size`, where it leaves that open.
+            config of transformers; of an ONNX file `input_size`, where it leaves that open, and the values of inputs
+            beside the images.
         pretrained: Let timm fetch its own weights over the network; timm names only.
         weights_key: Which of several state dicts in the file is meant; see `load_weights`.
     """
@@ -197,9 +198,8 @@ class ModelSource:
     def _from_onnx(self) -> nn.Module:
         if self.weights is not None:
             raise InputError(f"--weights {self.weights}: {self.spec} has its weights in it; leave --weights out.")
-        if unknown := sorted(set(self.arguments) - {"input_size"}):
-            raise InputError(f"--model {self.spec}: an ONNX file takes no argument {unknown[0]!r}, only input_size.")
-        return onnx_files.build(Path(self.spec), self.arguments.get("input_size"))
+        told = {name: value for name, value in self.arguments.items() if name != "input_size"}
+        return onnx_files.build(Path(self.spec), self.arguments.get("input_size"), told)
 
     def _from_timm(self) -> nn.Module:
         import timm

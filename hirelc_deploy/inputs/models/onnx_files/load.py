@@ -1,28 +1,34 @@
-"""In: an ONNX file and, where it leaves it open, the size of its images. Out: a network, proven equal to the file."""
+"""In: an ONNX file and, where it leaves it open, the size of its images. Out: a network, proven equal to the file.
+
+A network of layers, which can be cut and trained; else the file as it is, which can be placed.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import nn
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.models.onnx_files import runtime
 from hirelc_deploy.inputs.models.onnx_files.network import OnnxNetwork
-from hirelc_deploy.inputs.models.onnx_files.node import LARGEST_VALUE
-from hirelc_deploy.inputs.models.onnx_files.proto import OnnxFile, read_file
+from hirelc_deploy.inputs.models.onnx_files.node import LARGEST_VALUE, UnreadError
+from hirelc_deploy.inputs.models.onnx_files.proto import OnnxFile, read_file, with_told
 from hirelc_deploy.inputs.models.onnx_files.reader import read_graph
+from hirelc_deploy.inputs.models.onnx_files.runtime import difference
+from hirelc_deploy.inputs.models.onnx_files.whole import whole_network
 from hirelc_deploy.inputs.models.ordinary import note
 from hirelc_deploy.inputs.models.plain import marked
-from hirelc_deploy.user_code import first_line
 
 PARITY_TOLERANCE = 1e-4
 """Largest difference between the network and the file, as a share of the output's largest value; floats reach 1e-5."""
@@ -46,35 +52,58 @@ PREPROCESSING = (
 )
 
 
-def build(path: Path, input_size: Sequence[int] | None = None) -> nn.Module:
+def build(
+    path: Path, input_size: Sequence[int] | None = None, told: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
     """Return the network of a file, which answers (n, channels, height, width) images by the names of its outputs.
+
+    It is an `OnnxNetwork`, or a `FileNetwork` where the file cannot become one and ONNX Runtime runs it.
 
     Args:
         input_size: (channels, height, width); needed where the file leaves the height or width open.
+        told: Values of the other inputs, by name, which become constants.
 
     Raises:
-        InputError: It is no file of pictures, holds what cannot be read, or computes something else in ONNX Runtime.
+        InputError: It is no file of pictures, or ONNX Runtime does not run it.
     """
     try:
         state = path.stat()
-        key = (str(path), None if input_size is None else tuple(input_size), state.st_mtime_ns, state.st_size)
+        size = None if input_size is None else tuple(input_size)
+        key = (
+            str(path),
+            size,
+            json.dumps(dict(told), default=lambda array: array.tolist()),
+            state.st_mtime_ns,
+            state.st_size,
+        )
     except OSError:
         raise InputError(f"{path}: no such ONNX file.") from None
     return copy.deepcopy(_built(*key))
 
 
 @functools.lru_cache(maxsize=1)
-def _built(name: str, input_size: tuple[int, ...] | None, _changed: int, _size: int) -> nn.Module:
-    file = read_file(Path(name))
+def _built(name: str, input_size: tuple[int, ...] | None, told: str, _changed: int, _size: int) -> nn.Module:
+    file = with_told(read_file(Path(name)), json.loads(told))
     given, batch, size, last = _input_of(file, input_size)
-    shape = (*size[1:], size[0]) if last else size
-    network = read_graph(file, given, shape, batch)
-    network.channels_last = last
-    _check_parity(file, network.eval(), size, batch)
+    try:
+        network: nn.Module = _of_layers(file, given, batch, size, last)
+    except UnreadError as reason:
+        network = whole_network(file, given, batch, size, last, str(reason))
+        note(network, f"{Path(name).name}: nothing of it is cut, its precision is placed: {reason}")
     note(network, f"{Path(name).name}: {PREPROCESSING}")
     if last:
         note(network, f"{Path(name).name}: takes channels last; what is made of it takes them first")
     return marked(network, {}, (), {"input_size": size})
+
+
+def _of_layers(file: OnnxFile, given: str, batch: int | None, size: tuple[int, int, int], last: bool) -> OnnxNetwork:
+    """Return the network of a file; raises UnreadError where it cannot become one."""
+    if file.foreign:
+        raise UnreadError(f"operator {file.foreign} is not of the ONNX standard")
+    network = read_graph(file, given, (*size[1:], size[0]) if last else size, batch)
+    network.channels_last = last
+    _check_parity(file, network.eval(), size, batch)
+    return network
 
 
 def _input_of(file: OnnxFile, wanted: Sequence[int] | None) -> tuple[str, int | None, tuple[int, int, int], bool]:
@@ -82,7 +111,10 @@ def _input_of(file: OnnxFile, wanted: Sequence[int] | None) -> tuple[str, int | 
     inputs = [value for value in file.graph.input if value.name not in file.tensors]
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs[:4]) or "none"
-        raise InputError(f"{file.path}: it must have one input, the images; it has {len(inputs)} ({names}).")
+        raise InputError(
+            f"{file.path}: it must have one input, the images; it has {len(inputs)} ({names}); give values of the "
+            "others with --model-arg NAME=VALUE."
+        )
     kind = inputs[0].type.tensor_type
     sizes = [dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim]
     if not inputs[0].type.HasField("tensor_type") or kind.elem_type not in FLOATS or len(sizes) != 4:
@@ -115,9 +147,9 @@ def _input_of(file: OnnxFile, wanted: Sequence[int] | None) -> tuple[str, int | 
 
 
 def _check_parity(file: OnnxFile, network: OnnxNetwork, size: tuple[int, int, int], batch: int | None) -> None:
-    """Raise InputError unless the network answers two random images as the file does in ONNX Runtime."""
+    """Raise UnreadError unless the network answers two random images as the file does in ONNX Runtime."""
     images = torch.randn((2, *size), generator=torch.Generator().manual_seed(1))
-    wanted = _run(file, network, images.numpy(), batch)
+    wanted = runtime.run(file.source, file.path, network.output_names, images.numpy(), batch, network.channels_last)
     with torch.no_grad():
         found = {name: values.numpy() for name, values in network(images).items()}
     sigmoids = {name for node in file.graph.node if node.op_type == "Sigmoid" for name in node.output}
@@ -125,22 +157,12 @@ def _check_parity(file: OnnxFile, network: OnnxNetwork, size: tuple[int, int, in
     for name, values in wanted.items():
         if not np.isfinite(values).all():
             raise InputError(f"{file.path}: output {name} holds NaN or infinity on random images; check its weights.")
-        difference = _difference(found[name], values, SIGMOID_SCALE if name in sigmoids else 1e-12)
-        if not difference <= max(tolerance, _rounding(network, images, name, found[name], values, difference)):
-            raise InputError(
-                f"{file.path}: output {name} of what was read differs from the file's in ONNX Runtime by "
-                f"{difference:.1e} of its largest value, more than {tolerance:g}; it is not used. Give the network's "
-                "torch code (file.py:make)."
+        apart = difference(found[name], values, SIGMOID_SCALE if name in sigmoids else 1e-12)
+        if not apart <= max(tolerance, _rounding(network, images, name, found[name], values, apart)):
+            raise UnreadError(
+                f"output {name} of what was read differs from the file's in ONNX Runtime by {apart:.1e} of its "
+                f"largest value, more than {tolerance:g}"
             )
-
-
-def _difference(
-    first: NDArray[np.floating[Any]], second: NDArray[np.floating[Any]], least_scale: float = 1e-12
-) -> float:
-    """Return the largest difference as a share of the second's largest value; infinite where shapes differ."""
-    if first.shape != second.shape:
-        return float("inf")
-    return float(np.abs(first - second).max() / max(float(np.abs(second).max()), least_scale))
 
 
 def _rounding(
@@ -149,46 +171,14 @@ def _rounding(
     output: str,
     ours: NDArray[np.float32],
     theirs: NDArray[np.float32],
-    difference: float,
+    apart: float,
 ) -> float:
     """Return the difference that rounding explains: where in double precision the file is as near as our own floats.
 
     Outputs near 0 all over, as probabilities of nothing being there are, differ by more of their largest value.
     """
-    if not PARITY_TOLERANCE < difference <= LARGEST_ROUNDING:
+    if not PARITY_TOLERANCE < apart <= LARGEST_ROUNDING:
         return 0.0
     with torch.no_grad():
         exact = copy.deepcopy(network).double()(images.double())[output].numpy()
-    return difference if _difference(theirs, exact) <= 4 * _difference(ours, exact) else 0.0
-
-
-def _run(
-    file: OnnxFile, network: OnnxNetwork, images: NDArray[np.float32], batch: int | None
-) -> dict[str, NDArray[np.float32]]:
-    """Return what ONNX Runtime answers; a file for one batch alone is given as many images as it takes."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if network.channels_last:
-        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-    rows = batch or len(images)
-    whole = np.concatenate([images] * rows)[: max(rows, -(-len(images) // rows) * rows)]
-    try:
-        source: Any = str(file.path) if file.has_external else file.path.read_bytes()
-        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        kind = {"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(
-            session.get_inputs()[0].type, np.float32
-        )
-        names = list(network.output_names)
-        parts = [
-            session.run(names, {network.input_name: whole[start : start + rows].astype(kind)})
-            for start in range(0, len(whole), rows)
-        ]
-    except Exception as error:  # the runtime's exception classes share no base below Exception
-        raise InputError(f"{file.path}: ONNX Runtime does not run it ({first_line(error)}).") from None
-    columns = zip(*parts, strict=True)
-    return {
-        name: np.concatenate(column)[: len(images)].astype(np.float32)
-        for name, column in zip(names, columns, strict=True)
-    }
+    return apart if difference(theirs, exact) <= 4 * difference(ours, exact) else 0.0

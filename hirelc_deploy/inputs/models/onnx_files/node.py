@@ -21,6 +21,14 @@ class NotReadError(Exception):
     """Why an operator cannot become a module; the text ends a sentence."""
 
 
+class TooLargeError(NotReadError):
+    """It makes a tensor that no network of pictures has: nothing may run it."""
+
+
+class UnreadError(Exception):
+    """Why a whole and sound file cannot become a network of layers; the text follows its path."""
+
+
 @dataclass
 class Value:
     """What one name of the graph stands for.
@@ -189,9 +197,9 @@ def call(node: Node, function: Callable[..., Any], **settings: Any) -> Call:
 
 
 def check_size(shape: Sequence[int]) -> None:
-    """Raise NotReadError for a tensor that no network of pictures has."""
+    """Raise TooLargeError for a tensor that no network of pictures has."""
     if math.prod(shape) > LARGEST_VALUE:
-        raise NotReadError(f"it makes a tensor of shape {list(shape)}, larger than any in a network of pictures")
+        raise TooLargeError(f"it makes a tensor of shape {list(shape)}, larger than any in a network of pictures")
 
 
 def floats(value: Value) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.user_code import first_line
@@ -49,28 +50,45 @@ class OnnxFile:
     """What an ONNX file holds.
 
     Attributes:
-        graph: Of standard operators of one opset, sorted; local functions are written out.
+        model: Sorted; local functions are written out.
         tensors: Initializers by name, floats as float32.
         has_external: Whether tensors came from files beside it.
         half: Whether any of its tensors is a 16-bit float.
+        foreign: The first operator that neither the standard nor the file defines, `` for none.
+        told: Inputs that were told beforehand and are tensors now.
     """
 
     path: Path
-    graph: GraphProto
+    model: ModelProto
     opset: int
     tensors: Mapping[str, Array]
     has_external: bool
     half: bool
+    foreign: str = ""
+    told: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> Path | bytes:
+        """What ONNX Runtime is given: the path only where tensors lie beside it."""
+        if self.told:
+            whole: bytes = self_contained(self).SerializeToString()
+            return whole
+        return self.path if self.has_external else self.path.read_bytes()
+
+    @property
+    def graph(self) -> GraphProto:
+        """The graph of the model."""
+        return self.model.graph
 
 
 def read_file(path: Path) -> OnnxFile:
     """Read a file as data of a stranger's: sizes are compared with what is there before anything is allocated.
 
     Raises:
-        InputError: It is no ONNX file, broken, quantized already, or of other operators than the standard's.
+        InputError: It is no ONNX file, broken, or quantized already.
     """
     model = _parsed(path)
-    _refuse_foreign(path, model)
+    foreign = _foreign(path, model)
     model = _without_functions(path, model)
     if not model.graph.node or not model.graph.output:
         raise InputError(f"{path}: its graph has no {'nodes' if model.graph.output else 'outputs'}; export it again.")
@@ -79,7 +97,7 @@ def read_file(path: Path) -> OnnxFile:
         raise InputError(
             f"{path}: opset {opset}; {OLDEST_OPSET} to {onnx.defs.onnx_opset_version()} are read; export it with one."
         )
-    for tensor in _tensors(model.graph):
+    for tensor in tensors_of(model.graph):
         _check_tensor(path, tensor)
     if len(found := {tensor.name for tensor in model.graph.initializer}) < len(model.graph.initializer):
         raise InputError(f"{path}: {len(model.graph.initializer) - len(found)} names of tensors are there twice.")
@@ -88,7 +106,56 @@ def read_file(path: Path) -> OnnxFile:
     external = any(_is_external(tensor) for tensor in model.graph.initializer)
     halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
     half = any(tensor.data_type in halves for tensor in model.graph.initializer)
-    return OnnxFile(path, model.graph, opset, tensors, external, half)
+    return OnnxFile(path, model, opset, tensors, external, half, foreign)
+
+
+def with_told(file: OnnxFile, told: Mapping[str, Any]) -> OnnxFile:
+    """Return a file some of whose inputs are constants.
+
+    Args:
+        told: Name of an input to its value: a number, or lists of numbers.
+
+    Raises:
+        InputError: There is no such input, or it takes no such value.
+    """
+    if not told:
+        return file
+    model, tensors = ModelProto(), dict(file.tensors)
+    model.CopyFrom(file.model)
+    for name, value in told.items():
+        given = {one.name: one for one in model.graph.input if one.name not in tensors}
+        if name not in given:
+            raise InputError(f"{file.path}: it takes no argument {name!r}, only input_size and {', '.join(given)}.")
+        kind = given[name].type.tensor_type
+        try:
+            array = np.array(value, helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{file.path}: input {name} cannot be {value!r:.60} ({first_line(error)}).") from None
+        sizes = [dim.dim_value for dim in kind.shape.dim]
+        if array.ndim != len(sizes) or any(
+            want not in (0, size) for want, size in zip(sizes, array.shape, strict=True)
+        ):
+            raise InputError(f"{file.path}: input {name} has the shape {sizes}, the value given {list(array.shape)}.")
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+        model.graph.input.remove(given[name])
+        tensors[name] = _as_float32(array)
+    return replace(file, model=model, tensors=tensors, told=tuple(told))
+
+
+def _as_float32(array: Array) -> Array:
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def self_contained(file: OnnxFile) -> ModelProto:
+    """Return the model of a file with the tensors that lie beside it in it."""
+    if sum(math.prod(tensor.dims) * 4 for tensor in tensors_of(file.graph)) > LARGEST_FILE:
+        raise InputError(f"{file.path}: its tensors take more than {LARGEST_FILE} bytes; such files are not placed.")
+    model = ModelProto()
+    model.CopyFrom(file.model)
+    for tensor in tensors_of(model.graph):
+        if _is_external(tensor):
+            tensor.CopyFrom(_within(file.path, tensor))
+    return model
 
 
 def array_of(path: Path, tensor: TensorProto) -> Array:
@@ -121,8 +188,22 @@ def nodes_of(graph: GraphProto, depth: int = 0) -> Iterator[NodeProto]:
                 yield from nodes_of(inner, depth + 1)
 
 
-def _refuse_foreign(path: Path, model: ModelProto) -> None:
-    """Raise InputError for quantized networks, and for operators that neither the standard nor the file defines."""
+def names_within(proto: NodeProto) -> set[str]:
+    """Return the names that graphs within a node read."""
+    found: set[str] = set()
+    waiting = [item.g for item in proto.attribute if item.type == AttributeProto.GRAPH]
+    while waiting:
+        graph = waiting.pop()
+        for node in graph.node:
+            found.update(node.input)
+            waiting += [item.g for item in node.attribute if item.type == AttributeProto.GRAPH]
+        found.update(value.name for value in graph.output)
+    return found
+
+
+def _foreign(path: Path, model: ModelProto) -> str:
+    """Return an operator that neither the standard nor the file defines; raises InputError for quantized networks."""
+    foreign = ""
     local = {(function.domain, function.name) for function in model.functions}
     bodies = [node for function in model.functions for node in function.node]
     for node in (*nodes_of(model.graph), *bodies):
@@ -132,10 +213,8 @@ def _refuse_foreign(path: Path, model: ModelProto) -> None:
                 "rounding is done here."
             )
         if (node.domain, node.op_type) not in local and node.domain not in STANDARD:
-            raise InputError(
-                f"{path}: operator {node.domain}.{node.op_type} is not of the ONNX standard; export the network "
-                "without it, or without a runtime's optimisations."
-            )
+            foreign = foreign or f"{node.domain}.{node.op_type}"
+    return foreign
 
 
 def _without_functions(path: Path, model: ModelProto) -> ModelProto:
@@ -166,7 +245,8 @@ def _without_functions(path: Path, model: ModelProto) -> ModelProto:
         ) from None
 
 
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+def tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
+    """Yield the constants of a graph and of the graphs within it."""
     yield from graph.initializer
     for node in nodes_of(graph):
         for attribute in node.attribute:
@@ -230,15 +310,17 @@ def _place(path: Path, tensor: TensorProto) -> tuple[Path, int, int]:
     return file, offset, needed
 
 
+def _within(path: Path, tensor: TensorProto) -> TensorProto:
+    """Return an external tensor with its values in it."""
+    file, offset, length = _place(path, tensor)
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        values = stream.read(length)
+    return TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, raw_data=values)
+
+
 def _read(path: Path, tensor: TensorProto) -> Array:
-    if _is_external(tensor):
-        file, offset, length = _place(path, tensor)
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            copy = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=stream.read(length))
-        array = numpy_helper.to_array(copy)
-    else:
-        array = numpy_helper.to_array(tensor)
+    array = numpy_helper.to_array(_within(path, tensor) if _is_external(tensor) else tensor)
     is_float = tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
     return np.array(array, np.float32 if is_float else None)
 

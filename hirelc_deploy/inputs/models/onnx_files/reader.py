@@ -37,10 +37,12 @@ from hirelc_deploy.inputs.models.onnx_files.node import (
     Function,
     Node,
     NotReadError,
+    TooLargeError,
+    UnreadError,
     Value,
     check_size,
 )
-from hirelc_deploy.inputs.models.onnx_files.proto import DEEPEST, OnnxFile, array_of
+from hirelc_deploy.inputs.models.onnx_files.proto import DEEPEST, OnnxFile, array_of, names_within
 from hirelc_deploy.user_code import first_line
 
 BATCHES = (2, 3)
@@ -63,7 +65,8 @@ def read_graph(file: OnnxFile, input_name: str, shape: Sequence[int], fixed_batc
         fixed_batch: The number of images that the file is written for; None where any will do.
 
     Raises:
-        InputError: An operator cannot become a module; the sentence names it.
+        UnreadError: An operator cannot become a module; the text names it.
+        InputError: It makes more than any network of pictures, or its outputs are of no use.
     """
     batches = BATCHES if fixed_batch is None else (fixed_batch, *BATCHES)
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +119,7 @@ class _Reader:
         for node in nodes:
             for name in set(node.input_names):
                 readers.setdefault(name, []).append(node)
-        inner = {name for proto in graph.node for name in _names_within(proto)}
+        inner = {name for proto in graph.node for name in names_within(proto)}
         for name in (*outputs, *inner):
             readers.pop(name, None)
         last = {name: number for number, node in enumerate(nodes) for name in node.input_names}
@@ -171,18 +174,12 @@ class _Reader:
                 raise NotReadError("there is no module for it")
             else:
                 self.call(node, BUILDERS[node.operator](node))
+        except TooLargeError as error:
+            raise InputError(f"{self.file.path}: {refusal(node, str(error))}; export the network without it.") from None
         except NotReadError as error:
-            raise self.refusal(node, str(error)) from None
+            raise UnreadError(refusal(node, str(error))) from None
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError) as error:
-            raise self.refusal(node, first_line(error)) from None
-
-    def refusal(self, node: Node, reason: str) -> InputError:
-        """Return what a user is told of an operator that cannot be read."""
-        name = node.name or (node.outputs[0] if node.outputs else "without a name")
-        return InputError(
-            f"{self.file.path}: operator {node.operator} (node {name}) cannot be read: {reason}; export the network "
-            "without it, or give its torch code (file.py:make)."
-        )
+            raise UnreadError(refusal(node, first_line(error))) from None
 
     # Constants
 
@@ -366,19 +363,6 @@ class ForEachImage(nn.Module):
 WIDTHS = (np.dtype(np.float64), np.dtype(np.float16))
 
 
-def _names_within(proto: NodeProto) -> set[str]:
-    """Return the names that graphs within a node read."""
-    found: set[str] = set()
-    waiting = [item.g for item in proto.attribute if item.type == AttributeProto.GRAPH]
-    while waiting:
-        graph = waiting.pop()
-        for node in graph.node:
-            found.update(node.input)
-            waiting += [item.g for item in node.attribute if item.type == AttributeProto.GRAPH]
-        found.update(value.name for value in graph.output)
-    return found
-
-
 def _check_growth(node: Node, given: Sequence[Any]) -> None:
     """Raise InputError where a constant would be larger than any network's."""
     sizes = [np.asarray(array).shape for array in given]
@@ -421,3 +405,9 @@ def _computed(proto: NodeProto, feeds: Mapping[str, Any], opset: int) -> list[An
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     return list(onnx.reference.ReferenceEvaluator(model).run(None, dict(feeds)))
+
+
+def refusal(node: Node, reason: str) -> str:
+    """Return what a user is told of an operator that cannot be read."""
+    name = node.name or (node.outputs[0] if node.outputs else "without a name")
+    return f"operator {node.operator} (node {name}) cannot be read: {reason}"
