@@ -13,7 +13,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -42,7 +41,7 @@ from hirelc_deploy.inputs.data.splits import Data, SplitSizes
 from hirelc_deploy.inputs.fitting import plain
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
-from hirelc_deploy.jobs.inspect import inspected, inspection_text
+from hirelc_deploy.jobs.inspect import inspected
 from hirelc_deploy.jobs.recording import recorded
 from hirelc_deploy.jobs.search import run_search
 from hirelc_deploy.jobs.verdict import SECONDS, Commands, place_of, verdict_of
@@ -52,12 +51,10 @@ from hirelc_deploy.measure.batch import at_batch
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
 from hirelc_deploy.measure.targets import find_target, open_target
-from hirelc_deploy.outcome import Outcome, outcome_from_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
-from hirelc_deploy.results.layer_text import why_text
-from hirelc_deploy.results.summary import summary
-from hirelc_deploy.runs import CONFIG, PARETO, RESULT
+from hirelc_deploy.returned import Inspection, Result, Why
+from hirelc_deploy.runs import CONFIG, RESULT
 from hirelc_deploy.user_code import usual_torch
 
 __all__ = ["Inspection", "Result", "Why", "apply", "benchmark", "inspect", "load", "search", "verify", "why"]
@@ -128,116 +125,6 @@ class JobOptions(TypedDict, total=False):
     progress: Listener | Progress | None
     track: Sequence[str]
     command: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished job.
-
-    Attributes:
-        directory: The run: journal, bundle, report.
-        record: Everything that was found, as in its result.json.
-    """
-
-    directory: Path
-    record: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def bundle(self) -> Path:
-        """The folder to deploy."""
-        return self.directory / "bundle"
-
-    @property
-    def report(self) -> Path:
-        """One HTML file."""
-        return self.directory / "report.html"
-
-    @property
-    def front(self) -> list[tuple[CompressionPlan, Outcome]]:
-        """The recovered plans that no other one beats in time and divergence; empty after `apply`."""
-        path = self.directory / PARETO
-        if not path.is_file():
-            return []
-        fronts = json.loads(path.read_text("utf-8"))["fronts"]
-        return [
-            (CompressionPlan.from_dict(item["plan"]), outcome_from_dict(item["outcome"]))
-            for item in fronts.get("F3", [])
-        ]
-
-    @property
-    def summary(self) -> str:
-        """What a person wants to know first."""
-        return summary(self.record, self.directory)
-
-    def model(self, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
-        """Return the cut float model; see `load`."""
-        return load(self.bundle, factory)
-
-    def __str__(self) -> str:
-        """Return the summary."""
-        return self.summary
-
-    def _repr_html_(self) -> str:
-        """Return the report, framed, for notebooks."""
-        import html
-
-        page = html.escape(self.report.read_text("utf-8"), quote=True)
-        return f'<iframe srcdoc="{page}" style="width:100%;height:640px;border:0"></iframe>'
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a model consists of.
-
-    Attributes:
-        record: `units`, `kept_whole`, `blocks`, `params`, `macs`, `matched`, and `verdict` where it was asked for; as
-            `inspect --json` prints them.
-    """
-
-    record: Mapping[str, Any]
-
-    @property
-    def units(self) -> Sequence[Mapping[str, Any]]:
-        """What can be cut, with sizes and costs."""
-        units: Sequence[Mapping[str, Any]] = self.record["units"]
-        return units
-
-    @property
-    def foretold(self) -> Sequence[Mapping[str, Any]]:
-        """What INT8, bf16, cutting and other runtimes can bring, by pieces; empty without `verdict=True`."""
-        found: Sequence[Mapping[str, Any]] = self.record.get("verdict", {}).get("foretold", [])
-        return found
-
-    def __str__(self) -> str:
-        """Return what `inspect` prints."""
-        return inspection_text(self.record)
-
-
-@dataclass(frozen=True)
-class Why:
-    """Which layers of an integer file lost what, and what would help.
-
-    Attributes:
-        record: As `why --json` prints it.
-    """
-
-    record: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def layers(self) -> Sequence[Mapping[str, Any]]:
-        """Every layer, those whose rounding costs most first."""
-        layers: Sequence[Mapping[str, Any]] = self.record["layers"]
-        return layers
-
-    @property
-    def options(self) -> str:
-        """What is added to the command of the run, to make all suggested changes; empty where none surely helps."""
-        together = self.record["together"]
-        return str(together["how"]) if together else ""
-
-    def __str__(self) -> str:
-        """Return what `why` prints."""
-        return why_text(self.record)
 
 
 @usual_torch()
@@ -352,7 +239,9 @@ def inspect(
 
     Args:
         verdict: Foretell what INT8, bf16, cutting and other runtimes can bring on a target, from timed pieces.
-        target, threads, seconds: Of the verdict: `cpu`, those of the target, and 60 where nothing is said.
+        target: Of the verdict; `cpu` where nothing is said.
+        threads: Of the verdict; those of the target where nothing is said.
+        seconds: That the verdict may take; 60 where nothing is said.
         progress: As in `JobOptions`.
 
     Raises:
@@ -488,7 +377,10 @@ def why(
 
     Args:
         run: The folder of a search or apply, or the bundle in it.
-        model, data, metric, loss: Where the run was given objects, or its data lie elsewhere now: the same again.
+        model: The same again, where the run was given an object.
+        data: The same again, where the run was given objects, or where its data lie elsewhere now.
+        metric: The same again, where the run was given a function.
+        loss: As `metric`.
         data_dir: Beside data that are a text.
         fixes: Layers, those that lost most, for which changes are tried.
         progress: As in `JobOptions`.

@@ -27,6 +27,7 @@ ORDER = (
     ("deliver",),
     ("results",),
     ("jobs",),
+    ("returned",),
     ("api",),
     ("__init__", "cli", "__main__"),
 )
