@@ -62,12 +62,15 @@ class Mlflow:
 
     def _run_of(self, name: str, tags: Mapping[str, Any]) -> str:
         """Return the MLflow run of this name that was made for this run of ours, now or in a command before."""
-        make = lambda: self._client.create_run(self._experiment, run_name=name, tags=dict(tags)).info.run_id  # noqa: E731
+
+        def make() -> str:
+            return str(self._client.create_run(self._experiment, run_name=name, tags=dict(tags)).info.run_id)
+
         known = str(self._remember(f"mlflow run of {name}", make))
         try:
             return str(self._client.get_run(known).info.run_id)
         except MlflowException:  # resumed with another server
-            return str(make())
+            return make()
 
     def _log(self, run: str, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
