@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_time_left import SECONDS, SIZES
 from toy_problem import Toy
 
+from hirelc_deploy.config import SearchConfig
 from hirelc_deploy.deliver import agenda
 from hirelc_deploy.deliver.agenda import Agenda
 from hirelc_deploy.deliver.budget import Budget
-from hirelc_deploy.outcome import Fidelity, Outcome
+from hirelc_deploy.deliver.finalists import Finalist, Search
+from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
+from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
 from hirelc_deploy.strategies.baselines import make_strategy
 from hirelc_deploy.strategies.loop import run_search
@@ -129,3 +134,43 @@ def test_after_the_deadline_one_plan_is_judged_and_what_is_journaled_is_taken() 
             known=lambda plan, seen=seen, most=journaled: seen.count("F1") < most,
         )
         assert (result.count("F1"), result.count("F2"), result.stopped) == (count, 1, "deadline")
+
+
+class OneBudget(Search):
+    """A search at an asked latency whose finalists all lose too much, with sets of branches left to try."""
+
+    def __init__(self, clocked: Clocked) -> None:
+        self.pipeline: Any = SimpleNamespace(progress=Progress(quiet=True))
+        self.agenda, self.budget, self.config = clocked.agenda, clocked.budget, SearchConfig(finalists=3)
+        self._gone, self._other_depths = frozenset("a"), [frozenset("b"), frozenset("c"), frozenset("d")]
+        self._to_find, self._settles_depth = 1, True
+        self.clocked, self.gone, self.left_s = clocked, list[frozenset[str] | None](), list[float | None]()
+
+    def _finalist(self, budget_ms: float) -> Finalist:
+        self.gone.append(self._gone)
+        self.left_s.append(self.clocked.left.seconds())
+        for kind, count in ((F1, SIZES.f1_evaluations), (CUT, 2), (FILE, 2), (TRAINING_STEP, SIZES.steps)):
+            self.clocked.do(kind, count)
+        return Finalist(CompressionPlan(), Measured("plan", "F3", 0.0, None, 0, 0), 9.0, 1.0, keeps_limits=False)
+
+
+def test_further_finalists_of_one_budget_come_one_by_one_and_as_time_allows(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "unlimited", "seed = 0", {}) as run:
+        clocked = Clocked(run, None, finalists=1)
+        clocked.walk()
+        search = OneBudget(clocked)
+        assert len(search._finalists_at(1.0)) == 3
+        one = clocked.agenda.finalist_seconds()
+        delivery = clocked.agenda.delivery_seconds()
+    assert search.gone == [frozenset("a"), frozenset("b"), frozenset("c")]
+    assert one is not None
+    assert delivery is not None
+    assert search.left_s == pytest.approx(3 * [one + delivery])
+    for finalists in (1, 2):
+        with Run.open(tmp_path / str(finalists), "seed = 0", {}) as run:
+            clocked = Clocked(run, None, finalists=1)
+            spent = clocked.walk()
+            clocked.budget = Budget(
+                (finalists + 0.5) * one + delivery + spent, clocked.agenda, spent=spent, clock=lambda c=clocked: c.now
+            )
+            assert len(OneBudget(clocked)._finalists_at(1.0)) == finalists
