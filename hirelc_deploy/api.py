@@ -12,6 +12,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -41,10 +42,11 @@ from hirelc_deploy.inputs.fitting import plain
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.inspect import inspected
+from hirelc_deploy.jobs.recording import recorded
 from hirelc_deploy.jobs.search import run_search
 from hirelc_deploy.jobs.verdict import SECONDS, Commands, place_of, verdict_of
 from hirelc_deploy.jobs.why import explain, run_of
-from hirelc_deploy.jobs.workplace import RESULT, Given, Workplace, open_workplace
+from hirelc_deploy.jobs.workplace import Given, Workplace, open_workplace
 from hirelc_deploy.measure.batch import at_batch
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
@@ -52,7 +54,7 @@ from hirelc_deploy.measure.targets import find_target, open_target
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
 from hirelc_deploy.returned import Inspection, Result, Why
-from hirelc_deploy.runs import CONFIG
+from hirelc_deploy.runs import CONFIG, RESULT
 from hirelc_deploy.user_code import usual_torch
 
 __all__ = ["Inspection", "Result", "Why", "apply", "benchmark", "inspect", "load", "search", "verify", "why"]
@@ -90,6 +92,7 @@ class JobOptions(TypedDict, total=False):
         batch: Images of one inference; one where it is None.
         seed: Of every random choice.
         progress: Called with a line of text for everything that is begun or done; without it nothing is said.
+        track: `tensorboard`, `mlflow`: told the scalars of every training, every trial and the result.
         command: What the bundle says it was made by.
     """
 
@@ -120,6 +123,7 @@ class JobOptions(TypedDict, total=False):
     batch: int | None
     seed: int
     progress: Listener | Progress | None
+    track: Sequence[str]
     command: str
 
 
@@ -411,7 +415,9 @@ def run_config(config: JobConfig, out: Path, progress: Progress, command: str) -
 
 def _finished(workplace: Workplace) -> Result:
     plan, directory = workplace.config.plan, workplace.run.directory
-    with workplace.run:
+    done = (directory / RESULT).exists()  # then it is only read
+    keeping: AbstractContextManager[Any] = workplace.run if done else recorded(workplace)
+    with keeping:
         printed = run_apply(workplace, plan) if plan is not None else run_search(workplace)
     return Result(directory, {**json.loads((directory / RESULT).read_text("utf-8")), **printed})
 
@@ -419,7 +425,8 @@ def _finished(workplace: Workplace) -> Result:
 def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Result:
     progress = _told(job.get("progress"))
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
-    workplace = open_workplace(config, out, command, progress, given=given, **side_by_side)
+    track = _several("track", job.get("track")) or ()
+    workplace = open_workplace(config, out, command, progress, given=given, track=track, **side_by_side)
     return _finished(workplace)
 
 

@@ -145,7 +145,8 @@ class SearchConfig:
     """How to look for a plan.
 
     Attributes:
-        budget_seconds: Wall time of the whole search; None for as long as its evaluations take.
+        budget_seconds: Wall time from the opened run to its bundle, of all commands on it together; None for as long as
+            the evaluations take.
         f1_evaluations: Sliced and compensated models judged per latency budget.
         finalists: Plans that are recovered by training at most.
         options: Widths offered per unit at most.

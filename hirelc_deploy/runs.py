@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,19 @@ from hirelc_deploy.outcome import Fidelity, Outcome, outcome_from_dict, outcome_
 from hirelc_deploy.plan import CompressionPlan
 
 SCHEMA_VERSION = 1
-CONFIG, MACHINE, TRIALS, FACTS, PARETO, LOCK = (
+CONFIG, MACHINE, TRIALS, FACTS, PARETO, LOCK, RESULT = (
     "config.toml",
     "machine.json",
     "trials.jsonl",
     "facts.jsonl",
     "pareto.json",
     "run.lock",
+    "result.json",
 )
+FINALIST = "finalist "
+"""Facts whose names begin so say of a recovered plan how it stands to the limits."""
+TRIAL_LOSS = "loss of "
+"""Facts whose names begin so say what a plan lost after a trial recovery."""
 PARTIAL = ".partial"
 """Ending of files being written; what a killed process leaves of them is removed on the next opening."""
 
@@ -60,6 +66,9 @@ class Run:
 
     Every trial and every fact is one line of an append-only file, on the disk before the call returns. A line is
     written at once with its line feed, so a kill leaves at most one last line without one, which is dropped.
+
+    Attributes:
+        after_trial: Told of every trial that is journaled.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class Run:
         """Args: `is_new`, nothing of the run was there before; `made_folder`, nor its folder."""
         self.directory = directory
         self._lock, self._clock = lock, clock
+        self.after_trial: Callable[[TrialRecord], None] = lambda trial: None
         self._is_new, self._made_folder = is_new, made_folder
         self.config_text = _read_text(directory / CONFIG)
         self.machine = _read_machine(directory / MACHINE)
@@ -124,12 +134,12 @@ class Run:
                 write_atomic(directory / CONFIG, config_text)
             return cls(directory, lock, clock, is_new=not was_begun, made_folder=not was_there)
         except OSError as error:
-            os.close(lock)
+            _let_go(lock)
             raise InputError(
                 f"{directory}: cannot be used as a run directory ({error.strerror}); give another --out."
             ) from None
         except BaseException:
-            os.close(lock)
+            _let_go(lock)
             raise
 
     @classmethod
@@ -161,7 +171,7 @@ class Run:
     def close(self) -> None:
         """Let others write this run."""
         if self._lock is not None:
-            os.close(self._lock)
+            _let_go(self._lock)
             self._lock = None
 
     def knows(self, plan: CompressionPlan, fidelity: Fidelity, context: str = "") -> bool:
@@ -195,6 +205,7 @@ class Run:
             record = _trial_from(json.loads(json.dumps(line)), TRIALS)
             self.trials.append(record)
             self._outcomes[key] = record.outcome
+            self.after_trial(record)
         return self._outcomes[key]
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
@@ -211,6 +222,11 @@ class Run:
     def fact(self, key: str) -> Any | None:
         """Return the journaled value of `key`, or None."""
         return self._facts.get(key)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """All that is journaled beside trials, by its names."""
+        return self._facts
 
     def write_pareto(self, fronts: Mapping[str, Sequence[tuple[CompressionPlan, Outcome]]]) -> None:
         """Rewrite pareto.json: fidelity to the plans that no other plan of that fidelity beats."""
@@ -309,7 +325,43 @@ def _acquire(path: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise InputError(f"{path.parent}: another process is writing this run; wait for it, or end it.") from None
+    _held[descriptor] = _file_of(os.fstat(descriptor))
     return descriptor
+
+
+_held: dict[int, tuple[int, int]] = {}
+"""Descriptors of the locks that this process holds, and the files they are of."""
+
+
+def _file_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _let_go(lock: int) -> None:
+    _held.pop(lock, None)
+    os.close(lock)
+
+
+def writer_of(directory: Path) -> int | None:
+    """Return the number of the process that writes a run, 0 where it cannot be seen from here; None where none does.
+
+    The lock is only asked about. A process that closes any descriptor of a file loses its locks on it, so of its own
+    runs this one answers without a look.
+    """
+    path = directory / LOCK
+    try:
+        if _file_of(path.stat()) in _held.values():
+            return os.getpid()
+        with path.open("rb") as file:
+            question = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, _, _, _, process = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, question))
+    except OSError:
+        return None
+    return None if kind == fcntl.F_UNLCK else max(0, process)
+
+
+FLOCK = "hhqqi"
+"""Linux's `struct flock`: type, whence, start, length, process."""
 
 
 def _drop_torn_line(path: Path) -> None:

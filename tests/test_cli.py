@@ -99,7 +99,10 @@ def shell(*arguments: str, **environment: str) -> str:
 
 
 def test_the_commands_are_those_of_the_design() -> None:
-    wanted = "apply benchmark compare demo doctor export inspect profile report schema search skill targets verify why"
+    wanted = (
+        "apply benchmark compare demo doctor export inspect profile report schema search skill status targets verify "
+        "why"
+    )
     assert " ".join(COMMANDS) == wanted
 
 

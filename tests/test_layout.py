@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A room imports from itself and from those above it.
 ORDER = (
-    ("errors", "progress", "version", "user_code", "_torchvision_guard"),
-    ("plan", "outcome", "config", "schemas"),
+    ("errors", "progress", "time_left", "version", "user_code", "_torchvision_guard"),
+    ("plan", "outcome", "config", "schemas", "trackers"),
     ("together",),
     ("graph",),
     ("tasks",),
@@ -22,6 +22,7 @@ ORDER = (
     ("compress",),
     ("strategies",),
     ("runs",),
+    ("run_log",),
     ("evaluate",),
     ("deliver",),
     ("results",),

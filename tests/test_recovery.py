@@ -1,5 +1,6 @@
 import copy
 import io
+import itertools
 import math
 
 import numpy as np
@@ -384,7 +385,7 @@ def test_progress_prints_lines_with_the_time_left_where_there_is_no_terminal():
 
 
 def test_progress_adds_up_the_seconds_of_a_stage_that_fails():
-    moments = iter([0.0, 5.0, 5.0, 5.0])
+    moments = itertools.chain([0.0], itertools.repeat(5.0))
     progress = Progress(quiet=True, clock=lambda: next(moments))
     with pytest.raises(ValueError, match="no"), progress.stage("step"):
         raise ValueError("no")

@@ -1,4 +1,4 @@
-"""In: the folder of a run, or a bundle. Out: `compare`, `verify`, `why`, `report`, `export`: what follows from it."""
+"""In: a run's folder, or a bundle. Out: `compare`, `verify`, `why`, `report`, `status`, `export`: what follows."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def compare(
     """
     from hirelc_deploy.config import JobConfig
     from hirelc_deploy.jobs.compare import COMPARISON_PAGE, check_comparison, run_compare
+    from hirelc_deploy.jobs.recording import recorded
     from hirelc_deploy.jobs.workplace import open_workplace
 
     try:
@@ -54,7 +55,7 @@ def compare(
     check_comparison(config, names, factors)
     command = shlex.join(["hirelc-deploy", *sys.argv[1:]])
     workplace = open_workplace(config, run, command, Progress(quiet=quiet))
-    with workplace.run:
+    with recorded(workplace):
         summary = run_compare(workplace, names, range(seeds), factors, trials, files, out or run)
     lines = [f"{'strategy':<28} best loss  {names[0]} / it      p"]
     for name, found in sorted(summary["strategies"].items(), key=lambda item: item[1]["best_loss_mean"]):
@@ -160,6 +161,23 @@ def report(
     from hirelc_deploy.results.report import read_run, write_report
 
     print(write_report(read_run(run), out or run / "report.html"))
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The folder a search, apply or demo writes, or wrote.")],
+    lines: Annotated[int, typer.Option(min=0, help="Of its log, the last ones.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Say how a run stands, also while another process is at work on it; it is only looked at.
+
+    \b
+    Example: hirelc-deploy status runs/a
+    """
+    from hirelc_deploy.results.status import status_of, status_text
+
+    found = status_of(run, lines)
+    show(found, as_json, status_text(found))
 
 
 @app.command()

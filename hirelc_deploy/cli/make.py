@@ -50,6 +50,7 @@ from hirelc_deploy.cli.options import (
     TaskArg,
     TaskName,
     Threads,
+    Track,
     Weights,
     WeightsKey,
     arguments_of,
@@ -106,6 +107,7 @@ def job_options(given: Mapping[str, Any]) -> JobOptions:
         "float_layers": given["float_layers"] or (),
         "equalise": given["equalise"] or (),
         "ranges": methods("--ranges", given["ranges"]),
+        "track": given["track"] or (),
         "progress": Progress(quiet=given["quiet"]),
     }
 
@@ -145,7 +147,7 @@ def search(
         str, typer.Option(help="hirelc, two-stage, knapsack, greedy, tpe, nsga2, flat, random, uniform or untrained.")
     ] = "hirelc",
     budget: Annotated[
-        str | None, typer.Option(help="Wall time, for example 30m; the last training may end after it.")
+        str | None, typer.Option(help="Wall time, for example 30m; where it is short, recoveries are shortened.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
     finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
@@ -179,6 +181,7 @@ def search(
     batch: Batch = None,
     jobs: Jobs = None,
     ray: Ray = None,
+    track: Track = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -258,6 +261,7 @@ def apply(
     ranges: RangesOf = None,
     threads: Threads = None,
     batch: Batch = None,
+    track: Track = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -104,6 +104,12 @@ Ray = Annotated[
         "or local (this machine alone).",
     ),
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track", help="tensorboard or mlflow: is told the scalars of every training, trials, bundle and report."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while working.")]

@@ -32,6 +32,7 @@ from hirelc_deploy.inputs.data.loader import Wanted, loaded
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.contract import Targets, Task
+from hirelc_deploy.time_left import TRAINING_STEP
 
 LIKE = 3.0
 """Batch statistics may move the uncut model by so many times what the cut moves it by; beyond, norms stand still.
@@ -220,6 +221,7 @@ def on_device(targets: Targets, device: torch.device) -> Targets:
 
 
 AfterEpoch = Callable[[int, nn.Module, bytes], None]
+Watch = Callable[[int, Mapping[str, float]], None]
 
 
 def fine_tune(
@@ -234,6 +236,7 @@ def fine_tune(
     as_exported: bool = False,
     begun: bytes = b"",
     after_epoch: AfterEpoch = lambda epoch, student, standing: None,
+    watch: Watch = lambda step, scalars: None,
 ) -> nn.Module:
     """Train `student` in place to answer like the teacher and return it in eval mode, on the CPU.
 
@@ -249,13 +252,13 @@ def fine_tune(
             undisturbed one.
         after_epoch: Called after every whole epoch with its number from 1, the student in eval mode, and all that is
             needed to go on from there.
+        watch: Called every 20 steps with the number of the step, and its loss and learning rate by name.
     """
     images, device = teacher.images, teacher.device
     if len(images) < 2:
         raise InputError(f"recovery: the training split has {len(images)} images; fine-tuning needs at least 2.")
-    batch_size = min(MAP_BATCH if teacher.maps else recovery.batch_size, len(images))
-    per_epoch = len(images) // batch_size
-    steps = max(1, round(recovery.epochs * per_epoch))
+    batch_size, per_epoch = batches_of(teacher, recovery)
+    steps = steps_of(recovery, per_epoch)
     student = laid_out(student, device)
     still_norms = as_exported or norms_stand_still(student, teacher, batch_size)
     student = _in_training(student, still_norms)
@@ -268,7 +271,7 @@ def fine_tune(
     training = _Training(steps, student, averaged, optimizer, match.variances)
     first = training.resume(begun) if begun else 0
     order = _order(len(images), batch_size, steps, seed, views=None if afresh else teacher.views)
-    counted = progress.track(range(first, steps), name, steps - first)
+    counted = progress.track(range(first, steps), name, steps - first, kind=TRAINING_STEP)
     with contextlib.closing(teacher.batches(itertools.islice(order, first, None))) as arriving:
         for step, (wanted, pictures, targets) in zip(counted, arriving, strict=True):
             answers = teacher.answers(torch.from_numpy(wanted.rows), wanted.view, pictures, afresh=afresh)
@@ -288,12 +291,24 @@ def fine_tune(
                 _average(averaged, student, min(recovery.weights_ema, (step + 1) / (step + 10)))
             if step % 20 == 0:
                 progress.note(f"loss {loss.item():.3f}")
+                watch(step, {"loss": loss.item(), "learning rate": optimizer.param_groups[0]["lr"]})
             if (step + 1) % per_epoch == 0:
                 after_epoch((step + 1) // per_epoch, student.eval(), training.standing(step + 1))
                 _in_training(student, still_norms)
     match.close()
     result = averaged or student
     return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
+
+
+def batches_of(teacher: Teacher, recovery: Recovery) -> tuple[int, int]:
+    """Return the images of one batch, and the batches of one epoch."""
+    batch_size = min(MAP_BATCH if teacher.maps else recovery.batch_size, len(teacher.images))
+    return batch_size, len(teacher.images) // batch_size
+
+
+def steps_of(recovery: Recovery, per_epoch: int) -> int:
+    """Return the steps of a whole recovery."""
+    return max(1, round(recovery.epochs * per_epoch))
 
 
 def _order(count: int, batch_size: int, steps: int, seed: int, views: int | None) -> Iterator[Wanted]:

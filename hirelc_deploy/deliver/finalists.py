@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,16 +15,24 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hirelc_deploy.config import Limits, SearchConfig
+from hirelc_deploy.deliver.agenda import Agenda, Sizes
+from hirelc_deploy.deliver.budget import Budget
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.files import Files
-from hirelc_deploy.evaluate.network_time import fit_network_time, measure_table, smallest_ms
+from hirelc_deploy.evaluate.network_time import (
+    SAMPLES,
+    fit_network_time,
+    measure_table,
+    smallest_ms,
+    uniform_keep,
+)
 from hirelc_deploy.evaluate.pipeline import Pipeline
-from hirelc_deploy.evaluate.tables import build_problem, smallest_bytes, weight_bytes
+from hirelc_deploy.evaluate.tables import build_problem, singles_of, smallest_bytes, weight_bytes
 from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.runs import Run, atomic_path
+from hirelc_deploy.runs import FINALIST, Run, atomic_path
 from hirelc_deploy.strategies.baselines import make_strategy
 from hirelc_deploy.strategies.depth import Gone, branches_of, choose_depth, gone_from, with_depth
 from hirelc_deploy.strategies.hierarchy import Hierarchy
@@ -63,6 +70,9 @@ BYTES_AIM = 0.99
 AGENTS = "agents.safetensors"
 """In a run's folder: what the agents of its last search learned that means something elsewhere."""
 
+REHEARSED_KEEP = 0.7
+"""Share of every unit that is left in the network on which a recovery is rehearsed."""
+
 TRIAL_SHARE, TRIAL_STEPS = 0.05, 20
 """Of the epochs of a recovery, and steps at least, in a trial of which branches go."""
 
@@ -98,12 +108,14 @@ class Search:
 
     def __init__(self, pipeline: Pipeline, run: Run, table: LatencyTable, limits: Limits, config: SearchConfig) -> None:
         self.pipeline, self.run, self.limits, self.config = pipeline, run, limits, config
-        seconds = config.budget_seconds
-        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self.searches: list[SearchResult] = []
         self._gone: Gone | None = None
+        self._share: float | None = None
         self._other_depths: list[Gone] = []  # best first
         self.records: list[dict[str, Any]] = []
+        self.agenda, self.budget = planned(pipeline, limits, config)
+        asked_for = limits.max_latency_ms is not None or limits.speedup is not None
+        self._to_find, judged = (1, 0) if asked_for else (config.finalists, BISECTIONS)
         _ = self._elsewhere  # what cannot be read is said before anything is measured
         least = smallest_bytes(pipeline.graph)
         if limits.max_bytes is not None and least > limits.max_bytes:
@@ -111,7 +123,12 @@ class Search:
                 f"search: {limits.max_bytes:,} bytes cannot be met: with every unit at its narrowest {least:,} weights "
                 "of at least one byte are left. Allow more bytes."
             )
+        singles = singles_of(pipeline.graph, config.options)
+        self.agenda.search(self._to_find, files=SAMPLES, judged=judged, depth=config.depth, singles=singles)
+        pipeline.training.rehearse(CompressionPlan(uniform_keep(pipeline.graph, REHEARSED_KEEP)))
+        self.agenda.search(self._to_find, files=SAMPLES, judged=judged, depth=config.depth, singles=singles)
         network, self.fit = fit_network_time(pipeline, table)
+        self.agenda.search(self._to_find, judged=judged, depth=config.depth, singles=singles)
         self.fit["table_entries"] = measure_table(pipeline, network, config.options)
         wanted_ms = latency_budget_ms(limits, pipeline.files.reference_ms)
         floor_ms = smallest_ms(network)
@@ -125,7 +142,10 @@ class Search:
             check_memory(pipeline, limits.max_memory_bytes)
         if limits.max_energy_mj is not None:
             check_energy(pipeline)
-        self.problem = build_problem(pipeline, network, options=config.options)
+        go_on = None if config.budget_seconds is None else self.budget.measures_more
+        self.problem = build_problem(pipeline, network, options=config.options, go_on=go_on)
+        self._settles_depth = config.depth and bool(branches_of(self.problem))
+        self.agenda.search(self._to_find, judged=judged, depth=self._settles_depth)
         # Where no width of any unit buys time there is nothing to search, and no budget is within reach.
         self.floor_ms = smallest(self.problem)[1] if self.problem.decisions else math.inf
 
@@ -145,23 +165,25 @@ class Search:
         return found
 
     def finalists(self) -> list[Finalist]:
-        """Return recovered and timed plans, in the order they were tried.
-
-        Where none of them keeps the limits, SECOND_CHANCES slower ones follow.
-        """
+        """Return recovered and timed plans, in the order they were tried."""
         wanted_ms = latency_budget_ms(self.limits, self.pipeline.files.reference_ms)
-        if wanted_ms is not None:
-            return self._finalists_at(wanted_ms)
+        found = self._finalists_around_entry() if wanted_ms is None else self._finalists_at(wanted_ms)
+        no_more_finalists(self.pipeline, self.agenda, self.budget)
+        return found
+
+    def _finalists_around_entry(self) -> list[Finalist]:
+        """Return finalists of budgets a step apart; where none keeps the limits, SECOND_CHANCES slower ones follow."""
         found: list[Finalist] = []
         entry_ms, step, tried = self._entry_ms(), 0, set[int]()
         while self._wants_another(found) and step not in tried:
-            if found and time.monotonic() > self.deadline:
-                self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
+            if found and not self._has_time_for_finalist(len(tried) + 1):
                 break
             tried.add(step)
             budget_ms = entry_ms / STEP**step
             if budget_ms > self._unpruned_ms:
                 break
+            self._to_find = max(1, self.config.finalists - len(found))
+            self._expect()
             finalist = self._finalist(budget_ms)
             if finalist is not None:
                 found.append(finalist)
@@ -171,17 +193,17 @@ class Search:
     def _finalists_at(self, budget_ms: float) -> list[Finalist]:
         """Return finalists of one budget until one keeps the limits: without other branches, or smaller ones."""
         found: list[Finalist] = []
-        for _ in range(self.config.finalists):
+        for number in range(1, self.config.finalists + 1):
+            self._expect()
             finalist = self._finalist(budget_ms)
             if finalist is not None:
                 found.append(finalist)
-            if finalist is not None and finalist.keeps_limits:
-                break
+                if finalist.keeps_limits:
+                    break
             too_large = finalist is not None and self._is_too_large(finalist)
-            if not too_large and not self._other_depths:
+            if number == self.config.finalists or not (too_large or self._other_depths):
                 break
-            if time.monotonic() > self.deadline:
-                self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
+            if not self._has_time_for_finalist(number + 1):
                 break
             if finalist is not None and too_large:  # a smaller one is faster, which every latency limit allows
                 budget_ms = min(1.0, self._used(finalist.outcome, budget_ms)) * budget_ms / STEP
@@ -189,11 +211,21 @@ class Search:
                 self._gone = self._other_depths.pop(0)
         return found
 
+    def _has_time_for_finalist(self, number: int) -> bool:
+        if self.budget.decides(f"finalist {number}", self.agenda.finalist_seconds()):
+            return True
+        self.pipeline.progress.say("the time budget is used: no further finalist is trained.")
+        return False
+
     def _is_too_large(self, finalist: Finalist) -> bool:
         """Return whether it exceeds a limit on memory or energy, which a slower plan would exceed by more."""
         return not keeps_memory(self.limits, finalist.peak_memory_bytes) or not keeps_energy(
             self.limits, finalist.energy_mj
         )
+
+    def _expect(self, searched: int = 0) -> None:
+        """Say what is still to come, from the finalist at hand on."""
+        self.agenda.search(self._to_find, searched=searched, depth=self._settles_depth and self._gone is None)
 
     def _wants_another(self, found: list[Finalist]) -> bool:
         wanted = self.config.finalists + (0 if any(f.keeps_limits for f in found) else SECOND_CHANCES)
@@ -239,6 +271,7 @@ class Search:
         plan = self._best_plan(budget_ms)
         if plan is None:
             return None
+        self._fit_recovery()
         outcome = self._evaluate(plan, "F3")
         if not isinstance(outcome, Measured):
             self.pipeline.progress.say(f"{plan.digest} failed: {outcome.reason}")
@@ -249,12 +282,24 @@ class Search:
         files = self.pipeline.files
         memory, energy = appetite(self.limits, files, files.file_of(plan, "F3"))
         kept = keeps_limits(self.limits, outcome, drop.points, error, files.reference_ms, memory, energy)
+        points = (None if math.isnan(value) else value for value in (drop.points, error))  # without labels
+        judged = dict(
+            zip(("plan", "drop_points", "drop_error", "keeps_limits"), (plan.digest, *points, kept), strict=True)
+        )
+        self.run.remember(f"{FINALIST}{plan.digest} on {files.machine}", lambda: judged)
         unit = self.pipeline.task.metric.unit or self.pipeline.task.metric.name
         self.pipeline.progress.say(
             f"finalist {plan.digest}: {1 / (outcome.ratio or math.nan):.2f} times faster than the float file, "
             f"drop {drop.points:+.2f} {unit} (standard error {error:.2f}) on the selection split"
         )
         return Finalist(plan, outcome, drop.points, error, kept, memory, energy)
+
+    def _fit_recovery(self) -> None:
+        """Shorten recoveries where the time budget does not allow whole ones; settled with the first finalist."""
+        if self._share is None:
+            self._share = self.budget.recovery_share()
+            self.pipeline.training.shorten(self._share)
+            self.agenda.sizes = replace(self.agenda.sizes, steps=self.pipeline.training.steps())
 
     def _decided(self, plan: CompressionPlan, outcome: Measured) -> Measured:
         """Return what a longer timing says of a file where a brief one leaves open whether it meets its budget."""
@@ -278,7 +323,9 @@ class Search:
         """
         aim_ms, tried = budget_ms, list[tuple[CompressionPlan, Measured]]()
         asked_for = latency_budget_ms(self.limits, self.pipeline.files.reference_ms) is not None
-        for _ in range(CORRECTIONS + 1 if asked_for else 1):
+        for attempt in range(CORRECTIONS + 1 if asked_for else 1):
+            if attempt and not self._has_time_to_correct():
+                break
             found = self._best_at(aim_ms)
             if found is None:
                 break
@@ -306,13 +353,26 @@ class Search:
         if not problem.decisions or smallest(problem)[1] > budget:
             return None
         result = self._searched(problem, budget, aim_ms)
-        if result.best is not None and self._gone is None and time.monotonic() <= self.deadline:
+        if result.best is not None and self._gone is None and self._settles_depth and self._has_time_for_depth():
             if depths := settled_depth(self.pipeline, problem, budget, result.rivals()):
                 self._gone, *self._other_depths = depths
-            if self._gone is not None and self._gone != gone_from(result.best[0]):
+            again = self._gone is not None and self._gone != gone_from(result.best[0])
+            self._expect(searched=int(not again))
+            if again:
                 problem, budget = self._with_bytes(aim_ms)
                 result = self._searched(problem, budget, aim_ms)
         return result.best
+
+    def _has_time_to_correct(self) -> bool:
+        """Return whether the time budget allows a further search for the same finalist, and if so expect it."""
+        if not self.budget.decides(f"search {len(self.searches) + 1}", self.agenda.finalist_seconds()):
+            return False
+        self._expect()
+        return True
+
+    def _has_time_for_depth(self) -> bool:
+        trials, recovered = self.agenda.depth_seconds(), self.agenda.finalist_seconds(search=False)
+        return self.budget.decides("which branches go", (trials or 0.0) + (recovered or 0.0))
 
     def _searched(self, problem: Problem, budget: float, aim_ms: float) -> SearchResult:
         """Let the strategy search, and keep what it and its agents learned."""
@@ -326,7 +386,9 @@ class Search:
             f1_evaluations=self.config.f1_evaluations,
             f2_evaluations=1,
             begin=self.pipeline.begin,
-            deadline=self.deadline,
+            deadline=self.budget.search_deadline(),
+            clock=self.pipeline.progress.clock,
+            known=lambda plan: self.run.knows(plan, "F1"),
         )
         self.searches.append(result)
         if isinstance(strategy, Hierarchy):
@@ -370,11 +432,47 @@ def settled_depth(
     recovery = pipeline.effort.recovery
     if recovery is None or not branches_of(problem):
         return []
-    per_epoch = max(1, len(pipeline.uncut.sensitivity_split) // recovery.batch_size)
-    epochs = min(recovery.epochs, max(TRIAL_SHARE * recovery.epochs, TRIAL_STEPS / per_epoch))
+    epochs = trial_epochs(pipeline)
     best_first = {gone_from(plan): plan for plan in known}
     with pipeline.progress.stage("which branches go"):
         return choose_depth(problem, budget_ms, best_first, lambda plan: pipeline.training.loss_after(plan, epochs))
+
+
+def trial_epochs(pipeline: Pipeline) -> float:
+    """Return the epochs of a trial recovery; 0 without a recovery."""
+    recovery = pipeline.effort.recovery
+    if recovery is None:
+        return 0.0
+    per_epoch = max(1, len(pipeline.uncut.sensitivity_split) // recovery.batch_size)
+    return min(recovery.epochs, max(TRIAL_SHARE * recovery.epochs, TRIAL_STEPS / per_epoch))
+
+
+def planned(pipeline: Pipeline, limits: Limits, config: SearchConfig) -> tuple[Agenda, Budget]:
+    """Return what a search has before it and the time that it may take; nothing is expected yet."""
+    left = pipeline.progress.left
+    sizes = sizes_of(pipeline, limits, config.f1_evaluations)
+    agenda = Agenda(left, pipeline.run, pipeline.files.machine, sizes)
+    return agenda, Budget(config.budget_seconds, agenda, spent=left.spent, clock=pipeline.progress.clock)
+
+
+def no_more_finalists(pipeline: Pipeline, agenda: Agenda, budget: Budget) -> None:
+    """Say that no finalist follows, and whether the accuracy guard may train."""
+    agenda.search(0)
+    needs = agenda.finalist_seconds(search=False)
+    pipeline.trains_placed = budget.decides("training of the uncut integer file", needs)
+
+
+def sizes_of(pipeline: Pipeline, limits: Limits, f1_evaluations: int) -> Sizes:
+    """Return how large the steps of a job are."""
+    data, branches = pipeline.data, any(unit.branch for unit in pipeline.graph.units)
+    return Sizes(
+        steps=pipeline.training.steps(),
+        trial_steps=pipeline.training.steps(trial_epochs(pipeline)) if branches else 0,
+        judged_share=pipeline.uncut.judged_images / len(data.selection),
+        test_share=data.test_count / len(data.selection) if data.labelled else 0.0,
+        f1_evaluations=f1_evaluations,
+        limits_drop=limits.max_drop is not None,
+    )
 
 
 def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:

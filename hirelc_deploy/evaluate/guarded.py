@@ -29,12 +29,13 @@ def guarded(pipeline: Pipeline, max_drop: float) -> tuple[CompressionPlan, Guard
     patterns = sorted(timed, key=lambda name: (name != placed.pattern, timed[name]))
     parts = [*(layer.name for layer in pipeline.graph.layers), *placed.ends]
     layers = [part for part in parts if part not in always]
+    trains = pipeline.effort.recovery and len(pipeline.data.train) > 1 and pipeline.trains_placed
     trials = guard.Trials(
         lambda pattern, floats: files.trial(pattern, floats | always),
         files.divergence,
         lambda path: drop_with_error(files.file_drop(path)),
         files.milliseconds,
-        (lambda: placed_trained(pipeline)) if pipeline.effort.recovery and len(pipeline.data.train) > 1 else None,
+        (lambda: placed_trained(pipeline)) if trains else None,
     )
 
     def measure() -> dict[str, Any]:

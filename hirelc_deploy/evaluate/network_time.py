@@ -18,6 +18,9 @@ from hirelc_deploy.measure.table import LatencyTable, LayerKey, calibrate
 from hirelc_deploy.outcome import Failed, Measured
 from hirelc_deploy.plan import CompressionPlan
 
+SAMPLES = 3
+"""Files that the table is fitted to."""
+
 CONSIDERED = 16
 """Widths that are timed per unit at most, before the staircase drops those that buy no time."""
 
@@ -62,7 +65,9 @@ class NetworkTime:
         return self.fixed + self.scale * total
 
 
-def fit_network_time(pipeline: Pipeline, table: LatencyTable, samples: int = 3) -> tuple[NetworkTime, dict[str, Any]]:
+def fit_network_time(
+    pipeline: Pipeline, table: LatencyTable, samples: int = SAMPLES
+) -> tuple[NetworkTime, dict[str, Any]]:
     """Time a few uniformly cut integer files and fit the table to them; returns the fit and how far off it stays.
 
     The files carry untrained weights: time does not depend on them.

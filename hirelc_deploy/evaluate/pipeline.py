@@ -34,6 +34,7 @@ from hirelc_deploy.runs import Run
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.paired import PairedDrop
+from hirelc_deploy.time_left import CUT, F1, F3, FILE
 from hirelc_deploy.together.processes import Ahead, Evaluators
 
 
@@ -50,6 +51,7 @@ class Pipeline:
         run: Remembers what was measured.
         jobs: Processes that judge cut models (F1) side by side, with one thread each; below 2 this process judges.
         evaluators: Makes those processes from what answers in them and their number.
+        trains_placed: Whether the accuracy guard may train the uncut integer file; no where a time budget forbids it.
         rounds: Cut models are judged (F1) with the rounding of the layers that a plan leaves integer.
     """
 
@@ -88,6 +90,7 @@ class Pipeline:
         )
         roundings = lambda: tuple(self.roundings.values())  # noqa: E731
         self.training = Training(self.uncut, self.files, effort, seed, self.progress, start, roundings)
+        self.trains_placed = True
         self._begun: set[str] = set()
 
     @property
@@ -100,7 +103,17 @@ class Pipeline:
 
         What was timed counts only on the machine that timed it.
         """
-        return self.run.evaluate_once(plan, fidelity, self.evaluate, "" if fidelity == "F1" else self.files.machine)
+        context, kind = ("", F1) if fidelity == "F1" else (self.files.machine, FILE)
+        if self.run.knows(plan, fidelity, context):
+            self.progress.left.answered(kind)
+            for other in {"F1": (), "F2": (CUT,), "F3": (CUT, F3)}[fidelity]:
+                self.progress.left.answered(other)
+
+        def evaluate(plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
+            with self.progress.left.step(kind):
+                return self.evaluate(plan, fidelity)
+
+        return self.run.evaluate_once(plan, fidelity, evaluate, context)
 
     def begin(self, plans: Sequence[CompressionPlan]) -> None:
         """Have those of these plans that are new judged side by side (F1); `outcome` then only waits for each.
@@ -167,7 +180,7 @@ class Pipeline:
         seconds: dict[str, float] = {}
         stage = "slice"
         try:
-            with clocked(seconds, stage):
+            with clocked(seconds, stage), self.progress.left.step(CUT):
                 model = self.cut(plan)
                 cost = self.cost(plan)
             if fidelity == "F3" and (self.effort.recovery or self.training.start):

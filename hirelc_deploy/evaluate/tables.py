@@ -24,12 +24,20 @@ MEASURED_SINGLES = 120
 PROBED_BUDGETS = (0.2, 0.4, 0.6, 0.8)
 """Where between the shortest and the uncut time the solutions lie whose neighbourhood is measured."""
 
+PROBED_SINGLES = 3
+"""Options of a unit that are measured where not all are: two at first, and about one near the solutions."""
+
 FAILED_LOSS = 10.0
 """Loss in nats charged to an option that could not be built: worse than guessing among thousands of classes."""
 
 
 def build_problem(
-    pipeline: Pipeline, network: NetworkTime, *, options: int = 8, least_kept: float = LEAST_KEPT
+    pipeline: Pipeline,
+    network: NetworkTime,
+    *,
+    options: int = 8,
+    least_kept: float = LEAST_KEPT,
+    go_on: Callable[[], bool] | None = None,
 ) -> Problem:
     """Return what a strategy may know: the time of every width, and the loss of each (unit, width) alone.
 
@@ -39,6 +47,7 @@ def build_problem(
     Args:
         options: Widths offered per unit at most, the uncut one included.
         least_kept: Share of a unit below which no width is offered, where wider ones are legal.
+        go_on: As of `single_losses`.
     """
     graph = pipeline.graph
     offered = {unit.name: offered_widths(unit, network, options, least_kept) for unit in graph.units}
@@ -88,7 +97,8 @@ def build_problem(
         return Problem(graph.blocks, tuple(decisions), uncut_ms, times.predict, plan_of)
 
     precision = "float" if integer else "auto"
-    return problem_of(single_losses(pipeline, removed, {u.name: offered[u.name] for u in units}, problem_of, precision))
+    there_are = {unit.name: offered[unit.name] for unit in units}
+    return problem_of(single_losses(pipeline, removed, there_are, problem_of, precision, go_on))
 
 
 def _precision_decision(
@@ -122,6 +132,12 @@ def rounding_losses(pipeline: Pipeline, integer: Mapping[str, Sequence[str]]) ->
     return [max(loss - floor, 0.0) for loss in alone]
 
 
+def singles_of(graph: ModelGraph, options: int) -> int:
+    """Return about how many options will be judged alone, before it is known which widths are offered."""
+    pairs = sum(min(options, len(unit.widths)) - 1 for unit in graph.units)
+    return pairs if pairs <= MEASURED_SINGLES else PROBED_SINGLES * len(graph.units)
+
+
 def _loss_alone(pipeline: Pipeline, plan: CompressionPlan) -> float:
     outcome = pipeline.outcome(plan, "F1")
     return outcome.loss if isinstance(outcome, Measured) else FAILED_LOSS
@@ -133,6 +149,7 @@ def single_losses(
     offered: Mapping[str, tuple[int, ...]],
     problem_of: Callable[[Mapping[str, NDArray[np.float64]]], Problem],
     precision: str = "auto",
+    go_on: Callable[[], bool] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Return unit to the (widths,) rise of the loss when only it is cut, measured where it matters.
 
@@ -142,6 +159,8 @@ def single_losses(
 
     Args:
         precision: Of all layers.
+        go_on: Asked where time is limited, after the narrowest width of every unit: whether to measure another one.
+            Others are interpolated.
     """
     measured: dict[str, dict[int, float]] = {unit: {} for unit in offered}
 
@@ -151,6 +170,8 @@ def single_losses(
         pipeline.begin(plans)
         planned = zip(new, plans, strict=True)
         for (unit, index), plan in pipeline.progress.track(planned, "loss of each option alone", len(new)):
+            if go_on is not None and index and not pipeline.run.knows(plan, "F1") and not go_on():
+                break
             measured[unit][index] = _loss_alone(pipeline, plan)
 
     def losses() -> dict[str, NDArray[np.float64]]:
@@ -158,9 +179,10 @@ def single_losses(
 
     pairs = [(unit, index) for unit, widths in offered.items() for index in range(len(widths) - 1)]
     if len(pairs) <= MEASURED_SINGLES:
-        measure(pairs)
+        measure(pairs if go_on is None else sorted(pairs, key=lambda pair: pair[1]))
         return losses()
-    measure([(unit, index) for unit, widths in offered.items() for index in {0, (len(widths) - 1) // 2}])
+    first = [(unit, index) for unit, widths in offered.items() for index in {0, (len(widths) - 1) // 2}]
+    measure(first if go_on is None else sorted(first, key=lambda pair: pair[1]))
     while True:
         problem, near = problem_of(losses()), set[tuple[str, int]]()
         shortest_ms = smallest(problem)[1]
@@ -169,7 +191,7 @@ def single_losses(
             for decision, choice in zip(problem.decisions, answer, strict=True):
                 beside = range(max(0, choice - 1), min(len(decision.options) - 1, choice + 2))
                 near |= {(decision.name, index) for index in beside if decision.kind == "width"}
-        if all(index in measured[unit] for unit, index in near):
+        if all(index in measured[unit] for unit, index in near) or not (go_on is None or go_on()):
             return losses()
         measure(sorted(near))
 

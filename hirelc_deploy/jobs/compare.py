@@ -14,6 +14,7 @@ from hirelc_deploy.jobs.workplace import Workplace, table_path
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.results import comparison
 from hirelc_deploy.strategies.baselines import ABLATIONS, STRATEGIES
+from hirelc_deploy.time_left import CUT, F1, FILE
 
 COMPARISON, COMPARISON_PAGE = "compare.json", "compare.html"
 
@@ -56,8 +57,13 @@ def run_compare(
         config.search,
     )
     problem = search.problem
+    searches, left = len(strategies) * len(seeds) * len(speedups), pipeline.progress.left
+    left.expect_nothing()
+    left.expect(F1, searches * f1_evaluations)
+    left.expect(CUT, searches * f2_evaluations)
+    left.expect(FILE, searches * f2_evaluations)
     budgets = [problem.uncut_ms / speedup for speedup in speedups]
-    searches = comparison.run_all(
+    found = comparison.run_all(
         problem,
         budgets,
         strategies,
@@ -67,7 +73,7 @@ def run_compare(
         f2_evaluations=f2_evaluations,
         progress=pipeline.progress.say,
     )
-    summary = comparison.summarise(searches, problem.uncut_ms, strategies[0])
+    summary = comparison.summarise(found, problem.uncut_ms, strategies[0])
     summary |= {"command": workplace.command, "machine": workplace.run.machine, "model": workplace.source.spec}
     try:
         out.mkdir(parents=True, exist_ok=True)

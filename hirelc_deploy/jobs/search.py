@@ -7,16 +7,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hirelc_deploy.config import Limits
-from hirelc_deploy.deliver.finalists import Finalist, Search, appetite, drop_error, keeps_limits
+from hirelc_deploy.deliver.finalists import (
+    Finalist,
+    Search,
+    appetite,
+    drop_error,
+    keeps_limits,
+    no_more_finalists,
+    planned,
+)
 from hirelc_deploy.deliver.race import Contender
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.shipping import deliver
-from hirelc_deploy.jobs.workplace import RESULT, Workplace, finished, table_path
+from hirelc_deploy.jobs.workplace import Workplace, finished, table_path
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.results.agreement import agreement
+from hirelc_deploy.runs import RESULT
 
 
 def run_search(workplace: Workplace) -> dict[str, Any]:
@@ -29,6 +38,7 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
         pipeline.progress.say(f"warning: {pipeline.uncut.doubt}")
     keeps = unpruned_limits(pipeline, config.limits)
     if not pipeline.graph.units:
+        no_more_finalists(pipeline, *planned(pipeline, config.limits, config.search))
         try:
             return deliver(workplace, None, {}, started, keeps=keeps, max_drop=config.limits.max_drop)
         except ConstraintError as error:

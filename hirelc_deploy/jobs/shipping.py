@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hirelc_deploy.deliver.agenda import BUNDLE
 from hirelc_deploy.deliver.bundle import RUNTIMES, BundleContents, write_bundle
 from hirelc_deploy.deliver.race import (
     Contender,
@@ -25,7 +26,7 @@ from hirelc_deploy.deliver.race import (
 from hirelc_deploy.deliver.samples import write_samples
 from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.pipeline import Pipeline
-from hirelc_deploy.jobs.workplace import PRINTED, RESULT, Workplace
+from hirelc_deploy.jobs.workplace import PRINTED, Workplace
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Configured, Runner
 from hirelc_deploy.measure.batch import filled
@@ -33,7 +34,7 @@ from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.results.report import read_run, write_report
-from hirelc_deploy.runs import Run, json_text, write_atomic
+from hirelc_deploy.runs import RESULT, Run, json_text, write_atomic
 
 SAMPLES = 8
 UNKNOWN = (
@@ -73,64 +74,65 @@ def deliver(
     ends = end_records(shipped.home(pipeline), shipped.plan)
     warnings += end_warnings(shipped.home(pipeline), ends)
     scores = final_accuracy(pipeline, delivery)
-    record = result_record(pipeline, delivery, scores)
-    home = shipped.home(pipeline)
-    runner = home.backend.build(shipped.path, pipeline.threads)
-    labels = pipeline.data.selection.labels
-    samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
-    batch = filled(samples, pipeline.batch)
-    answers = runner.infer(samples)
-    operators = operator_records(runner, shipped.path, batch)
-    bundle = write_bundle(
-        run.directory / "bundle",
-        BundleContents(
-            model_onnx=shipped.path,
-            model=shipped_model(pipeline, shipped),
-            source=workplace.source.describe(),
-            plan=home.writer.by_layer.stated(shipped.plan, pipeline.graph),
-            preprocess=pipeline.data.preprocess,
-            classes=pipeline.task.classes or pipeline.data.classes,
-            task=pipeline.task,
-            task_record=workplace.task,
-            sample_inputs=samples,
-            sample_outputs=answers,
-            sample_labels=None if labels is None else labels[:SAMPLES],
-            test=scores.images,
-            measurements=record,
-            operators=accuracy.operators(runner, batch),
-            batch=pipeline.batch,
-            machine=run.machine if shipped.files is None else describe(home.backend),
-            versions=home.backend.versions(),
-            runtime=RUNTIMES.get(home.backend.name, "onnxruntime"),
-            options=runner.options() if isinstance(runner, Configured) else {},
-            command=workplace.command,
-        ),
-        overwrite=True,
-    )
-    result = {
-        "bundle": str(bundle),
-        **record,
-        "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
-        "peak_memory_bytes": home.peak_memory_bytes(shipped.path),
-        "energy_mj": None if workplace.config.limits.max_energy_mj is None else home.energy_mj(shipped.path),
-        "candidates": candidates(pipeline, delivery, run),
-        "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
-        "exports": {
-            "filled in": pipeline.files.writer.exporter.filled,
-            "exported": dict(pipeline.files.writer.exporter.exported),
-        },
-        "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
-        "operators": operators,
-        "placement": pipeline.files.placement.candidates,
-        "ends": ends,
-        "guard": delivery.guard.to_dict() if delivery.guard else None,
-        "by_class": scores.by_class,
-        "samples": write_samples(run.directory, pipeline.task, pipeline.data.preprocess, samples, answers),
-        "warnings": warnings,
-        **facts,
-    }
-    write_atomic(run.directory / RESULT, json_text(result, indent=1) + "\n")
-    write_report(read_run(run.directory), run.directory / "report.html")
+    with pipeline.progress.stage(BUNDLE):
+        record = result_record(pipeline, delivery, scores)
+        home = shipped.home(pipeline)
+        runner = home.backend.build(shipped.path, pipeline.threads)
+        labels = pipeline.data.selection.labels
+        samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
+        batch = filled(samples, pipeline.batch)
+        answers = runner.infer(samples)
+        operators = operator_records(runner, shipped.path, batch)
+        bundle = write_bundle(
+            run.directory / "bundle",
+            BundleContents(
+                model_onnx=shipped.path,
+                model=shipped_model(pipeline, shipped),
+                source=workplace.source.describe(),
+                plan=home.writer.by_layer.stated(shipped.plan, pipeline.graph),
+                preprocess=pipeline.data.preprocess,
+                classes=pipeline.task.classes or pipeline.data.classes,
+                task=pipeline.task,
+                task_record=workplace.task,
+                sample_inputs=samples,
+                sample_outputs=answers,
+                sample_labels=None if labels is None else labels[:SAMPLES],
+                test=scores.images,
+                measurements=record,
+                operators=accuracy.operators(runner, batch),
+                batch=pipeline.batch,
+                machine=run.machine if shipped.files is None else describe(home.backend),
+                versions=home.backend.versions(),
+                runtime=RUNTIMES.get(home.backend.name, "onnxruntime"),
+                options=runner.options() if isinstance(runner, Configured) else {},
+                command=workplace.command,
+            ),
+            overwrite=True,
+        )
+        result = {
+            "bundle": str(bundle),
+            **record,
+            "layers": layer_records(pipeline.graph, shipped.plan, home.precision_of(shipped.plan)),
+            "peak_memory_bytes": home.peak_memory_bytes(shipped.path),
+            "energy_mj": None if workplace.config.limits.max_energy_mj is None else home.energy_mj(shipped.path),
+            "candidates": candidates(pipeline, delivery, run),
+            "stages": {**stage_seconds(run), **pipeline.progress.seconds, "whole command": time.monotonic() - started},
+            "exports": {
+                "filled in": pipeline.files.writer.exporter.filled,
+                "exported": dict(pipeline.files.writer.exporter.exported),
+            },
+            "kept_whole": [{"layer": kept.layer, "reason": kept.reason} for kept in pipeline.graph.kept_whole],
+            "operators": operators,
+            "placement": pipeline.files.placement.candidates,
+            "ends": ends,
+            "guard": delivery.guard.to_dict() if delivery.guard else None,
+            "by_class": scores.by_class,
+            "samples": write_samples(run.directory, pipeline.task, pipeline.data.preprocess, samples, answers),
+            "warnings": warnings,
+            **facts,
+        }
+        write_atomic(run.directory / RESULT, json_text(result, indent=1) + "\n")
+        write_report(read_run(run.directory), run.directory / "report.html")
     return {key: result[key] for key in PRINTED}
 
 

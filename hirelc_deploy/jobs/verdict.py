@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer import calibration, forms, quantize
 from hirelc_deploy.compress.integer.forms import form_of
+from hirelc_deploy.compress.onnx_file.links import names_within
 from hirelc_deploy.compress.onnx_file.refill import Exporter
 from hirelc_deploy.compress.onnx_file.whole import FileExporter
 from hirelc_deploy.errors import ExportError, InputError, SliceError

@@ -40,14 +40,13 @@ from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.runs import CONFIG, Run
+from hirelc_deploy.runs import CONFIG, RESULT, Run
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.together.processes import Ahead, Evaluators
 from hirelc_deploy.together.ray_cluster import connect
 from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
+from hirelc_deploy.trackers.contract import check_trackers
 from hirelc_deploy.user_code import factory_modules
-
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Workplace:
     Attributes:
         task: What makes the task again; see `fitting.Fitted`.
         notes: Sentences about how model and data were taken.
+        track: Names of the trackers that are told what is measured.
     """
 
     config: JobConfig
@@ -66,6 +66,7 @@ class Workplace:
     task: Mapping[str, Any]
     command: str
     notes: tuple[str, ...] = ()
+    track: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def open_workplace(
     jobs: int | None = None,
     ray: str | None = None,
     given: Given | None = None,
+    track: Sequence[str] = (),
     again: bool = False,
 ) -> Workplace:
     """Load model and data, open the target and the run directory; every problem with them is one sentence.
@@ -101,8 +103,10 @@ def open_workplace(
         jobs: Processes that judge cut models side by side. It changes no result, so it is no part of the configuration.
         ray: Address of the Ray cluster on whose hosts they are; None for this machine.
         given: Objects in place of what the configuration names.
+        track: Trackers that are told what is measured; no part of the configuration either.
         again: The configuration is that of a run which is there: the file of its plan is not read once more.
     """
+    check_trackers(track)
     given = given or Given()
     evaluators, jobs = evaluators_of(ray, jobs, config.model.spec, progress.say)
     target = find_target(config.target)
@@ -184,7 +188,7 @@ def open_workplace(
         others=() if is_file else open_others(target),
         by_layer=by_layer,
     )
-    return Workplace(config, pipeline, run, source, fitted.record, command, notes)
+    return Workplace(config, pipeline, run, source, fitted.record, command, notes, tuple(track))
 
 
 def reopened(directory: Path, progress: Progress, *, command: str = "", given: Given | None = None) -> Workplace:

@@ -38,10 +38,10 @@ from hirelc_deploy.results.values import (
     text_of,
     times_text,
 )
-from hirelc_deploy.runs import CONFIG, MACHINE, TRIALS, write_atomic
+from hirelc_deploy.runs import CONFIG, MACHINE, RESULT, TRIALS, write_atomic
 from hirelc_deploy.version import __version__
 
-RESULT, BUNDLE_MANIFEST = "result.json", "bundle/manifest.json"
+BUNDLE_MANIFEST = "bundle/manifest.json"
 SAMPLES = "samples"
 LARGEST_PICTURE = 2**20
 """Bytes of a sample picture: larger ones would make the page heavy."""

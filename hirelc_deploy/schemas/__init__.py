@@ -28,6 +28,7 @@ from hirelc_deploy.schemas.shared import (
     VERDICT,
     VERSION,
 )
+from hirelc_deploy.schemas.status import PROGRESS, STATUS
 from hirelc_deploy.schemas.words import Schema, listed, mapped, number, one_of, or_null, record, text, truth, whole
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -129,6 +130,8 @@ _SCHEMAS: dict[str, Schema] = {
         },
     ),
     "why": WHY,
+    "progress": PROGRESS,
+    "status": STATUS,
     "doctor": record(
         "`doctor --json`: what can run here, what is missing, and how to get it.",
         {"findings": listed(record("One finding.", {"what": text(), "ok": truth(), "says": text()}))},
@@ -182,7 +185,10 @@ _SCHEMAS: dict[str, Schema] = {
 }
 COMMANDS = {
     **dict.fromkeys(("search", "apply", "demo"), "search"),
-    **{name: name for name in ("inspect", "benchmark", "verify", "why", "doctor", "targets", "profile", "compare")},
+    **{
+        name: name
+        for name in ("inspect", "benchmark", "verify", "why", "status", "doctor", "targets", "profile", "compare")
+    },
     "targets add": "targets-add",
 }
 """Command that takes --json, to the name of its schema."""

@@ -125,6 +125,7 @@ def run_search(
     deadline: float = math.inf,
     f2_reserve_s: float = 0.0,
     clock: Callable[[], float] = time.monotonic,
+    known: Callable[[CompressionPlan], bool] = lambda plan: False,
 ) -> SearchResult:
     """Let the strategy learn on cheap evaluations, then evaluate its best plans as files.
 
@@ -143,10 +144,11 @@ def run_search(
         begin: Told the plans of a batch before they are evaluated at F1 one after the other, so that it may have them
             evaluated side by side.
         progress: Called after each new trial, with the result so far.
-        deadline: On `clock`. No further F1 evaluation begins within `f2_evaluations * f2_reserve_s` of it, and after it
-            no F2 evaluation but the first.
+        deadline: On `clock`. No further F1 evaluation but the first begins within `f2_evaluations * f2_reserve_s` of
+            it, and after it no F2 evaluation but the first.
         f2_reserve_s: About how long one F2 evaluation takes.
         clock: Seconds.
+        known: Whether a plan's outcome at F1 is journaled; it is taken after the deadline too.
 
     Raises:
         KeyboardInterrupt: As it came; all that was finished has been journaled and shown to `progress`.
@@ -181,7 +183,7 @@ def run_search(
         proposed = strategy.propose(min(batch, left))
         begin([plan for plan in map(problem.plan_of, proposed) if (plan.digest, "F1") not in done])
         for choices in proposed:
-            if clock() >= last_f1_start:
+            if result.count("F1") and clock() >= last_f1_start and not known(problem.plan_of(choices)):
                 result.stopped = "deadline"
                 break
             tried.append((choices, outcome_of(choices, "F1")))
