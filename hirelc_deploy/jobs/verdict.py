@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer import calibration, forms, quantize
 from hirelc_deploy.compress.integer.forms import form_of
-from hirelc_deploy.compress.onnx_file.links import names_within
 from hirelc_deploy.compress.onnx_file.refill import Exporter
 from hirelc_deploy.compress.onnx_file.whole import FileExporter
 from hirelc_deploy.errors import ExportError, InputError, SliceError
@@ -33,6 +32,7 @@ from hirelc_deploy.evaluate.foretold import Foretold, Form, FormName, Times, for
 from hirelc_deploy.evaluate.pieces import pieces_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.inputs.models.given import GivenModel, Source
+from hirelc_deploy.inputs.models.onnx_files.proto import names_within
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.measure.backend import Backend, Precision
 from hirelc_deploy.measure.machine import describe
