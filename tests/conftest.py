@@ -31,6 +31,8 @@ HOW_TO_GET = (
     ("NVIDIA", "a machine with an NVIDIA GPU and its driver"),
     ("tensorrt", "pip install 'hirelc-deploy[tensorrt-rtx]'"),
     ("TensorRT", "pip install 'hirelc-deploy[tensorrt-rtx]'"),
+    ("tensorboard is not", "pip install 'hirelc-deploy[tensorboard]'"),
+    ("mlflow is not", "pip install 'hirelc-deploy[mlflow]'"),
     ("could not import", "pip install 'hirelc-deploy[dev]'"),
     ("is not installed", "pip install 'hirelc-deploy[dev]'"),
     ("root", "run as root"),
