@@ -17,15 +17,13 @@ from test_export import images, small_cnn
 from test_latency_table import ATTENTION, CONV, LINEAR, PRECISIONS
 from test_moves import Unfolded, Windows, operators
 from test_refill import random_cuts
-from test_schemas import MODEL, NET, SEARCH, check, command, strict
+from test_schemas import MODEL, SEARCH, check, command, searched_in, strict
 
 from hirelc_deploy import api
 from hirelc_deploy.cli import application
 from hirelc_deploy.compress.onnx_file import export, refill, rewrite
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.model_graph import LayerShape
-from hirelc_deploy.jobs import workplace
-from hirelc_deploy.measure import targets
 from hirelc_deploy.measure.batch import at_batch, filled, fixed_batch
 from hirelc_deploy.measure.protocol import QUICK, compare
 from hirelc_deploy.measure.table import LatencyTable, LayerKey, layer_model
@@ -137,14 +135,7 @@ def test_times_of_another_batch_are_others_and_those_of_one_image_are_still_read
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a finished search at a batch of eight, made on the fake device; the current one."""
-    folder = tmp_path_factory.mktemp("batch")
-    (folder / "net.py").write_text(NET)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("HIRELC_DEPLOY_CACHE", str(folder / "cache"))
-        for module in (workplace, api, targets):
-            patch.setattr(module, "open_target", lambda target: FakeBackend())
-        command(*SEARCH, "--batch", str(BATCH))
+    with searched_in(tmp_path_factory.mktemp("batch"), "--batch", str(BATCH)) as folder:
         yield folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -101,17 +102,22 @@ def command(*arguments: str) -> str:
     return printed.getvalue()
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a finished search, made on the fake device; the current one."""
-    folder = tmp_path_factory.mktemp("schemas")
+@contextlib.contextmanager
+def searched_in(folder: Path, *options: str) -> Iterator[Path]:
+    """Yield a folder with a finished search, made on the fake device; the current one."""
     (folder / "net.py").write_text(NET)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HIRELC_DEPLOY_CACHE", str(folder / "cache"))
         for module in (workplace, api, targets):
             patch.setattr(module, "open_target", lambda target: FakeBackend())
-        command(*SEARCH)
+        command(*SEARCH, *options)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with searched_in(tmp_path_factory.mktemp("schemas")) as folder:
         yield folder
 
 
