@@ -218,11 +218,11 @@ def our_files(
 def without_branches(pipeline: Pipeline, problem: Problem, search: comparison.Search, trials: int) -> CompressionPlan:
     """Return what the whole of our search ends with: the best plan once trial recoveries settled which branches go."""
     rivals = [CompressionPlan.from_dict(plan) for plan in search.rivals]
-    gone = settled_depth(pipeline, problem, search.budget_ms, rivals)
-    if gone is None or gone == gone_from(rivals[0]):
+    depths = settled_depth(pipeline, problem, search.budget_ms, rivals)
+    if not depths or depths[0] == gone_from(rivals[0]):
         return rivals[0]
     (again,) = comparison.run_all(
-        with_depth(problem, gone),
+        with_depth(problem, depths[0]),
         [search.budget_ms],
         [search.strategy],
         [search.seed],
