@@ -525,6 +525,21 @@ def test_a_trial_recovery_lowers_the_loss_and_is_remembered(pipeline: Pipeline):
     assert pipeline.run.fact(f"loss of {plan.digest} after 3 epochs of recovery") == after
 
 
+def test_a_recovery_goes_on_from_where_it_was_judged(data_file: Path, tmp_path: Path):
+    plan = CompressionPlan({"stages.0.0.conv1": 0, "stages.0.residual": 8}, default_precision="auto")
+    straight, judged = make_pipeline(data_file, tmp_path / "straight"), make_pipeline(data_file, tmp_path / "judged")
+    before = judged.evaluate(plan, "F1")
+    early, later = judged.training.loss_at(plan, 0.3), judged.training.loss_at(plan, 0.8)
+    assert isinstance(before, Measured)
+    assert early < before.loss
+    assert later < before.loss
+    assert judged.run.fact(f"loss of {plan.digest} with 0.3 of 3 epochs of recovery done") == early
+    for pipeline in (straight, judged):
+        pipeline.evaluate(plan, "F3")
+    one, other = (load_file(str(p.files.weights_of(plan))) for p in (straight, judged))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_a_plan_without_a_branch_walks_the_whole_path(pipeline: Pipeline):
     plan = CompressionPlan({"stages.0.0.conv1": 0, "stages.1.residual": 16}, default_precision="auto")
     whole, found = pipeline.evaluate(CompressionPlan(default_precision="auto"), "F2"), pipeline.evaluate(plan, "F3")
