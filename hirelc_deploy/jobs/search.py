@@ -7,15 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hirelc_deploy.config import Limits
-from hirelc_deploy.deliver.finalists import (
-    Finalist,
-    Search,
-    appetite,
-    drop_error,
-    keeps_limits,
-    no_more_finalists,
-    planned,
-)
+from hirelc_deploy.deliver.finalists import Finalist, Search, no_more_finalists, planned
+from hirelc_deploy.deliver.limits import appetite, drop_error, keeps_limits
 from hirelc_deploy.deliver.race import Contender
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.pipeline import Pipeline
