@@ -1,4 +1,4 @@
-"""Question: of plans that take equally long, does what is known before or early in training foretell the order after it?
+"""Question: of plans that take equally long, what foretells before or early in training how they stand after it?
 
     python benchmarks/foretelling.py job.toml --run runs/foretelling --name foretelling-resnet18 --speedups 1.8 3.6
     python benchmarks/foretelling.py job.toml --run runs/foretelling-2 --name foretelling-resnet18-long \\
@@ -6,10 +6,9 @@
 
 JOB is the TOML of a search. At each of --speedups, over the uncut integer file by the layer table, there are plans of
 one predicted time from several proposers: hirelc, knapsack and greedy with --trials F1 evaluations each, the solver's
-first answer, group Taylor (one threshold for what an element is worth within its unit), uniform widths, random ones, and
-mutants of the solver's answer. Each is recovered for --epochs. On the way, after --rungs epochs of that same training,
-its averaged weights are judged on the selection split, and so is a short training of its own that ends there. At the
-end its integer file answers the whole test split.
+first answer, group Taylor, uniform widths, random ones, and mutants of the solver's answer. Each is recovered for
+--epochs. On the way, after --rungs epochs of that same training, its averaged weights are judged on the selection
+split, and so is a short training of its own that ends there. At the end its integer file answers the whole test split.
 
 For every score that could choose among the plans (F1's loss; the loss at each rung) the record has Spearman's
 correlation within one budget with the accuracy at the end, with the interval of resampled plans. Nothing is selected on
@@ -45,10 +44,10 @@ from hirelc_deploy.outcome import Measured
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.results import comparison
-from hirelc_deploy.strategies.baselines import RandomChoices, Uniform
+from hirelc_deploy.strategies.baselines import RandomChoices, Taylor, Uniform
 from hirelc_deploy.strategies.hierarchy import neighbours
-from hirelc_deploy.strategies.knapsack import project, solve
-from hirelc_deploy.strategies.problem import Choices, Problem
+from hirelc_deploy.strategies.knapsack import solve
+from hirelc_deploy.strategies.problem import Problem
 from hirelc_deploy.strategies.surrogate import rank_correlation
 
 SEARCHED = ("hirelc", "knapsack", "greedy")
@@ -73,32 +72,6 @@ class Row:
     scores: Mapping[str, float]
     loss: float
     accuracy: float
-
-
-def taylor(pipeline: Pipeline, problem: Problem, budget_ms: float) -> Choices:
-    """Return the widths that one threshold for importance leaves, the lowest one whose plan fits the budget.
-
-    An element's importance is relative to the mean of its unit, as Torch-Pruning's group Taylor has it.
-    """
-    relative = [
-        np.sort(scores / max(float(scores.mean()), 1e-30))
-        for scores in (pipeline.uncut.scores[decision.name] for decision in problem.decisions)
-    ]
-
-    def at(threshold: float) -> Choices:
-        choices = np.zeros(len(problem.decisions), np.int64)
-        for index, (decision, worth) in enumerate(zip(problem.decisions, relative, strict=True)):
-            stay = len(worth) - int(np.searchsorted(worth, threshold))
-            widths = np.array(decision.options, np.float64)
-            least = int(widths[0] == 0)  # no branch goes by a threshold
-            choices[index] = least + int(np.abs(widths[least:] - stay).argmin())
-        return choices
-
-    low, high = 0.0, max(float(worth[-1]) for worth in relative)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if problem.predict_ms(at(middle)) <= budget_ms else (middle, high)
-    return project(problem, at(high), budget_ms)
 
 
 def proposals(pipeline: Pipeline, problem: Problem, budget_ms: float, trials: int) -> dict[str, CompressionPlan]:
@@ -127,7 +100,7 @@ def proposals(pipeline: Pipeline, problem: Problem, budget_ms: float, trials: in
     drawn = RandomChoices(problem, budget_ms, pipeline.seed).propose(RANDOM)
     chosen = {
         "solver": answer,
-        "group Taylor": taylor(pipeline, problem, budget_ms),
+        "group Taylor": Taylor(problem, budget_ms).propose(1)[0],
         "uniform": Uniform(problem, budget_ms).propose(1)[0],
         **{f"random {number}": choices for number, choices in enumerate(drawn, 1)},
         **{f"mutant {number}": choices for number, choices in enumerate(mutants, 1)},

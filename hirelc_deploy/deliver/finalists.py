@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from hirelc_deploy.strategies.knapsack import smallest, solve
 from hirelc_deploy.strategies.loop import SearchResult, Trial, extended_front, run_search
 from hirelc_deploy.strategies.priced import within_bytes
 from hirelc_deploy.strategies.problem import Choices, Problem
+from hirelc_deploy.strategies.rungs import raced, shares_of_a_race
 from hirelc_deploy.strategies.transfer import shared_weights
 
 MOST_SPEEDUP, BISECTIONS = 6.0, 5
@@ -325,7 +326,8 @@ class Search:
     def _best_plan(self, budget_ms: float) -> CompressionPlan | None:
         """Search at one budget; where a file misses one that was asked for, search again at a corrected one.
 
-        Too slow breaks the limit; too fast gives accuracy away. Of files that meet the budget that which loses least.
+        Too slow breaks the limit; too fast gives accuracy away. Of files that meet the budget that which loses least,
+        or where several may enter a race, that which loses least as its training goes on.
         """
         aim_ms, tried = budget_ms, list[tuple[CompressionPlan, Measured]]()
         asked_for = latency_budget_ms(self.limits, self.pipeline.files.reference_ms) is not None
@@ -345,7 +347,41 @@ class Search:
         if not tried:
             return None
         met = [found for found in tried if self._used(found[1], budget_ms) <= 1 + TOLERANCE]
-        return min(met, key=lambda found: found[1].loss)[0] if met else tried[-1][0]
+        best = min(met, key=lambda found: found[1].loss) if met else tried[-1]
+        return self._raced(best, aim_ms, budget_ms if asked_for else None)
+
+    def _raced(self, best: tuple[CompressionPlan, Measured], aim_ms: float, budget_ms: float | None) -> CompressionPlan:
+        """Return that of the best plan and others of its time which loses least as its training goes on.
+
+        Args:
+            aim_ms: Predicted time of the others.
+            budget_ms: What their files may take; None for no longer than the best plan's.
+        """
+        plan, outcome = best
+        if self.config.race < 2 or self.pipeline.effort.recovery is None or not self._has_time_to_race():
+            return plan
+        self._fit_recovery()
+        entrants = {plan.digest: plan}
+        most = outcome.ratio if budget_ms is None else budget_ms / self.pipeline.files.reference_ms
+        for other in self._others(aim_ms):
+            if len(entrants) == self.config.race:
+                break
+            found = self._evaluate(other, "F2") if other.digest not in entrants else None
+            if isinstance(found, Measured) and (found.ratio or 0.0) <= (most or math.inf) * (1 + TOLERANCE):
+                entrants[other.digest] = other
+        with self.pipeline.progress.stage("race"):
+            return raced(list(entrants.values()), self.pipeline.training.loss_at)[0]
+
+    def _others(self, aim_ms: float) -> Iterator[CompressionPlan]:
+        """Yield plans of a predicted time from unlike proposers, those first that training may do most for."""
+        problem, budget = self._with_bytes(aim_ms)
+        yield problem.plan_of(solve(problem, budget))
+        yield from (problem.plan_of(choices) for choices in make_strategy("taylor", problem, budget, 0).propose(1))
+        yield from (trial.plan for trial in self.searches[-1].ranked("F1")[1:])
+
+    def _has_time_to_race(self) -> bool:
+        shares = shares_of_a_race(self.config.race)
+        return self.budget.decides(f"race {len(self.searches)}", self.agenda.race_seconds(self.config.race, shares))
 
     def _used(self, outcome: Measured, budget_ms: float) -> float:
         """Return the share of a latency budget that a file takes; all of it where it was not timed."""
