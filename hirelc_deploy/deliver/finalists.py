@@ -355,19 +355,21 @@ class Search:
 
         Args:
             aim_ms: Predicted time of the others.
-            budget_ms: What their files may take; None for no longer than the best plan's.
+            budget_ms: What their files may take; None for hardly longer than the best plan's.
         """
         plan, outcome = best
         if self.config.race < 2 or self.pipeline.effort.recovery is None or not self._has_time_to_race():
             return plan
         self._fit_recovery()
         entrants = {plan.digest: plan}
-        most = outcome.ratio if budget_ms is None else budget_ms / self.pipeline.files.reference_ms
+        most = (1 + TOLERANCE) * budget_ms / self.pipeline.files.reference_ms if budget_ms else math.inf
+        if budget_ms is None and outcome.ratio is not None:
+            most = (1 + UNUSED) * outcome.ratio
         for other in self._others(aim_ms):
             if len(entrants) == self.config.race:
                 break
             found = self._evaluate(other, "F2") if other.digest not in entrants else None
-            if isinstance(found, Measured) and (found.ratio or 0.0) <= (most or math.inf) * (1 + TOLERANCE):
+            if isinstance(found, Measured) and (found.ratio or 0.0) <= most:
                 entrants[other.digest] = other
         with self.pipeline.progress.stage("race"):
             return raced(list(entrants.values()), self.pipeline.training.loss_at)[0]
