@@ -142,7 +142,7 @@ def search(
     budget: str | float | None = None,
     trials: int = 24,
     finalists: int = 3,
-    race: int = 1,
+    race: int = 0,
     options: int = 8,
     warm_start: str | Path | None = None,
     depth: bool = True,
@@ -164,7 +164,7 @@ def search(
         strategy: A name; this and the next seven as in `config.SearchConfig`.
         trials: Cut models judged per latency budget.
         finalists: Plans recovered by training, at most.
-        race: Plans of equal time that begin a finalist's recovery; 1 for no race.
+        race: Plans of equal time that begin a finalist's recovery; 0 for no race.
         options: Widths offered per unit, at most.
         warm_start: Folder of a finished search whose agents begin here.
         depth: Whether residual branches may be left out.

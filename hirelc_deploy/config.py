@@ -149,7 +149,7 @@ class SearchConfig:
             the evaluations take.
         f1_evaluations: Sliced and compensated models judged per latency budget.
         finalists: Plans that are recovered by training at most.
-        race: Plans of equal time that begin the recovery of a finalist, half of which leave at each rung; 1 for none.
+        race: Plans of equal time that begin the recovery of a finalist, half of which leave at each rung; 0 for none.
         options: Widths offered per unit at most.
         warm_start: Folder of another run whose agents this one begins with, if they foretell what is measured here.
         depth: Whether residual branches may be left out.
@@ -164,7 +164,7 @@ class SearchConfig:
     warm_start: str | None = None
     depth: bool = True
     precisions: bool = False
-    race: int = 1
+    race: int = 0
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -173,7 +173,7 @@ class SearchConfig:
         _at_least("trials", self.f1_evaluations, 1, whole=True)
         _at_least("finalists", self.finalists, 1, whole=True)
         _at_least("options", self.options, 2, whole=True)
-        _at_least("race", self.race, 1, whole=True)
+        _at_least("race", self.race, 0, whole=True)
 
 
 @dataclass(frozen=True)

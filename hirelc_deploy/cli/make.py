@@ -153,9 +153,8 @@ def search(
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
     finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
     race: Annotated[
-        int,
-        typer.Option(min=1, help="Plans of equal time that begin each recovery; half leave at a rung."),
-    ] = 1,
+        int, typer.Option(min=0, help="Plans of equal time that begin each recovery; half leave at a rung. 0: no race.")
+    ] = 0,
     options: Annotated[int, typer.Option(min=2, help="Widths offered per unit, at most.")] = 8,
     warm_start: Annotated[
         Path | None,
