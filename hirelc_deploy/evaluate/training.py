@@ -33,6 +33,7 @@ class Training:
     """Recovers cut models by distillation from the uncut one.
 
     Attributes:
+        files: Of the runtime whose plans are recovered.
         start: Weights of the cut model, recovered before, from which its recovery goes on.
         after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
         scalars: Told the name of a training, the number of a step and what it measured, every few steps.
@@ -53,7 +54,7 @@ class Training:
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self.scalars: Callable[[str, int, Mapping[str, float]], None] = lambda training, step, values: None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._uncut, self._files, self._roundings = uncut, files, roundings
+        self.files, self._uncut, self._roundings = files, uncut, roundings
 
     @cached_property
     def teacher(self) -> recovery.Teacher:
@@ -63,7 +64,7 @@ class Training:
 
     def recovered(self, model: nn.Module, plan: CompressionPlan, until: float = 1.0) -> nn.Module:
         """Return the model cut to a plan after its recovery, or after a share of it; see `trained`."""
-        if self.start is not None and not self._files.weights_of(plan).exists():
+        if self.start is not None and not self.files.weights_of(plan).exists():
             try:
                 model.load_state_dict(load_file(str(self.start)))
             except RuntimeError as error:
@@ -85,7 +86,7 @@ class Training:
             reads: See `recovery.fine_tune`.
             until: Share of the steps after which it pauses.
         """
-        path = self._files.weights_of(plan)
+        path = self.files.weights_of(plan)
         if path.exists():
             model.load_state_dict(load_file(str(path)))
             return model.eval()
@@ -99,7 +100,7 @@ class Training:
             name = f"recovery of {plan.digest}"
             self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
             if plan.trained_rounding:
-                qat.install(model, *self._files.roundings_of(model, [plan]))
+                qat.install(model, *self.files.roundings_of(model, [plan]))
             model = recovery.fine_tune(
                 model,
                 self.teacher,
@@ -135,7 +136,7 @@ class Training:
 
         epochs = self.effort.recovery.epochs if self.effort.recovery else 0.0
         key = f"{TRIAL_LOSS}{plan.digest} with {share:g} of {epochs:g} epochs of recovery done"
-        return float(self._files.run.remember(key, measure))
+        return float(self.files.run.remember(key, measure))
 
     def _judged(self, model: nn.Module, plan: CompressionPlan) -> float:
         """Return what a cut model loses on the selection split.
@@ -153,9 +154,7 @@ class Training:
         def measure() -> float:
             return self._judged(self._briefly(plan, epochs, f"trial recovery of {plan.digest}"), plan)
 
-        return float(
-            self._files.run.remember(f"{TRIAL_LOSS}{plan.digest} after {epochs:g} epochs of recovery", measure)
-        )
+        return float(self.files.run.remember(f"{TRIAL_LOSS}{plan.digest} after {epochs:g} epochs of recovery", measure))
 
     def steps(self, epochs: float | None = None) -> int:
         """Return the steps of a recovery, or of so many epochs of one; 0 where there is none."""
