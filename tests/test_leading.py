@@ -1,4 +1,4 @@
-"""In: a device with two made-up runtimes. Out: proof that the search works in the one where cut networks are fastest."""
+"""In: a device with two made-up runtimes. Out: proof that the search works in that where cut networks are fastest."""
 
 from __future__ import annotations
 
