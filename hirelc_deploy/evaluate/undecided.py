@@ -1,0 +1,51 @@
+"""In: changes of precision that a placement may try, and times of single layers. Out: those that a clock must decide.
+
+Whole files are timed because pieces do not add up. But a layer that takes several times as long in float will not make a
+file faster there: two conversions come on top. So whole files are timed only where single layers leave a doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hirelc_deploy.graph.model_graph import Layer
+from hirelc_deploy.measure.table import LatencyTable, LayerKey
+
+SURELY_SLOWER = 2.0
+"""Layers whose float time is at least this multiple of the integer one stay integer."""
+
+FREE = 0.01
+"""A change that adds less than this share of the layers' time may be as fast, and its answers nearer to float."""
+
+
+def undecided(
+    tried: Mapping[str, frozenset[str]], layers: Sequence[Layer], table: LatencyTable
+) -> dict[str, frozenset[str]]:
+    """Return the changes to float of which single layers do not say that they make the file slower.
+
+    Args:
+        tried: Name of a change to its layers; one with a part that `layers` does not know is undecided.
+        layers: Of the network.
+        table: Measures what it does not know yet.
+    """
+    timed = {layer.name: layer for layer in layers if layer.shape.kind != "attention"}
+    keys = {name: (_key(layer, "float"), _key(layer, "int8")) for name, layer in timed.items()}
+    table.measure_many(sorted({key for pair in keys.values() for key in pair}, key=str))
+
+    def ms_of(key: LayerKey) -> float:
+        return table.layer_ms(key.shape, key.in_features, key.out_features, key.precision)
+
+    ms = {name: (ms_of(in_float), ms_of(integer)) for name, (in_float, integer) in keys.items()}
+    whole = sum(integer for _, integer in ms.values())
+
+    def surely_slower(change: frozenset[str]) -> bool:
+        if not change <= ms.keys():
+            return False
+        in_float, integer = (sum(ms[name][index] for name in change) for index in range(2))
+        return in_float >= SURELY_SLOWER * integer and in_float - integer >= FREE * whole
+
+    return {name: change for name, change in tried.items() if not surely_slower(change)}
+
+
+def _key(layer: Layer, precision: str) -> LayerKey:
+    return LayerKey(layer.shape, layer.in_features, layer.out_features, precision)
