@@ -1,7 +1,7 @@
 """In: changes of precision that a placement may try, and times of single layers. Out: those that a clock must decide.
 
-Whole files are timed because pieces do not add up. But a layer that takes several times as long in float will not make a
-file faster there: two conversions come on top. So whole files are timed only where single layers leave a doubt.
+Whole files are timed because pieces do not add up. But a layer that takes several times as long in float will not make
+a file faster there: two conversions come on top. So whole files are timed only where single layers leave a doubt.
 """
 
 from __future__ import annotations
