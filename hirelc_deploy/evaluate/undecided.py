@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.graph.model_graph import Layer
-from hirelc_deploy.measure.table import LatencyTable, LayerKey
+from hirelc_deploy.measure.table import LatencyTable
 
 SURELY_SLOWER = 2.0
 """Layers whose float time is at least this multiple of the integer one stay integer."""
@@ -25,17 +26,10 @@ def undecided(
 
     Args:
         tried: Name of a change to its layers; one with a part that `layers` does not know is undecided.
-        layers: Of the network.
+        layers: Of the network; those that cannot be timed alone leave a doubt.
         table: Measures what it does not know yet.
     """
-    timed = {layer.name: layer for layer in layers if layer.shape.kind != "attention"}
-    keys = {name: (_key(layer, "float"), _key(layer, "int8")) for name, layer in timed.items()}
-    table.measure_many(sorted({key for pair in keys.values() for key in pair}, key=str))
-
-    def ms_of(key: LayerKey) -> float:
-        return table.layer_ms(key.shape, key.in_features, key.out_features, key.precision)
-
-    ms = {name: (ms_of(in_float), ms_of(integer)) for name, (in_float, integer) in keys.items()}
+    ms = {layer.name: times for layer in layers if (times := _times(layer, table)) is not None}
     whole = sum(integer for _, integer in ms.values())
 
     def surely_slower(change: frozenset[str]) -> bool:
@@ -47,5 +41,15 @@ def undecided(
     return {name: change for name, change in tried.items() if not surely_slower(change)}
 
 
-def _key(layer: Layer, precision: str) -> LayerKey:
-    return LayerKey(layer.shape, layer.in_features, layer.out_features, precision)
+def _times(layer: Layer, table: LatencyTable) -> tuple[float, float] | None:
+    """Return milliseconds of a layer in float and as integers; None where it cannot be timed alone."""
+    if layer.shape.kind == "attention":
+        return None
+    try:
+        in_float, integer = (
+            table.layer_ms(layer.shape, layer.in_features, layer.out_features, precision)
+            for precision in ("float", "int8")
+        )
+    except (ExportError, InputError):
+        return None
+    return in_float, integer
