@@ -74,7 +74,7 @@ def timed_runtimes(pipeline: Pipeline) -> list[dict[str, Any]]:
         paths |= {path: files.backend for files in able for path in (files.placed, files.file_of(plan, "F2"))}
         timings = compare(list(paths), SideBySide(paths), threads=pipeline.threads, batch=pipeline.batch, limits=QUICK)
     ratio = {timing.file: timing.ratio for timing in timings}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"runtime": files.backend.name, "uncut": ratio[files.placed], "cut": ratio[files.file_of(plan, "F2")]}
         for files in able
     ]
