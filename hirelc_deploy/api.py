@@ -142,6 +142,7 @@ def search(
     budget: str | float | None = None,
     trials: int = 24,
     finalists: int = 3,
+    race: int = 0,
     options: int = 8,
     warm_start: str | Path | None = None,
     depth: bool = True,
@@ -160,9 +161,10 @@ def search(
         metric: `metric(outputs, targets)`, one number or one an image; or `file.py:function`.
         loss: `loss(outputs, targets)`, joined to the distillation; or `file.py:function`.
         budget: Seconds, or text such as `30m`.
-        strategy: A name; this and the next six as in `config.SearchConfig`.
+        strategy: A name; this and the next seven as in `config.SearchConfig`.
         trials: Cut models judged per latency budget.
         finalists: Plans recovered by training, at most.
+        race: Plans of equal time that begin a finalist's recovery; 0 for no race.
         options: Widths offered per unit, at most.
         warm_start: Folder of a finished search whose agents begin here.
         depth: Whether residual branches may be left out.
@@ -176,7 +178,7 @@ def search(
     limited = _limits(limits)
     seconds = parse_duration(budget) if isinstance(budget, str) else budget
     folder = str(Path(warm_start).resolve()) if warm_start else None
-    configured = SearchConfig(strategy, seconds, trials, finalists, options, folder, depth, precisions)
+    configured = SearchConfig(strategy, seconds, trials, finalists, options, folder, depth, precisions, race)
     config, given = _config(model, data, task, target, metric, loss, job, limits=limited, search=configured)
     return _done(config, given, _folder(out), job, jobs=jobs, ray=ray)
 

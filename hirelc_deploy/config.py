@@ -21,7 +21,7 @@ from hirelc_deploy.errors import InputError
 SCHEMA_VERSION = 1
 STRATEGIES = (
     *("hirelc", "two-stage", "knapsack", "greedy", "tpe", "nsga2"),
-    *("flat", "random", "uniform", "untrained"),
+    *("flat", "random", "taylor", "uniform", "untrained"),
 )
 LARGEST_INPUT = 2**26
 """Values of one image (256 MiB in float32): what is larger is a slip of the pen, and would exhaust the memory."""
@@ -149,6 +149,7 @@ class SearchConfig:
             the evaluations take.
         f1_evaluations: Sliced and compensated models judged per latency budget.
         finalists: Plans that are recovered by training at most.
+        race: Plans of equal time that begin the recovery of a finalist, half of which leave at each rung; 0 for none.
         options: Widths offered per unit at most.
         warm_start: Folder of another run whose agents this one begins with, if they foretell what is measured here.
         depth: Whether residual branches may be left out.
@@ -163,6 +164,7 @@ class SearchConfig:
     warm_start: str | None = None
     depth: bool = True
     precisions: bool = False
+    race: int = 0
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -171,6 +173,7 @@ class SearchConfig:
         _at_least("trials", self.f1_evaluations, 1, whole=True)
         _at_least("finalists", self.finalists, 1, whole=True)
         _at_least("options", self.options, 2, whole=True)
+        _at_least("race", self.race, 0, whole=True)
 
 
 @dataclass(frozen=True)

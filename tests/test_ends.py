@@ -28,11 +28,14 @@ from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.guarded import guarded
+from hirelc_deploy.evaluate.layer_losses import LayerLosses
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.jobs.shipping import end_records, end_warnings
+from hirelc_deploy.jobs.why import end_record
 from hirelc_deploy.measure.backend import Precision
 from hirelc_deploy.plan import END_OF, CompressionPlan
+from hirelc_deploy.results.layer_text import why_text
 from hirelc_deploy.runs import Run
 from hirelc_deploy.tasks.paired import PairedDrop
 from hirelc_deploy.tasks.registry import make_task
@@ -328,6 +331,33 @@ def test_the_guard_makes_an_end_float_as_one_group(pipeline, monkeypatch):
     assert plan.precision == {"end of output": "float"}
     assert pipeline.files.precision_of(plan)("end of output") == "float"
     pipeline.cut(plan)
+
+
+def test_why_tells_what_integers_in_an_end_lose_and_win(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.uncut, "selection", (pipeline.uncut.selection[0], None))  # nobody knows the boxes
+    plan = CompressionPlan(default_precision="auto")
+    losses = LayerLosses(pipeline, pipeline.cut(plan), plan)
+    (end,) = losses.ends
+    told = end_record(losses, end)
+    assert (told["name"], told["precision"], told["operators"]) == ("end of output", "float", len(end.nodes))
+    lost = told["rounding"]["divergence"]
+    assert lost["high"] < 0
+    assert told["rounding"]["points"] is None
+    assert told["rounding"]["ms"] is not None
+    assert losses.end(end) == losses.end(end)
+    text = why_text({"ends": [told]})
+    assert "won by integers in what decodes the outputs" in text
+    assert "end of output (float): " in text
+    assert "Concat joins values up to" in text
+
+
+def test_an_end_of_which_a_pattern_rounds_nothing_is_told_so(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.uncut, "selection", (pipeline.uncut.selection[0], None))
+    plan = CompressionPlan(default_precision="auto", pattern="weights")
+    losses = LayerLosses(pipeline, pipeline.cut(plan), plan)
+    told = end_record(losses, losses.ends[0])
+    assert told["rounding"] is None
+    assert "end of output (float): the pattern rounds nothing of it" in why_text({"ends": [told]})
 
 
 def test_an_end_that_a_plan_names_and_the_model_lacks_is_refused(pipeline):

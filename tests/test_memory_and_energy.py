@@ -13,6 +13,7 @@ from test_pipeline import data_file, make_pipeline  # noqa: F401  (a fixture)
 
 from hirelc_deploy.config import Limits, SearchConfig, parse_bytes
 from hirelc_deploy.deliver import finalists
+from hirelc_deploy.deliver.limits import appetite, check_energy, check_memory, keeps_energy, keeps_limits
 from hirelc_deploy.deliver.race import uncut_files
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.pipeline import Pipeline
@@ -57,7 +58,7 @@ def test_a_limit_is_refused_where_the_device_does_not_tell_the_memory_of_a_proce
 ) -> None:
     pipeline = make_pipeline(data_file, tmp_path / "run", FakeBackend(faults=Faults(silent=True)))
     with pytest.raises(InputError, match=r"--max-memory: fake does not tell the memory.*leave it out"):
-        finalists.check_memory(pipeline, 10**9)
+        check_memory(pipeline, 10**9)
     assert pipeline.files.peak_memory_bytes(pipeline.files.reference) is None
 
 
@@ -105,8 +106,8 @@ def test_an_unpruned_file_is_held_to_the_limit_too(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize(("memory", "kept"), [(1000, True), (1001, False), (None, False)])
 def test_memory_that_was_not_told_keeps_no_limit(memory: int | None, kept: bool) -> None:
     outcome = Measured("x", "F3", 0.1, 0.9, 1, 1, ratio=0.2, size_bytes=1)
-    assert finalists.keeps_limits(Limits(max_memory_bytes=1000), outcome, 0.0, 0.0, 10.0, memory) is kept
-    assert finalists.keeps_limits(Limits(), outcome, 0.0, 0.0, 10.0, memory)
+    assert keeps_limits(Limits(max_memory_bytes=1000), outcome, 0.0, 0.0, 10.0, memory) is kept
+    assert keeps_limits(Limits(), outcome, 0.0, 0.0, 10.0, memory)
 
 
 def test_a_process_with_a_larger_file_has_a_higher_peak(tmp_path: Path) -> None:
@@ -187,12 +188,12 @@ def test_a_limit_on_energy_is_refused_where_the_device_does_not_tell_it_and_else
 ) -> None:
     silent = make_pipeline(data_file, tmp_path / "silent", FakeBackend(faults=Faults(silent=True)))
     with pytest.raises(InputError, match=r"--max-energy-mj: fake does not tell what it draws.*leave it out"):
-        finalists.check_energy(silent)
-    finalists.check_energy(pipeline)
+        check_energy(silent)
+    check_energy(pipeline)
     files = pipeline.files
     drawn = files.energy_mj(files.reference)
     assert drawn is not None
-    assert finalists.appetite(Limits(max_energy_mj=1.0), files, files.reference) == (None, drawn)
+    assert appetite(Limits(max_energy_mj=1.0), files, files.reference) == (None, drawn)
     for most, kept in ((drawn, True), (0.99 * drawn, False)):
-        assert finalists.keeps_energy(Limits(max_energy_mj=most), drawn) is kept
-    assert not finalists.keeps_energy(Limits(max_energy_mj=1.0), None)
+        assert keeps_energy(Limits(max_energy_mj=most), drawn) is kept
+    assert not keeps_energy(Limits(max_energy_mj=1.0), None)

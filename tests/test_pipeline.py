@@ -20,6 +20,7 @@ from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.deliver import finalists
 from hirelc_deploy.deliver import race as delivery
+from hirelc_deploy.deliver.limits import TOLERANCE, keeps_limits
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate import network_time, tables
@@ -257,7 +258,7 @@ def test_a_search_ships_a_plan_within_its_speed_limit(data_file: Path, tmp_path:
     search = finalists.Search(pipeline, pipeline.run, LatencyTable(pipeline.backend, None), limits, config)
     found = search.finalists()
     assert len(found) == 1
-    assert (found[0].outcome.ratio or 9) <= 1 / 3.0 * (1 + finalists.TOLERANCE)
+    assert (found[0].outcome.ratio or 9) <= 1 / 3.0 * (1 + TOLERANCE)
     ours = delivery.Contender("ours", pipeline.files.file_of(found[0].plan, "F3"), found[0].plan)
     shipped = delivery.race(pipeline, ours)
     assert shipped.shipped is ours
@@ -299,7 +300,7 @@ def test_a_file_that_leaves_its_time_unused_is_followed_by_one_that_keeps_more(
     ratios, losses = [outcome.ratio or 1.0 for _, outcome in best], [outcome.loss for _, outcome in best]
     assert ratios[0] < (1 - finalists.UNUSED) / 4.0
     assert ratios[0] < max(ratios[1:])
-    met = [loss for loss, ratio in zip(losses, ratios, strict=True) if ratio <= (1 + finalists.TOLERANCE) / 4.0]
+    met = [loss for loss, ratio in zip(losses, ratios, strict=True) if ratio <= (1 + TOLERANCE) / 4.0]
     assert chosen == best[losses.index(min(met))][0]
 
 
@@ -413,7 +414,7 @@ def test_importance_without_labels_takes_the_uncut_models_own_answers(data_file:
 def test_limits_hold_only_when_every_one_is_kept(drop: float, error: float, ratio: float, size: int, kept: bool):
     limits = Limits(max_drop=1.0, speedup=4.0, max_bytes=2000)
     outcome = Measured("x", "F3", 0.1, 0.9, 1, 1, ratio=ratio, size_bytes=size)
-    assert finalists.keeps_limits(limits, outcome, drop, error, reference_ms=10.0) is kept
+    assert keeps_limits(limits, outcome, drop, error, reference_ms=10.0) is kept
 
 
 def test_layer_records_tell_widths_before_and_after(pipeline: Pipeline):
@@ -523,6 +524,21 @@ def test_a_trial_recovery_lowers_the_loss_and_is_remembered(pipeline: Pipeline):
     assert after < before.loss
     assert pipeline.training.loss_after(plan, 3) == after
     assert pipeline.run.fact(f"loss of {plan.digest} after 3 epochs of recovery") == after
+
+
+def test_a_recovery_goes_on_from_where_it_was_judged(data_file: Path, tmp_path: Path):
+    plan = CompressionPlan({"stages.0.0.conv1": 0, "stages.0.residual": 8}, default_precision="auto")
+    straight, judged = make_pipeline(data_file, tmp_path / "straight"), make_pipeline(data_file, tmp_path / "judged")
+    before = judged.evaluate(plan, "F1")
+    early, later = judged.training.loss_at(plan, 0.3), judged.training.loss_at(plan, 0.8)
+    assert isinstance(before, Measured)
+    assert early < before.loss
+    assert later < before.loss
+    assert judged.run.fact(f"loss of {plan.digest} with 0.3 of 3 epochs of recovery done") == early
+    for pipeline in (straight, judged):
+        pipeline.evaluate(plan, "F3")
+    one, other = (load_file(str(p.files.weights_of(plan))) for p in (straight, judged))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_plan_without_a_branch_walks_the_whole_path(pipeline: Pipeline):

@@ -11,6 +11,9 @@ from hirelc_deploy.compress.integer.forms import BFLOAT, FORMS
 from hirelc_deploy.compress.integer.placement import Placement, changes, place
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.demo.model import DemoNet
+from hirelc_deploy.errors import ExportError
+from hirelc_deploy.evaluate.undecided import undecided
+from hirelc_deploy.graph.model_graph import Layer, LayerShape
 from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
 from hirelc_deploy.measure.backend import BFLOAT_FORM
 from tests.test_quantize import write
@@ -89,6 +92,56 @@ def test_where_every_integer_file_is_slower_single_layers_become_integer_in_the_
     found = Clockwork(tmp_path, milliseconds).place()
     assert found.float_layers == ("B", "a", "b")
     assert found.ratio == pytest.approx(0.9)
+
+
+def test_changes_that_are_decided_are_not_timed_as_whole_files(tmp_path):
+    clock = Clockwork(tmp_path, lambda pattern, floats: {"float": 10.0}.get(pattern, 5.0) - ("c" in floats))
+    found = place(
+        tmp_path / "float",
+        CHANGES,
+        clock.build,
+        clock.time,
+        divergence=lambda path: 1.0,
+        undecided=lambda tried: {name: tried[name] for name in tried if name != "b"},
+    )
+    assert found.float_layers == ("c",)
+    assert {"a", "c"} < found.candidates.keys()
+    assert "b" not in found.candidates
+    assert not any("B" in path.name.rpartition("-")[2] for path in clock.timed)
+
+
+def test_where_every_integer_file_is_slower_every_layer_is_tried_in_the_float_one(tmp_path):
+    clock = Clockwork(tmp_path, lambda pattern, floats: 10.0 if pattern == "float" else 12.0 - 3.0 * ("b" in floats))
+    found = place(tmp_path / "float", CHANGES, clock.build, clock.time, undecided=lambda tried: {})
+    assert {f"{name} in a float file" for name in CHANGES} < found.candidates.keys()
+
+
+class Times:
+    """A table in which a layer of so many input features takes so many microseconds in float; none of 7 can be had."""
+
+    def __init__(self, integer_share):
+        self.integer_share = integer_share
+
+    def layer_ms(self, shape, in_features, out_features, precision):
+        if in_features == 7:
+            raise ExportError("the device refuses it")
+        share = self.integer_share.get(in_features, 0.25)
+        return in_features / 1000 * (1.0 if precision == "float" else share)
+
+
+def layer(name, in_features, kind="conv"):
+    shape = LayerShape(kind, 64)
+    return Layer(name, shape, "block", in_features, 8, (), (), 1, 1)
+
+
+def test_what_is_much_slower_in_float_is_decided_unless_it_costs_next_to_nothing():
+    layers = [layer("large", 900), layer("near", 400), layer("tiny", 3), layer("scores", 500, "attention")]
+    layers.append(layer("refused", 7))
+    table = Times({400: 0.6})
+    tried = {name: frozenset({name}) for name in ("large", "near", "tiny", "scores", "refused", "unknown")}
+    tried["large and near"] = frozenset({"large", "near"})
+    assert undecided(tried, layers, table).keys() == {"near", "tiny", "scores", "refused", "unknown"}
+    assert undecided({"large and near": tried["large and near"]}, layers, Times({400: 0.9, 900: 0.9})) != {}
 
 
 def test_a_placement_comes_back_from_its_json():

@@ -13,6 +13,7 @@ from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.norms import correct_norms, reestimate_norms
 from hirelc_deploy.compress.recovery import (
     FeatureMatch,
+    Pause,
     Recovery,
     Teacher,
     compensate,
@@ -259,6 +260,31 @@ def test_a_training_that_was_interrupted_ends_as_an_undisturbed_one(weights_ema:
     assert all(
         torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("weights_ema", [0.0, 0.9])
+def test_a_training_that_paused_ends_as_an_undisturbed_one(weights_ema: float):
+    pictures, uncut = Pictures(), small_net()
+    recipe = Recovery(epochs=3.5, batch_size=16, learning_rate=0.1, weights_ema=weights_ema)
+    standing = b""
+
+    def keep(left: bytes) -> None:
+        nonlocal standing
+        standing = left
+
+    def train(pause: Pause | None) -> nn.Module:
+        torch.manual_seed(3)
+        student, teacher = nn.Sequential(*small_net(), Noise()), Teacher(uncut, pictures, 2, CPU)
+        return fine_tune(
+            student, teacher, recipe, seed=1, progress=QUIET, reads={"3": np.arange(16)}, begun=standing, pause=pause
+        )
+
+    whole = train(None).state_dict()
+    early, later = (train(Pause(share, keep)).state_dict() for share in (0.2, 0.6))
+    assert not torch.equal(early["0.weight"], later["0.weight"])
+    again = train(Pause(0.6, keep)).state_dict()  # of what is done already nothing is done again
+    assert all(torch.equal(a, b) for a, b in zip(later.values(), again.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.values(), train(None).state_dict().values(), strict=True))
 
 
 def test_drop_out_stays_off_while_a_student_is_trained_and_running_statistics_do_not():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy_problem import Toy, random_problem
+from toy_problem import WIDTHS, Toy, random_problem
 
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.outcome import Failed, Measured
@@ -66,7 +66,7 @@ def test_every_proposal_fits_the_budget_and_is_new(name: str) -> None:
 def test_equal_seeds_propose_equal_plans(name: str) -> None:
     toy = Toy(0)
     assert proposals(toy, name, 5) == proposals(toy, name, 5)
-    if name not in ("uniform", "greedy"):
+    if name not in ("uniform", "taylor", "greedy"):
         assert proposals(toy, name, 5) != proposals(toy, name, 6)
 
 
@@ -222,6 +222,29 @@ def test_uniform_keeps_the_same_share_everywhere_and_as_much_as_fits() -> None:
         assert len(set(choices.tolist())) == 1
         assert toy.ms(choices) <= budget_ms
         assert toy.ms(choices + 1) > budget_ms
+
+
+def test_taylor_keeps_what_reaches_one_threshold_and_as_much_as_fits() -> None:
+    toy = Toy(4)
+    for budget in (0.3, 0.6, 0.9):
+        budget_ms = budget * toy.problem.uncut_ms
+        (choices,) = make_strategy("taylor", toy.problem, budget_ms, 0).propose(8)
+        assert toy.ms(choices) <= budget_ms
+        worth = np.stack([decision.worth for decision in toy.problem.decisions])
+        rows = np.arange(len(choices))
+        kept, gone = worth[rows, choices], worth[rows, np.minimum(choices + 1, len(WIDTHS) - 1)]
+        threshold = kept[choices > 0].min()
+        assert (gone[(choices < len(WIDTHS) - 1)] < threshold).all()
+        next_one = gone[choices < len(WIDTHS) - 1].max()
+        wider = np.where((choices < len(WIDTHS) - 1) & (gone >= next_one), choices + 1, choices)
+        assert toy.ms(wider) > budget_ms
+
+
+def test_taylor_takes_what_fits_where_no_threshold_does() -> None:
+    problem = random_problem(0)
+    shortest_ms = smallest(problem)[1]
+    (choices,) = make_strategy("taylor", problem, 1.001 * shortest_ms, 0).propose(1)
+    assert problem.predict_ms(choices) <= 1.001 * shortest_ms
 
 
 def test_an_unknown_strategy_is_refused_with_the_names_there_are() -> None:

@@ -24,7 +24,7 @@ from hirelc_deploy.cli import app
 from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.onnx_file.refill import Exporter
 from hirelc_deploy.errors import ExportError, InputError
-from hirelc_deploy.evaluate.foretold import PieceTime, Times, foretell, piece_time, total
+from hirelc_deploy.evaluate.foretold import Form, PieceTime, Times, foretell, piece_time, time_pieces, total
 from hirelc_deploy.evaluate.pieces import OUTSIDE, Part, Pieces, inside_a_network, pieces_of
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.models.given import source_of
@@ -365,6 +365,34 @@ def test_the_command_line_and_python_say_the_same(place: Path) -> None:
     assert "foretold in" in text
     assert "none of it measured" in text
     assert f"cannot be known beforehand: {ACCURACY}" in text
+
+
+def test_a_form_whose_piece_fails_while_it_runs_is_refused_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = pieces_of(onnx.load(str(exported(network(), tmp_path)[0])))
+    healthy, broken = FakeBackend(), FakeBackend()
+    build = broken.build
+
+    def fails(*_: Any) -> list[OperatorTime]:
+        raise ExportError("the device went away")
+
+    def build_broken(file: Path, threads: int = 1) -> Any:
+        runner = build(file, threads)
+        monkeypatch.setattr(runner, "profile", fails)
+        return runner
+
+    monkeypatch.setattr(broken, "build", build_broken)
+
+    def as_it_is(plain: Path, path: Path) -> None:
+        path.write_bytes(plain.read_bytes())
+
+    forms = {("fake", "float"): Form(healthy, as_it_is), ("broken", "float"): Form(broken, as_it_is)}
+    progress = Progress(quiet=True, clock=lambda: 0.0)
+    times = time_pieces(pieces, forms, tmp_path, threads=1, until=1.0, progress=progress, name="pieces")
+    assert times.refused == {("broken", "float"): "the device went away"}
+    assert list(times.turns) == [("fake", "float")]
+    assert all(len(turn) == len(pieces.files) for turn in times.turns["fake", "float"])
 
 
 def test_options_of_the_verdict_alone_and_wrong_ones_are_refused_in_a_sentence(place: Path) -> None:

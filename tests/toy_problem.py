@@ -78,6 +78,7 @@ class Toy:
                     ms=np.array([self.ms(choices) - uncut_ms for choices in single]),
                     size_bytes=np.array(WIDTHS, dtype=np.float64) - WIDTHS[-1],
                     features=np.array([index / count, np.log(self.weight[index]), rng.normal()]),
+                    worth=self.weight[index] * np.linspace(1.0, 0.1, len(WIDTHS)),
                 )
             )
         return Problem(

@@ -144,13 +144,17 @@ def search(
         float | None, typer.Option(help="Millijoules that the target draws during one inference, where it tells them.")
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="hirelc, two-stage, knapsack, greedy, tpe, nsga2, flat, random, uniform or untrained.")
+        str,
+        typer.Option(help="hirelc, two-stage, knapsack, greedy, taylor, tpe, nsga2, flat, random, uniform, untrained."),
     ] = "hirelc",
     budget: Annotated[
         str | None, typer.Option(help="Wall time, for example 30m; where it is short, recoveries are shortened.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
     finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
+    race: Annotated[
+        int, typer.Option(min=0, help="Plans of equal time that begin each recovery; half leave at a rung. 0: no race.")
+    ] = 0,
     options: Annotated[int, typer.Option(min=2, help="Widths offered per unit, at most.")] = 8,
     warm_start: Annotated[
         Path | None,
@@ -210,6 +214,7 @@ def search(
         budget=budget,
         trials=trials,
         finalists=finalists,
+        race=race,
         options=options,
         warm_start=warm_start,
         depth=depth,

@@ -223,6 +223,22 @@ def on_device(targets: Targets, device: torch.device) -> Targets:
 AfterEpoch = Callable[[int, nn.Module, bytes], None]
 Watch = Callable[[int, Mapping[str, float]], None]
 
+PAUSED_EMA = 0.95
+"""Decay per step of the averaged weights by which a training that pauses is judged."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Where a training stops for a while.
+
+    Attributes:
+        share: Of all its steps.
+        keep: Given all that is needed to go on from there.
+    """
+
+    share: float
+    keep: Callable[[bytes], None]
+
 
 def fine_tune(
     student: nn.Module,
@@ -237,6 +253,7 @@ def fine_tune(
     begun: bytes = b"",
     after_epoch: AfterEpoch = lambda epoch, student, standing: None,
     watch: Watch = lambda step, scalars: None,
+    pause: Pause | None = None,
 ) -> nn.Module:
     """Train `student` in place to answer like the teacher and return it in eval mode, on the CPU.
 
@@ -253,6 +270,7 @@ def fine_tune(
         after_epoch: Called after every whole epoch with its number from 1, the student in eval mode, and all that is
             needed to go on from there.
         watch: Called every 20 steps with the number of the step, and its loss and learning rate by name.
+        pause: Where to stop before the end; what comes back then has averaged weights, since the learning rate is high.
     """
     images, device = teacher.images, teacher.device
     if len(images) < 2:
@@ -265,14 +283,16 @@ def fine_tune(
     optimizer = _optimizer(student, recovery)
     rate = STILL_RATE if still_norms and not as_exported else 1.0
     peaks = [rate * group["lr"] for group in optimizer.param_groups]
-    averaged = copy.deepcopy(student) if recovery.weights_ema else None
+    decay = recovery.weights_ema or (PAUSED_EMA if pause else 0.0)
+    averaged = copy.deepcopy(student) if decay else None
     match = FeatureMatch(student, teacher.model, reads if recovery.feature_weight and not teacher.dense else {})
     afresh = match.watches or teacher.dense  # features are not kept, and dense answers would take much memory
     training = _Training(steps, student, averaged, optimizer, match.variances)
     first = training.resume(begun) if begun else 0
+    last = steps if pause is None else max(1, min(steps, round(pause.share * steps)))
     order = _order(len(images), batch_size, steps, seed, views=None if afresh else teacher.views)
-    counted = progress.track(range(first, steps), name, steps - first, kind=TRAINING_STEP)
-    with contextlib.closing(teacher.batches(itertools.islice(order, first, None))) as arriving:
+    counted = progress.track(range(first, last), name, max(0, last - first), kind=TRAINING_STEP)
+    with contextlib.closing(teacher.batches(itertools.islice(order, first, max(first, last)))) as arriving:
         for step, (wanted, pictures, targets) in zip(counted, arriving, strict=True):
             answers = teacher.answers(torch.from_numpy(wanted.rows), wanted.view, pictures, afresh=afresh)
             scale = min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -288,7 +308,7 @@ def fine_tune(
             nn.utils.clip_grad_norm_(student.parameters(), 5.0)
             optimizer.step()
             if averaged is not None:
-                _average(averaged, student, min(recovery.weights_ema, (step + 1) / (step + 10)))
+                _average(averaged, student, min(decay, (step + 1) / (step + 10)))
             if step % 20 == 0:
                 progress.note(f"loss {loss.item():.3f}")
                 watch(step, {"loss": loss.item(), "learning rate": optimizer.param_groups[0]["lr"]})
@@ -296,6 +316,8 @@ def fine_tune(
                 after_epoch((step + 1) // per_epoch, student.eval(), training.standing(step + 1))
                 _in_training(student, still_norms)
     match.close()
+    if pause is not None:
+        pause.keep(training.standing(max(first, last)))
     result = averaged or student
     return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
 

@@ -113,6 +113,13 @@ class Agenda:
         trials = {CUT: DEPTH_TRIALS + 1, TRAINING_STEP: DEPTH_TRIALS * self.sizes.trial_steps, DEPTH: 1}
         return self.left.seconds_for({**trials, F1: self.sizes.f1_evaluations, FILE: 1})
 
+    def race_seconds(self, plans: int, shares: float) -> float | None:
+        """Return what a race of so many plans takes, in which so many recoveries are trained, and the winner's rest."""
+        self._guess()
+        files = plans - 1
+        steps = (1 + shares) * self.sizes.steps
+        return self.left.seconds_for({CUT: files + 1, FILE: files + 1, TRAINING_STEP: steps})
+
     def delivery_seconds(self) -> float | None:
         """Return what comes after the last finalist."""
         self._guess()

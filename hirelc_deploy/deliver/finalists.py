@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,8 +17,18 @@ from torch import Tensor
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.deliver.agenda import Agenda, Sizes
 from hirelc_deploy.deliver.budget import Budget
+from hirelc_deploy.deliver.limits import (
+    TOLERANCE,
+    appetite,
+    check_energy,
+    check_memory,
+    drop_error,
+    keeps_energy,
+    keeps_limits,
+    keeps_memory,
+    latency_budget_ms,
+)
 from hirelc_deploy.errors import ConstraintError, InputError
-from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.network_time import (
     SAMPLES,
     fit_network_time,
@@ -40,8 +50,8 @@ from hirelc_deploy.strategies.knapsack import smallest, solve
 from hirelc_deploy.strategies.loop import SearchResult, Trial, extended_front, run_search
 from hirelc_deploy.strategies.priced import within_bytes
 from hirelc_deploy.strategies.problem import Choices, Problem
+from hirelc_deploy.strategies.rungs import raced, shares_of_a_race
 from hirelc_deploy.strategies.transfer import shared_weights
-from hirelc_deploy.tasks.paired import PairedDrop
 
 MOST_SPEEDUP, BISECTIONS = 6.0, 5
 """A search without a latency limit enters between the best unpruned file and this many times faster, within 6 %."""
@@ -54,9 +64,6 @@ ENTRY_LOSS = 0.07
 
 CORRECTIONS = 2
 """How often a budget is corrected by the measured file when prediction and measurement disagree."""
-
-TOLERANCE = 0.02
-"""A file within this share of its latency budget meets it: below what a brief timing can tell."""
 
 UNUSED = 0.05
 """A file that leaves more than this share of its latency budget unused could have kept more of the network."""
@@ -319,7 +326,8 @@ class Search:
     def _best_plan(self, budget_ms: float) -> CompressionPlan | None:
         """Search at one budget; where a file misses one that was asked for, search again at a corrected one.
 
-        Too slow breaks the limit; too fast gives accuracy away. Of files that meet the budget that which loses least.
+        Too slow breaks the limit; too fast gives accuracy away. Of files that meet the budget that which loses least,
+        or where several may enter a race, that which loses least as its training goes on.
         """
         aim_ms, tried = budget_ms, list[tuple[CompressionPlan, Measured]]()
         asked_for = latency_budget_ms(self.limits, self.pipeline.files.reference_ms) is not None
@@ -339,7 +347,43 @@ class Search:
         if not tried:
             return None
         met = [found for found in tried if self._used(found[1], budget_ms) <= 1 + TOLERANCE]
-        return min(met, key=lambda found: found[1].loss)[0] if met else tried[-1][0]
+        best = min(met, key=lambda found: found[1].loss) if met else tried[-1]
+        return self._raced(best, aim_ms, budget_ms if asked_for else None)
+
+    def _raced(self, best: tuple[CompressionPlan, Measured], aim_ms: float, budget_ms: float | None) -> CompressionPlan:
+        """Return that of the best plan and others of its time which loses least as its training goes on.
+
+        Args:
+            aim_ms: Predicted time of the others.
+            budget_ms: What their files may take; None for hardly longer than the best plan's.
+        """
+        plan, outcome = best
+        if self.config.race < 2 or self.pipeline.effort.recovery is None or not self._has_time_to_race():
+            return plan
+        self._fit_recovery()
+        entrants = {plan.digest: plan}
+        most = (1 + TOLERANCE) * budget_ms / self.pipeline.files.reference_ms if budget_ms else math.inf
+        if budget_ms is None and outcome.ratio is not None:
+            most = (1 + UNUSED) * outcome.ratio
+        for other in self._others(aim_ms):
+            if len(entrants) == self.config.race:
+                break
+            found = self._evaluate(other, "F2") if other.digest not in entrants else None
+            if isinstance(found, Measured) and (found.ratio or 0.0) <= most:
+                entrants[other.digest] = other
+        with self.pipeline.progress.stage("race"):
+            return raced(list(entrants.values()), self.pipeline.training.loss_at)[0]
+
+    def _others(self, aim_ms: float) -> Iterator[CompressionPlan]:
+        """Yield plans of a predicted time from unlike proposers, those first that training may do most for."""
+        problem, budget = self._with_bytes(aim_ms)
+        yield problem.plan_of(solve(problem, budget))
+        yield from (problem.plan_of(choices) for choices in make_strategy("taylor", problem, budget, 0).propose(1))
+        yield from (trial.plan for trial in self.searches[-1].ranked("F1")[1:])
+
+    def _has_time_to_race(self) -> bool:
+        shares = shares_of_a_race(self.config.race)
+        return self.budget.decides(f"race {len(self.searches)}", self.agenda.race_seconds(self.config.race, shares))
 
     def _used(self, outcome: Measured, budget_ms: float) -> float:
         """Return the share of a latency budget that a file takes; all of it where it was not timed."""
@@ -473,96 +517,3 @@ def sizes_of(pipeline: Pipeline, limits: Limits, f1_evaluations: int) -> Sizes:
         f1_evaluations=f1_evaluations,
         limits_drop=limits.max_drop is not None,
     )
-
-
-def latency_budget_ms(limits: Limits, reference_ms: float) -> float | None:
-    """Return the milliseconds that the limits allow, or None when they say nothing about time."""
-    allowed = [limits.max_latency_ms] if limits.max_latency_ms is not None else []
-    if limits.speedup is not None:
-        allowed.append(reference_ms / limits.speedup)
-    return min(allowed, default=None)
-
-
-def check_memory(pipeline: Pipeline, most: int) -> None:
-    """Refuse a limit on the memory of the running process that nothing can keep, before anything is trained.
-
-    Raises:
-        InputError: The target does not tell the memory of a process.
-        ConstraintError: The narrowest network exceeds the limit.
-    """
-    files = pipeline.files
-    if files.peak_memory_bytes(files.reference) is None:
-        raise InputError(
-            f"--max-memory: {files.backend.name} does not tell the memory of a running process on this target; "
-            "leave it out."
-        )
-    plan = CompressionPlan({unit.name: unit.least for unit in pipeline.graph.units}, default_precision="auto")
-    if not isinstance(pipeline.outcome(plan, "F2"), Measured):
-        return  # nothing is known of the narrowest one; the finalists show what they need
-    least = files.peak_memory_bytes(files.file_of(plan, "F2"))
-    if least is not None and least > most:
-        raise ConstraintError(
-            f"search: {most:,} bytes of memory cannot be met: with every unit at its narrowest the process still takes "
-            f"{least:,} bytes on this target, its runtime included. Allow more memory."
-        )
-
-
-def check_energy(pipeline: Pipeline) -> None:
-    """Raise InputError where the target does not tell what it draws."""
-    files = pipeline.files
-    if files.energy_mj(files.reference) is None:
-        raise InputError(
-            f"--max-energy-mj: {files.backend.name} does not tell what it draws on this target (RAPL's counters under "
-            "/sys/class/powercap, or the rail VDD_IN of a Jetson, readable for you); leave it out."
-        )
-
-
-def appetite(limits: Limits, files: Files, path: Path) -> tuple[int | None, float | None]:
-    """Return the peak memory of a file's process and the energy of one inference; None where nothing limits them."""
-    return (
-        None if limits.max_memory_bytes is None else files.peak_memory_bytes(path),
-        None if limits.max_energy_mj is None else files.energy_mj(path),
-    )
-
-
-def keeps_energy(limits: Limits, energy_mj: float | None) -> bool:
-    """Return whether the energy of one inference keeps the limit on it; what was not told keeps none."""
-    return limits.max_energy_mj is None or (energy_mj is not None and energy_mj <= limits.max_energy_mj)
-
-
-def keeps_memory(limits: Limits, memory: int | None) -> bool:
-    """Return whether the peak of a process keeps the limit on it; what was not told keeps none."""
-    return limits.max_memory_bytes is None or (memory is not None and memory <= limits.max_memory_bytes)
-
-
-def drop_error(drop: PairedDrop) -> float:
-    """Return the standard error of a drop, from its 95 % interval."""
-    return (drop.high - drop.low) / (2 * 1.96)
-
-
-def keeps_limits(
-    limits: Limits,
-    outcome: Measured,
-    drop: float,
-    error: float,
-    reference_ms: float,
-    memory: int | None = None,
-    energy_mj: float | None = None,
-) -> bool:
-    """Return whether a file keeps every limit.
-
-    The drop on the selection split is an estimate, so it must stay below the limit by one standard error: about 84 of
-    100 files judged so keep the limit on images nobody has seen.
-
-    Args:
-        memory: Peak bytes of the file's process, where the limits are about it.
-        energy_mj: Of one inference, likewise.
-    """
-    if limits.max_drop is not None and not math.isnan(drop) and drop + error > limits.max_drop:
-        return False
-    if limits.max_bytes is not None and (outcome.size_bytes or 0) > limits.max_bytes:
-        return False
-    if not keeps_memory(limits, memory) or not keeps_energy(limits, energy_mj):
-        return False
-    budget = latency_budget_ms(limits, reference_ms)
-    return budget is None or outcome.ratio is None or outcome.ratio * reference_ms <= budget * (1 + TOLERANCE)

@@ -26,7 +26,7 @@ from hirelc_deploy.strategies.knapsack import smallest
 from hirelc_deploy.strategies.loop import run_search
 from hirelc_deploy.strategies.problem import Choices, Decision, Problem
 
-NEEDS_NO_LOSSES = frozenset({"two-stage", "random", "uniform", "untrained"})
+NEEDS_NO_LOSSES = frozenset({"two-stage", "random", "taylor", "uniform", "untrained"})
 """Strategies that look at no loss of single choices, so that none is measured for them."""
 
 Judge = Callable[[Path], float]

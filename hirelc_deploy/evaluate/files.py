@@ -6,7 +6,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.cutting import FLOAT, divergence, judged, tensors
 from hirelc_deploy.evaluate.uncut import UncutModel
+from hirelc_deploy.evaluate.undecided import undecided
 from hirelc_deploy.evaluate.writer import Exported, Writer
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
 from hirelc_deploy.measure.batch import filled
 from hirelc_deploy.measure.machine import describe, fingerprint
 from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
+from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity
 from hirelc_deploy.plan import END_OF, CompressionPlan
 from hirelc_deploy.progress import Progress
@@ -103,7 +105,17 @@ class Files:
             tried = {name: layers for name, layers in free.items() if layers}
             with self._progress.stage("precision placement"):
                 patterns, ends = self.writer.form.patterns, quantize.ends_of(exported.static, exported.ranges)
-                found = placement.place(self.reference, tried, self.trial, self.time, patterns, self.divergence, ends)
+                table = LatencyTable(self.backend, None, self.threads, self.batch)
+                found = placement.place(
+                    self.reference,
+                    tried,
+                    self.trial,
+                    self.time,
+                    patterns,
+                    self.divergence,
+                    ends,
+                    partial(undecided, layers=self._uncut.graph.layers, table=table),
+                )
                 return found.to_dict()
 
         return Placement.from_dict(self.run.remember(f"precision placement on {self.machine}", measure))

@@ -173,9 +173,16 @@ def time_pieces(
             else:
                 wanted[form] = key
         for turn in range(TURNS):
-            found = {key: profile() for key, profile in sources.items()}
-            for form, key in wanted.items():
-                turns[form][turn][kind] = found[key]
+            for key, profile in list(sources.items()):
+                asking = [form for form, source in wanted.items() if source == key]
+                try:
+                    time = profile()
+                except ExportError as error:
+                    refused |= dict.fromkeys(asking, str(error))
+                    del sources[key]
+                else:
+                    for form in asking:
+                        turns[form][turn][kind] = time
     return Times(pieces, {form: times for form, times in turns.items() if form not in refused}, refused)
 
 

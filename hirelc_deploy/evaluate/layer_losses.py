@@ -191,6 +191,25 @@ class LayerLosses:
             told = self._files.run.remember(self._key("ms of each layer"), measure)
         return {layer: Won(**won) for layer, won in told.items()}
 
+    @cached_property
+    def ends(self) -> tuple[End, ...]:
+        """What decodes the answers, in the order of the outputs."""
+        return quantize.ends_of(self.exported.static, self.exported.ranges)
+
+    def end(self, end: End) -> Effect | None:
+        """Return what integers in an end bring and cost in the whole file; None where the pattern rounds none of it."""
+
+        def measure() -> dict[str, Any] | None:
+            paths = [self._build(self._but(dict.fromkeys(end.parts, precision))) for precision in (FLOAT, "int8")]
+            same = paths[0].read_bytes() == paths[1].read_bytes()
+            effect = None if same else self._against(*paths).to_dict()
+            for path in paths:
+                path.unlink()
+            return effect
+
+        found = self._files.run.remember(self._key(f"integers in {end.name}"), measure)
+        return None if found is None else Effect.from_dict(found)
+
     def cut(self, unit: str, kept: int) -> Effect:
         """Return what one unit's cut costs before any recovery, and wins of the time, where nothing else is cut."""
 
@@ -331,16 +350,15 @@ class LayerLosses:
     def _switched(self, layer: str) -> Callable[[str], str]:
         """Return the precisions of the file with one layer the other way; an integer layer of an end takes it along."""
         other = FLOAT if self.precision_of(layer) != FLOAT else "int8"
-        asked = {layer: other} | (dict.fromkeys(self._ends_of(layer), "int8") if other != FLOAT else {})
+        return self._but({layer: other} | (dict.fromkeys(self._ends_of(layer), "int8") if other != FLOAT else {}))
+
+    def _but(self, asked: Mapping[str, str]) -> Callable[[str], str]:
+        """Return the precisions of the file with those that are asked."""
         return lambda name: asked[name] if name in asked else self.precision_of(name)
 
     def _ends_of(self, layer: str) -> list[str]:
         """Return the names of the ends whose expectation a layer computes: it is integer only where they are."""
-        return [end.name for end in self._decoding if layer in end.layers]
-
-    @cached_property
-    def _decoding(self) -> tuple[End, ...]:
-        return quantize.ends_of(self.exported.static, self.exported.ranges)
+        return [end.name for end in self.ends if layer in end.layers]
 
     # Judging
 

@@ -93,6 +93,13 @@ class Pipeline:
         self.trains_placed = True
         self._begun: set[str] = set()
 
+    def search_in(self, runtime: str) -> None:
+        """Let one of the device's runtimes be that whose files are searched; before anything is evaluated."""
+        every = (self.files, *self.others)
+        self.files = next(files for files in every if files.backend.name == runtime)
+        self.others = tuple(files for files in every if files is not self.files)
+        self.backend, self.training.files = self.files.backend, self.files
+
     @property
     def graph(self) -> ModelGraph:
         """Blocks, units and layers of the uncut model."""

@@ -84,7 +84,10 @@ def build_problem(
             fisher = float(removed[unit.name][0]) / largest_fisher
             layers = [layer for layer in graph.layers if unit.name in layer.units]
             features = _features(graph, unit.kind, unit.block, unit.size, layers, fisher, loss, ms, uncut_ms)
-            decisions.append(Decision(unit.name, "width", unit.block, widths, loss, ms, left - left[-1], features))
+            worth = least_worth(pipeline.uncut.scores[unit.name], widths)
+            decisions.append(
+                Decision(unit.name, "width", unit.block, widths, loss, ms, left - left[-1], features, worth=worth)
+            )
         decisions += placed
 
         def plan_of(choices: Choices) -> CompressionPlan:
@@ -200,6 +203,12 @@ def removed_fisher(scores: NDArray[np.float64], widths: Sequence[int]) -> NDArra
     """Return (widths,) the summed Fisher importance of what each width removes: the least important elements."""
     removed = np.append(0.0, np.cumsum(np.sort(scores)))
     return np.asarray(removed[[len(scores) - width for width in widths]])
+
+
+def least_worth(scores: NDArray[np.float64], widths: Sequence[int]) -> NDArray[np.float64]:
+    """Return (widths,) the importance of the last element that each width keeps, over the mean; inf for no width."""
+    falling = np.sort(scores / max(float(scores.mean()), np.finfo(np.float64).tiny))[::-1]
+    return np.array([falling[width - 1] if width else np.inf for width in widths])
 
 
 def interpolated_losses(removed: NDArray[np.float64], measured: Mapping[int, float]) -> NDArray[np.float64]:

@@ -33,6 +33,7 @@ class Training:
     """Recovers cut models by distillation from the uncut one.
 
     Attributes:
+        files: Of the runtime whose plans are recovered.
         start: Weights of the cut model, recovered before, from which its recovery goes on.
         after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
         scalars: Told the name of a training, the number of a step and what it measured, every few steps.
@@ -53,7 +54,7 @@ class Training:
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self.scalars: Callable[[str, int, Mapping[str, float]], None] = lambda training, step, values: None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._uncut, self._files, self._roundings = uncut, files, roundings
+        self.files, self._uncut, self._roundings = files, uncut, roundings
 
     @cached_property
     def teacher(self) -> recovery.Teacher:
@@ -61,28 +62,31 @@ class Training:
         views = self.effort.recovery.views if self.effort.recovery else 1
         return recovery.Teacher(self._uncut.model, self._uncut.sensitivity_split, views, self.device, self._uncut.task)
 
-    def recovered(self, model: nn.Module, plan: CompressionPlan) -> nn.Module:
-        """Return the model cut to a plan after its recovery."""
-        if self.start is not None and not self._files.weights_of(plan).exists():
+    def recovered(self, model: nn.Module, plan: CompressionPlan, until: float = 1.0) -> nn.Module:
+        """Return the model cut to a plan after its recovery, or after a share of it; see `trained`."""
+        if self.start is not None and not self.files.weights_of(plan).exists():
             try:
                 model.load_state_dict(load_file(str(self.start)))
             except RuntimeError as error:
                 raise ExportError(f"{self.start}: these are not weights of this model cut to this plan.") from error
             model.eval()
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores) if self.effort.recovery else {}
-        return self.trained(model, plan, recovery.kept_inputs(self._uncut.graph, kept))
+        return self.trained(model, plan, recovery.kept_inputs(self._uncut.graph, kept), until)
 
-    def trained(self, model: nn.Module, plan: CompressionPlan, reads: Mapping[str, NDArray[np.int64]]) -> nn.Module:
+    def trained(
+        self, model: nn.Module, plan: CompressionPlan, reads: Mapping[str, NDArray[np.int64]], until: float = 1.0
+    ) -> nn.Module:
         """Return a cut model after the fine-tuning that `effort` asks for.
 
         Weights that a killed run left whole are taken as they are, a training that it left goes on after its last
-        whole epoch.
+        whole epoch, one that paused goes on from there.
 
         Args:
             plan: Names the weights on the disk.
             reads: See `recovery.fine_tune`.
+            until: Share of the steps after which it pauses.
         """
-        path = self._files.weights_of(plan)
+        path = self.files.weights_of(plan)
         if path.exists():
             model.load_state_dict(load_file(str(path)))
             return model.eval()
@@ -96,7 +100,7 @@ class Training:
             name = f"recovery of {plan.digest}"
             self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
             if plan.trained_rounding:
-                qat.install(model, *self._files.roundings_of(model, [plan]))
+                qat.install(model, *self.files.roundings_of(model, [plan]))
             model = recovery.fine_tune(
                 model,
                 self.teacher,
@@ -110,28 +114,47 @@ class Training:
                 begun=training.read_bytes() if training.exists() else b"",
                 after_epoch=after_epoch,
                 watch=partial(self.scalars, name),
+                pause=None if until >= 1 else recovery.Pause(until, partial(write_atomic, training)),
             )
             qat.settle(model)
+        if until < 1:
+            return model
         write_atomic(path, weights_of_model(model))
         training.unlink(missing_ok=True)
         return model
 
-    def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
-        """Return what a cut model loses on the selection split after a recovery of so many epochs; journaled.
+    def loss_at(self, plan: CompressionPlan, share: float) -> float:
+        """Return what a cut model loses on the selection split with this share of its recovery done; journaled.
 
-        On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
+        Nothing is trained twice: a later call, and the recovery itself, go on from where this one pauses.
         """
 
         def measure() -> float:
-            model = self._briefly(plan, epochs, f"trial recovery of {plan.digest}")
-            images, targets = self._uncut.selection
-            round_as_asked(model, self._roundings(), plan)
-            with recovery.half_precision(torch.device("cpu")):
-                return judged(self._uncut.task, forward(model, images), self._uncut.answers, targets)[0]
+            with self.progress.left.step(CUT):
+                model = cut(self._uncut, plan)
+            return self._judged(self.recovered(model, plan, share), plan)
 
-        return float(
-            self._files.run.remember(f"{TRIAL_LOSS}{plan.digest} after {epochs:g} epochs of recovery", measure)
-        )
+        epochs = self.effort.recovery.epochs if self.effort.recovery else 0.0
+        key = f"{TRIAL_LOSS}{plan.digest} with {share:g} of {epochs:g} epochs of recovery done"
+        return float(self.files.run.remember(key, measure))
+
+    def _judged(self, model: nn.Module, plan: CompressionPlan) -> float:
+        """Return what a cut model loses on the selection split.
+
+        On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
+        """
+        images, targets = self._uncut.selection
+        round_as_asked(model, self._roundings(), plan)
+        with recovery.half_precision(torch.device("cpu")):
+            return judged(self._uncut.task, forward(model, images), self._uncut.answers, targets)[0]
+
+    def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
+        """Return what a cut model loses on the selection split after a recovery of so many epochs; journaled."""
+
+        def measure() -> float:
+            return self._judged(self._briefly(plan, epochs, f"trial recovery of {plan.digest}"), plan)
+
+        return float(self.files.run.remember(f"{TRIAL_LOSS}{plan.digest} after {epochs:g} epochs of recovery", measure))
 
     def steps(self, epochs: float | None = None) -> int:
         """Return the steps of a recovery, or of so many epochs of one; 0 where there is none."""

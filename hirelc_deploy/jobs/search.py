@@ -7,17 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hirelc_deploy.config import Limits
-from hirelc_deploy.deliver.finalists import (
-    Finalist,
-    Search,
-    appetite,
-    drop_error,
-    keeps_limits,
-    no_more_finalists,
-    planned,
-)
+from hirelc_deploy.deliver.finalists import Finalist, Search, no_more_finalists, planned
+from hirelc_deploy.deliver.limits import appetite, drop_error, keeps_limits
 from hirelc_deploy.deliver.race import Contender
 from hirelc_deploy.errors import ConstraintError, InputError
+from hirelc_deploy.evaluate.leading import choose_runtime
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.jobs.shipping import deliver
 from hirelc_deploy.jobs.workplace import Workplace, finished, table_path
@@ -51,6 +45,7 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
             f"{path.parent}: this folder for layer times cannot be made ({error.strerror}); "
             "set HIRELC_DEPLOY_CACHE to a folder that can be written."
         ) from None
+    runtimes = choose_runtime(pipeline)
     table = LatencyTable(pipeline.backend, path, pipeline.threads, pipeline.batch)
     search = Search(pipeline, run, table, config.limits, config.search)
     finalists = search.finalists()
@@ -64,6 +59,7 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
             "seconds": sum(s.seconds for s in search.searches),
         },
         "latency_model": search.fit,
+        "runtimes": runtimes,
         "agents": search.records,
         "agreement": agreement(search.problem, run.trials, pipeline.files.reference_ms),
         "finalists": [finalist_record(f) for f in finalists],

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.guard import Guarded
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.deliver.bundle import RUNTIMES
@@ -146,6 +147,7 @@ def explained(workplace: Workplace, fixes: int) -> dict[str, Any]:
             }
             for name in (*worst, *left_out)
         ],
+        "ends": [end_record(losses, end) for end in losses.ends],
         "together": together_record(losses, joined(taken.values())) if taken else None,
         "training": training_record(workplace),
         "notes": notes,
@@ -192,6 +194,18 @@ def cut_record(losses: LayerLosses, layer: Layer) -> dict[str, Any] | None:
             effect = losses.cut(unit.name, kept).to_dict()
             return {"unit": unit.name, "kept": wide, "full": layer.out_features, **effect}
     return None
+
+
+def end_record(losses: LayerLosses, end: End) -> dict[str, Any]:
+    """Return what decodes some outputs, why it suffers from rounding, and what integers in it bring and cost."""
+    effect = losses.end(end)
+    return {
+        "name": end.name,
+        "why": "; ".join(end.why),
+        "operators": len(end.nodes),
+        "precision": losses.precision_of(end.name),
+        "rounding": None if effect is None else effect.to_dict(),
+    }
 
 
 def fix_record(fix: Fix) -> dict[str, Any]:

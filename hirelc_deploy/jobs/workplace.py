@@ -25,6 +25,7 @@ from hirelc_deploy.deliver.read import read_manifest
 from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.evaluate.by_layer import ByLayer
 from hirelc_deploy.evaluate.effort import GRADIENT_VALUES, LEAST_BATCH, Effort
+from hirelc_deploy.evaluate.leading import take_up
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.uncut import proven_graph
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -188,6 +189,11 @@ def open_workplace(
         others=() if is_file else open_others(target),
         by_layer=by_layer,
     )
+    try:
+        take_up(pipeline)
+    except HirelcError as error:
+        run.__exit__(type(error), error, error.__traceback__)
+        raise
     return Workplace(config, pipeline, run, source, fitted.record, command, notes, tuple(track))
 
 

@@ -42,7 +42,8 @@ class Target:
         source: Where it was defined: `built in` or a file.
         hosts: SSH names of boards; several are a pool of equal ones. Empty for this machine.
         via: For each of `hosts` the Ray node that it hangs on, empty where it is reached from this machine.
-        also: Backends whose files take part in the last race, where their runtimes are there; not on boards.
+        also: Further runtimes of the device, where they are there; not on boards. The search works in the fastest one,
+            the last race has the files of all.
         remote: Whether the device is meant to be another machine, so that without a host there is none.
         power_mode: What the device must run in: the number of a Jetson's nvpmodel, or the name of a CPU governor.
         python: Command of the Python on the board that has the runtime.
@@ -73,7 +74,7 @@ BUILT_IN = (
     Target(
         "cpu",
         "onnxruntime_cpu",
-        description="this machine's CPU, one thread, ONNX Runtime; OpenVINO in the last race, where it is there",
+        description="this machine's CPU, one thread, ONNX Runtime, and OpenVINO where it is there: the faster one",
         also=("openvino_cpu",),
     ),
     Target("openvino", "openvino_cpu", description="this machine's CPU, one thread, OpenVINO"),

@@ -97,6 +97,18 @@ def layer_rows(found: Record) -> list[dict[str, Any]]:
     return rows
 
 
+def end_rows(found: Record) -> list[dict[str, str]]:
+    """Return one row for each end: its name, its precision, and what integers in it bring."""
+    words, rows = MetricWords.of(found), list[dict[str, str]]()
+    for end in records(found.get("ends")):
+        name, precision, reason = (text_of(end.get(key)) for key in ("name", "precision", "why"))
+        rounding = record(end.get("rounding"))
+        effect = effect_text(rounding, words) if rounding else "the pattern rounds nothing of it"
+        if name:
+            rows.append({"name": name, "precision": precision, "effect": effect, "why": reason})
+    return rows
+
+
 def _cut_text(cut: Record) -> str:
     kept, full = number(cut.get("kept")), number(cut.get("full"))
     if kept is None or full is None:
@@ -117,6 +129,9 @@ def why_text(found: Mapping[str, Any]) -> str:
     if cuts := [row for row in rows if row["cut"]]:
         lines.append("won by each cut alone, before any recovery:")
         lines += [f"  {row['name']:<{name}}  {row['cut']}" for row in cuts]
+    if ends := end_rows(found):
+        lines.append("won by integers in what decodes the outputs, in the whole file:")
+        lines += [f"  {end['name']} ({end['precision']}): {end['effect']}; {end['why']}" for end in ends]
     for row in rows:
         if not row["fixes"]:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hirelc_deploy.results.layer_text import effect_text, layer_rows, sentences
+from hirelc_deploy.results.layer_text import effect_text, end_rows, layer_rows, sentences
 from hirelc_deploy.results.values import MetricWords, Record, number, positive, record, records, text_of
 
 
@@ -56,5 +56,6 @@ def why(found: Record) -> dict[str, Any]:
         "sentences": sentences(found),
         "unit": words.unit or words.name,
         "layers": layer_rows(found),
+        "ends": end_rows(found),
         "together": {"how": text_of(together.get("how")), "effect": effect_text(together, words)} if together else {},
     }

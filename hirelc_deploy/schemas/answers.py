@@ -144,6 +144,17 @@ WHY = record(
         "rounding": record("The whole file beside the same model in float.", EFFECT),
         "cutting": or_null(record("The model in float beside the uncut one.", EFFECT)),
         "layers": listed(EXPLAINED_LAYER),
+        "ends": listed(
+            record(
+                "What decodes outputs, and why rounding harms it.",
+                {
+                    **{name: text() for name in ("name", "why")},
+                    "operators": whole(),
+                    "precision": one_of("int8", "float"),
+                    "rounding": or_null(record("Integers in it, in the whole file; null where none can be.", EFFECT)),
+                },
+            )
+        ),
         "together": or_null(record("All suggested changes.", TRIED)),
         "training": record(
             "While rounded; and what the accuracy guard saw lost before and after it.",

@@ -97,6 +97,17 @@ RESULT = record(
             )
         ),
         "latency_model": mapped(ANYTHING, "How well the layer table predicts files."),
+        "runtimes": listed(
+            record(
+                "A runtime of the device; the search worked in the first.",
+                {
+                    "runtime": text(),
+                    "uncut": number("Time of the uncut integer file over that of the float file of the target's own."),
+                    "cut": number("Of a uniformly cut one."),
+                },
+            ),
+            "Where the device has several.",
+        ),
         "agents": listed(mapped(ANYTHING), "What each search learned."),
         "agreement": mapped(ANYTHING, "How far tables, F1, F2 and F3 agree."),
         "finalists": listed(

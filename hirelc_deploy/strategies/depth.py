@@ -47,7 +47,7 @@ def with_depth(problem: Problem, gone: Gone) -> Problem:
         return every
 
     decisions = tuple(
-        replace(d, options=d.options[n:], loss=d.loss[n:], ms=d.ms[n:], size_bytes=d.size_bytes[n:])
+        replace(d, options=d.options[n:], loss=d.loss[n:], ms=d.ms[n:], size_bytes=d.size_bytes[n:], worth=d.worth[n:])
         for d, n in zip((problem.decisions[index] for index in stay), first.tolist(), strict=True)
     )
     uncut = np.array([len(decision.options) - 1 for decision in decisions], dtype=np.int64)

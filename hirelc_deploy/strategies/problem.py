@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +34,8 @@ class Decision:
         size_bytes: (options,) change of the weights' bytes, likewise.
         features: (k,) what a policy may see: equal length and meaning over all decisions of a problem.
         layers: Those whose precision it decides; none for a width.
+        worth: (options,) Fisher importance of the least important element that a width keeps, relative to the mean of
+            its unit; empty for a precision.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Decision:
     size_bytes: NDArray[np.float64]
     features: NDArray[np.float64]
     layers: tuple[str, ...] = ()
+    worth: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     def option_of(self, plan: CompressionPlan) -> int | None:
         """Return the index of the option that a plan takes, or None where it takes what is not offered."""

@@ -119,6 +119,7 @@ def place(
     patterns: Sequence[str] = tuple(PATTERNS),
     divergence: Callable[[Path], float] | None = None,
     ends: Sequence[End] = (),
+    undecided: Callable[[Mapping[str, frozenset[str]]], Mapping[str, frozenset[str]]] = lambda tried: tried,
 ) -> Placement:
     """Return the fastest placement that was found, and among those that are as fast the one nearest to float.
 
@@ -134,6 +135,7 @@ def place(
         divergence: Of a file's answers from the float ones, in nats; without it the clock alone decides, and ends stay
             float.
         ends: What decodes the answers.
+        undecided: Of the changes to float those that may make a file faster, or cost it nothing.
     """
     candidates: dict[str, dict[str, float]] = {}
     decoding = frozenset[str]().union(*(end.parts for end in ends))
@@ -152,18 +154,19 @@ def place(
             timing = time([build(best, decoding), path])[1]
             candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
             best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
-    starts = {"": decoding}
+    starts = {"": (decoding, dict(undecided(tried)))}
     if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
-        starts = {IN_FLOAT: decoding.union(*tried.values()), **starts}
+        starts = {IN_FLOAT: (decoding.union(*tried.values()), tried), **starts}
     found_floats = []
-    for where, floats in starts.items():
-        changed, seen = _changed(floats, tried, best, build, time)
+    for where, (floats, changes) in starts.items():
+        changed, seen = _changed(floats, changes, best, build, time)
         found_floats.append(changed)
         candidates |= {f"{name}{where}": summary for name, summary in seen.items()}
     final = time([reference, *(build(best, floats) for floats in found_floats)])[1:]
     ratio, floats = min(((t.ratio, f) for t, f in zip(final, found_floats, strict=True)), key=lambda pair: pair[0])
     if divergence is not None:
-        others = [(best, floats | layers) for name, layers in tried.items() if _may_be_as_fast(candidates[name], 1.0)]
+        free = (layers for name, layers in starts[""][1].items() if _may_be_as_fast(candidates[name], 1.0))
+        others = [(best, floats | layers) for layers in free]
         if floats == decoding:  # as the patterns were timed
             exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(COARSER))
             limit = candidates[best]["ratio"]

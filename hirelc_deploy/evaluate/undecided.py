@@ -1,0 +1,55 @@
+"""In: changes of precision that a placement may try, and times of single layers. Out: those that a clock must decide.
+
+Whole files are timed because pieces do not add up. But a layer that takes several times as long in float will not make
+a file faster there: two conversions come on top. So whole files are timed only where single layers leave a doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hirelc_deploy.errors import ExportError, InputError
+from hirelc_deploy.graph.model_graph import Layer
+from hirelc_deploy.measure.table import LatencyTable
+
+SURELY_SLOWER = 2.0
+"""Layers whose float time is at least this multiple of the integer one stay integer."""
+
+FREE = 0.01
+"""A change that adds less than this share of the layers' time may be as fast, and its answers nearer to float."""
+
+
+def undecided(
+    tried: Mapping[str, frozenset[str]], layers: Sequence[Layer], table: LatencyTable
+) -> dict[str, frozenset[str]]:
+    """Return the changes to float of which single layers do not say that they make the file slower.
+
+    Args:
+        tried: Name of a change to its layers; one with a part that `layers` does not know is undecided.
+        layers: Of the network; those that cannot be timed alone leave a doubt.
+        table: Measures what it does not know yet.
+    """
+    ms = {layer.name: times for layer in layers if (times := _times(layer, table)) is not None}
+    whole = sum(integer for _, integer in ms.values())
+
+    def surely_slower(change: frozenset[str]) -> bool:
+        if not change <= ms.keys():
+            return False
+        in_float, integer = (sum(ms[name][index] for name in change) for index in range(2))
+        return in_float >= SURELY_SLOWER * integer and in_float - integer >= FREE * whole
+
+    return {name: change for name, change in tried.items() if not surely_slower(change)}
+
+
+def _times(layer: Layer, table: LatencyTable) -> tuple[float, float] | None:
+    """Return milliseconds of a layer in float and as integers; None where it cannot be timed alone."""
+    if layer.shape.kind == "attention":
+        return None
+    try:
+        in_float, integer = (
+            table.layer_ms(layer.shape, layer.in_features, layer.out_features, precision)
+            for precision in ("float", "int8")
+        )
+    except (ExportError, InputError):
+        return None
+    return in_float, integer
