@@ -372,7 +372,10 @@ class Search:
             if isinstance(found, Measured) and (found.ratio or 0.0) <= most:
                 entrants[other.digest] = other
         with self.pipeline.progress.stage("race"):
-            return raced(list(entrants.values()), self.pipeline.training.loss_at)[0]
+            winner, *losers = raced(list(entrants.values()), self.pipeline.training.loss_at)
+        for loser in losers:
+            self.pipeline.training.give_up(loser)
+        return winner
 
     def _others(self, aim_ms: float) -> Iterator[CompressionPlan]:
         """Yield plans of a predicted time from unlike proposers, those first that training may do most for."""

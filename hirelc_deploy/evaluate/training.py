@@ -138,6 +138,10 @@ class Training:
         key = f"{TRIAL_LOSS}{plan.digest} with {share:g} of {epochs:g} epochs of recovery done"
         return float(self.files.run.remember(key, measure))
 
+    def give_up(self, plan: CompressionPlan) -> None:
+        """Delete what the recovery of a plan left behind where it paused."""
+        self.files.weights_of(plan).with_suffix(".training").unlink(missing_ok=True)
+
     def _judged(self, model: nn.Module, plan: CompressionPlan) -> float:
         """Return what a cut model loses on the selection split.
 
