@@ -264,6 +264,20 @@ def test_what_killed_keepers_left_is_removed_by_the_next_one(tmp_path: Path) -> 
     assert base.exists()
 
 
+def test_a_keeper_that_starts_is_not_taken_for_a_dead_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, lock = tmp_path / "base", worker.fcntl.flock
+
+    def another_starts_first(file: Any, kind: int) -> None:
+        if kind == worker.fcntl.LOCK_EX:
+            worker.remove_dead_sessions(str(base))
+        lock(file, kind)
+
+    monkeypatch.setattr(worker.fcntl, "flock", another_starts_first)
+    host = Host(base)
+    host.end()
+    assert not base.exists()
+
+
 def test_nobody_listens_where_there_is_no_keeper(tmp_path: Path) -> None:
     before = os.getcwd()
     assert worker.connect(str(tmp_path)) is None

@@ -554,8 +554,10 @@ class Keeper:
         self.idle_s, self.abandoned_s = options["idle_s"], options["abandoned_s"]
         for path in (self.blobs, self.folder, self.cache):
             os.makedirs(path, mode=0o700, exist_ok=True)
-        self.alive = open(os.path.join(self.folder, "alive"), "w")  # noqa: SIM115 - held to the end
+        unborn = os.path.join(self.folder, "unborn")
+        self.alive = open(unborn, "w")  # noqa: SIM115 - held to the end
         fcntl.flock(self.alive, fcntl.LOCK_EX)  # the kernel drops it at any death, so no process can be mistaken
+        os.rename(unborn, os.path.join(self.folder, "alive"))  # nobody sees it without its lock
         with open(os.path.join(self.folder, "worker.py"), "wb") as file:
             file.write(source)
         remove_dead_sessions(base)
