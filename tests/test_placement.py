@@ -55,6 +55,13 @@ def test_the_fastest_pattern_wins_where_no_change_helps(tmp_path):
     assert found.candidates["all"]["ratio"] == pytest.approx(0.5)
 
 
+def test_the_float_file_is_timed_once_where_there_is_one_way_to_go(tmp_path):
+    clock = Clockwork(tmp_path, lambda pattern, floats: {"float": 10.0}.get(pattern, 5.0) - ("c" in floats))
+    found = clock.place(("all",))
+    assert (found.float_layers, found.ratio) == (("c",), pytest.approx(0.4))
+    assert [path.name for path in clock.timed].count("float") == 1
+
+
 @pytest.mark.parametrize(("gain", "ends"), [(0.8, (SIGMOID_GELU, BFLOAT)), (1.1, ()), (0.998, ())])
 def test_coarser_floats_are_tried_on_the_fastest_pattern_and_stay_where_they_pay(tmp_path, gain, ends):
     def milliseconds(pattern, floats):

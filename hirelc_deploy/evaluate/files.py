@@ -6,6 +6,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ class Files:
                     self.divergence,
                     ends,
                     partial(undecided, layers=self._uncut.graph.layers, table=table),
+                    partial(self.time, limits=replace(self._uncut.effort.timing, too_slow=placement.AS_FAST)),
                 )
                 return found.to_dict()
 

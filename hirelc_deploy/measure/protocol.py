@@ -38,7 +38,7 @@ MARGIN = math.log(1.01)
 CONTENDED = 1.2
 """Wall p90 over CPU p90 above this means that other programs took the core: 1.0 alone, 3.9 at a load of 14."""
 STEP_ROUNDS = 20
-"""Rounds of one process before the next one works."""
+"""Rounds of one process before the next one works, at most."""
 BLOCK_ROUNDS = 5
 """Rounds that the bootstrap draws together: what disturbs one run of a burst disturbs its neighbours."""
 MOST_REPEATS = 5
@@ -63,6 +63,7 @@ class TimingLimits:
     Attributes:
         half_width: Of the 95 % interval of the ratio, as a fraction.
         seconds: Wall-clock limit, starting and warming up the processes included; one visit to each is always made.
+        too_slow: Files whose whole intervals lie above this ratio need no narrower ones, and no more rounds.
     """
 
     processes: int = 5
@@ -70,6 +71,7 @@ class TimingLimits:
     max_rounds: int = 2000
     half_width: float = 0.0075
     seconds: float = 120.0
+    too_slow: float = math.inf
 
     def __post_init__(self) -> None:
         if self.processes < 1 or not 1 <= self.min_rounds <= self.max_rounds:
@@ -194,11 +196,13 @@ def compare(
             done = samples.shape[0] * samples.shape[1]
             if progress is not None:
                 progress(done, limits.max_rounds)
-            if done >= limits.min_rounds and _narrow_enough(samples, clock, limits, seed):
+            if _settled(samples, clock, limits, seed):
                 break
             seconds_per_round = (now() - started) / step  # one round of every process
             affordable = int((deadline - now()) / seconds_per_round) if seconds_per_round > 0 else STEP_ROUNDS
-            step = min(STEP_ROUNDS, affordable, math.ceil((limits.max_rounds - done) / limits.processes))
+            wanted = limits.min_rounds if done < limits.min_rounds else limits.max_rounds
+            most = BLOCK_ROUNDS if limits.too_slow < math.inf else STEP_ROUNDS
+            step = min(most, affordable, math.ceil((wanted - done) / limits.processes))
             if step < 1:
                 break
     if samples_path is not None:
@@ -389,10 +393,15 @@ def _bootstrap_medians(log_ratios: NDArray[np.float64], draws: int, seed: int) -
     return np.stack([np.median(one.ravel()[flat], axis=1) for one in log_ratios]).reshape(files, draws)
 
 
-def _narrow_enough(samples: Samples, clock: Clock, limits: TimingLimits, seed: int) -> bool:
+def _settled(samples: Samples, clock: Clock, limits: TimingLimits, seed: int) -> bool:
+    """Return whether every file is known as exactly as the limits ask."""
+    enough = samples.shape[0] * samples.shape[1] >= limits.min_rounds
+    if not enough and (limits.too_slow == math.inf or samples.shape[1] < 2 * BLOCK_ROUNDS):
+        return False
     candidates = _log_ratios(samples, clock)[1:] if samples.shape[2] > 1 else _spread_of_one_file(samples, clock)
     low, high = np.percentile(_bootstrap_medians(candidates, LOOKS_DRAWS, seed), [2.5, 97.5], axis=1)
-    return bool(np.all((high - low) / 2 <= limits.half_width))
+    narrow = enough & ((high - low) / 2 <= limits.half_width)
+    return bool(np.all(narrow | (low > math.log(limits.too_slow))))
 
 
 def _spread_of_one_file(samples: Samples, clock: Clock) -> NDArray[np.float64]:

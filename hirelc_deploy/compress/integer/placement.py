@@ -120,6 +120,7 @@ def place(
     divergence: Callable[[Path], float] | None = None,
     ends: Sequence[End] = (),
     undecided: Callable[[Mapping[str, frozenset[str]]], Mapping[str, frozenset[str]]] = lambda tried: tried,
+    screen: Callable[[Sequence[Path]], Sequence[Timing]] | None = None,
 ) -> Placement:
     """Return the fastest placement that was found, and among those that are as fast the one nearest to float.
 
@@ -136,6 +137,7 @@ def place(
             float.
         ends: What decodes the answers.
         undecided: Of the changes to float those that may make a file faster, or cost it nothing.
+        screen: As `time`, where a file that takes longer than `AS_FAST` need not be timed any more exactly.
     """
     candidates: dict[str, dict[str, float]] = {}
     decoding = frozenset[str]().union(*(end.parts for end in ends))
@@ -157,13 +159,15 @@ def place(
     starts = {"": (decoding, dict(undecided(tried)))}
     if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
         starts = {IN_FLOAT: (decoding.union(*tried.values()), tried), **starts}
-    found_floats = []
+    ends_of_starts = []
     for where, (floats, changes) in starts.items():
-        changed, seen = _changed(floats, changes, best, build, time)
-        found_floats.append(changed)
+        changed, more, seen = _changed(floats, changes, best, build, time, screen or time)
+        ends_of_starts.append((candidates[best]["ratio"] * more, changed))
         candidates |= {f"{name}{where}": summary for name, summary in seen.items()}
-    final = time([reference, *(build(best, floats) for floats in found_floats)])[1:]
-    ratio, floats = min(((t.ratio, f) for t, f in zip(final, found_floats, strict=True)), key=lambda pair: pair[0])
+    if len(ends_of_starts) > 1:
+        final = time([reference, *(build(best, floats) for _, floats in ends_of_starts)])[1:]
+        ends_of_starts = [(timing.ratio, floats) for timing, (_, floats) in zip(final, ends_of_starts, strict=True)]
+    ratio, floats = min(ends_of_starts, key=lambda end: end[0])
     if divergence is not None:
         free = (layers for name, layers in starts[""][1].items() if _may_be_as_fast(candidates[name], 1.0))
         others = [(best, floats | layers) for layers in free]
@@ -238,21 +242,23 @@ def _changed(
     pattern: str,
     build: Callable[[str, frozenset[str]], Path],
     time: Callable[[Sequence[Path]], Sequence[Timing]],
-) -> tuple[frozenset[str], dict[str, dict[str, float]]]:
-    """Return float layers after the changes that pay, from `floats` on, and the time of each single change."""
+    screen: Callable[[Sequence[Path]], Sequence[Timing]],
+) -> tuple[frozenset[str], float, dict[str, dict[str, float]]]:
+    """Return float layers after the changes that pay, their time by that before, and the time of each single change."""
     current = build(pattern, floats)
     candidates: dict[str, dict[str, float]] = {}
     gains: list[tuple[float, frozenset[str]]] = []
     waiting = [(name, layers, build(pattern, floats ^ layers)) for name, layers in tried.items()]
     for start in range(0, len(waiting), TOGETHER):
         group = waiting[start : start + TOGETHER]
-        for (name, layers, _), timing in zip(group, time([current, *(path for *_, path in group)])[1:], strict=True):
+        for (name, layers, _), timing in zip(group, screen([current, *(path for *_, path in group)])[1:], strict=True):
             candidates[name] = _summary(timing)
             if timing.ratio_high < 1 - LEAST_GAIN:
                 gains.append((timing.ratio, layers))
-    if gains:
-        floats = _fastest_together(current, sorted(gains, key=lambda gain: gain[0]), floats, pattern, build, time)
-    return floats, candidates
+    if not gains:
+        return floats, 1.0, candidates
+    gains.sort(key=lambda gain: gain[0])
+    return *_fastest_together(current, gains, floats, pattern, build, time), candidates
 
 
 def _fastest_together(
@@ -262,8 +268,8 @@ def _fastest_together(
     pattern: str,
     build: Callable[[str, frozenset[str]], Path],
     time: Callable[[Sequence[Path]], Sequence[Timing]],
-) -> frozenset[str]:
-    """Add up changes from the greatest gain on, none that overlaps an earlier one, and return the fastest sum."""
+) -> tuple[frozenset[str], float]:
+    """Add up changes, the greatest gain first, none that overlaps another; return the fastest sum and its time."""
     sums: list[frozenset[str]] = []
     turned = frozenset[str]()
     for _, layers in gains:
@@ -273,7 +279,7 @@ def _fastest_together(
     sums = sums[-1 : -TOGETHER - 1 : -1]
     timings = time([current, *(build(pattern, each) for each in sums)])[1:]
     ratio, fastest = min(((t.ratio, s) for t, s in zip(timings, sums, strict=True)), key=lambda pair: pair[0])
-    return fastest if ratio < 1 else floats
+    return (fastest, ratio) if ratio < 1 else (floats, 1.0)
 
 
 def _summary(timing: Timing) -> dict[str, float]:
