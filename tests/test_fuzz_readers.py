@@ -1,6 +1,6 @@
 """Every reader of files that may come from a stranger: a result or one sentence, never anything else.
 
-HIRELC_DEPLOY_FUZZ=500 pytest tests/test_fuzz_readers.py tests/test_fuzz_worker.py
+HIRELC_DEPLOY_FUZZ=500 pytest tests/test_fuzz_readers.py tests/test_worker.py
 """
 
 from __future__ import annotations
