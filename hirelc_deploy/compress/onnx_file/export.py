@@ -415,7 +415,10 @@ def check_parity(file: bytes, probes: list[Probe]) -> None:
     for images, wanted in probes:
         if names != list(wanted):
             raise ExportError(f"the exported file has outputs {', '.join(names)}, the model {', '.join(wanted)}")
-        answer = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        try:
+            answer = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        except Exception as error:  # as in `open_session`
+            raise ExportError(f"on {len(images)} images ONNX Runtime fails ({_reason(error)})") from None
         for found, (name, expected) in zip(answer, wanted.items(), strict=True):
             which = "" if len(names) == 1 else f" for {name}"
             if found.shape != expected.shape:
