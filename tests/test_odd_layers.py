@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -273,10 +274,28 @@ class AddsInPlace(nn.Module):
         return self.out(x.relu_().mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class WritesIntoSlices(AddsInPlace):
+    """What an activation saved of itself is written into, in a module and in a function: added, scaled, set to zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).sigmoid()
+        y = self.more(x)
+        x[:, :8] += y[:, :8]
+        x[:, 8:] *= y[:, 8:].tanh()
+        x[..., 0] = 0
+        return self.out(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: PartialConvolution(of_copy=True), lambda: PartialConvolution(of_copy=False), AddsInPlace]
+    "make",
+    [
+        lambda: PartialConvolution(of_copy=True),
+        lambda: PartialConvolution(of_copy=False),
+        AddsInPlace,
+        WritesIntoSlices,
+    ],
 )
-def test_a_layer_reads_copies_where_its_input_is_written_into_later(make: Callable[[], nn.Module]) -> None:
+def test_torch_saves_copies_where_a_model_writes_into_what_slopes_need(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().eval()
     with torch.no_grad():
@@ -286,8 +305,50 @@ def test_a_layer_reads_copies_where_its_input_is_written_into_later(make: Callab
     check_output(model, images(2), CLASSIFICATION)
     with torch.no_grad():
         assert torch.equal(model(images(2)), wanted)
-    model.train()(images(2)).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    again = copy.deepcopy(model).train()
+    again(images(2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in again.parameters())
+    slope, step = again.stem.bias.grad, 1e-3  # type: ignore[union-attr]
+    with torch.no_grad():
+        model.stem.bias += step * slope  # type: ignore[union-attr, operator]
+        rise = model(images(2)).sum() - wanted.sum()
+    assert float(rise) == pytest.approx(step * float(slope.square().sum()), rel=0.05)  # type: ignore[union-attr, operator]
+
+
+class WritesFloats(AddsInPlace):
+    """Writes a parameter, in float32, where half precision has 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x[:, [1, 5]] = self.more.bias[:2, None, None].expand(2, 7, 7)
+        return self.out(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_fails_in_half_precision_runs_in_float32_there() -> None:
+    torch.manual_seed(0)
+    model = WritesFloats().eval()
+    with torch.no_grad():
+        wanted = model(images(2))
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtypes match"):
+            model(images(2))
+    check_output(model, images(2), CLASSIFICATION)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(copy.deepcopy(model)(images(2)), wanted)
+            assert model.stem(images(2)).dtype == torch.bfloat16, "others go on as before"
+
+
+def test_a_model_that_runs_without_slopes_alone_gets_one_sentence() -> None:
+    class WritesIntoParts(AddsInPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            first, _ = self.stem(x).chunk(2, 1)
+            first *= 2
+            return self.out(first.mean((2, 3)).repeat(1, 2))  # type: ignore[no-any-return]
+
+    with pytest.raises(InputError, match=r"torch has no slopes of its weights.*multiple views") as caught:
+        check_output(WritesIntoParts().eval(), images(2), CLASSIFICATION)
+    assert "\n" not in str(caught.value)
+    assert "--input-size" not in str(caught.value)
 
 
 def test_copies_are_not_in_the_file_and_do_not_hide_units(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def open_session(model: ModelProto | Path | bytes, threads: int = 1) -> onnxrunt
     """Load a model into ONNX Runtime on the CPU; raises ExportError with the runtime's own words."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised too
     source = str(model) if isinstance(model, Path) else model if isinstance(model, bytes) else model.SerializeToString()
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -253,8 +253,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    """Return the first line of an error without values; of those that begin with advice to torch's own developers, that
+    of the innermost cause."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and "Next steps" in str(error):
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0].partition("  [Caused by")[0][:200].rstrip(". ") if lines else type(cause).__name__
 
 
 def _torchscript(model: nn.Module, example: Tensor) -> Export:
