@@ -332,10 +332,9 @@ def test_a_model_that_fails_in_half_precision_runs_in_float32_there() -> None:
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtypes match"):
             model(images(2))
     check_output(model, images(2), CLASSIFICATION)
-    with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(copy.deepcopy(model)(images(2)), wanted)
-            assert model.stem(images(2)).dtype == torch.bfloat16, "others go on as before"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(copy.deepcopy(model)(images(2)), wanted)
+        assert model.stem(images(2)).dtype == torch.bfloat16, "others go on as before"
 
 
 def test_a_model_that_runs_without_slopes_alone_gets_one_sentence() -> None:

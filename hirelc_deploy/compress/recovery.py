@@ -26,6 +26,7 @@ from hirelc_deploy.compress.norms import NORM, norms_of
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.graph.rules import CONVOLUTIONS
 from hirelc_deploy.graph.sensitivity import Gram, features_dim
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.loader import Wanted, loaded
@@ -84,13 +85,13 @@ def compensate(
     modules = dict(result.named_modules())
     for name, parts in removed.items():
         layer = modules[name]
-        if isinstance(layer, nn.Conv2d | nn.Linear) and getattr(layer, "groups", 1) == 1:
+        if isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and getattr(layer, "groups", 1) == 1:
             _fold(layer, grams[name], np.concatenate(parts))
     return result
 
 
 @torch.no_grad()
-def _fold(layer: nn.Conv2d | nn.Linear, gram: Gram, gone: NDArray[np.int64]) -> None:
+def _fold(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear, gram: Gram, gone: NDArray[np.int64]) -> None:
     stay = np.setdiff1d(np.arange(len(gram.mean)), gone)
     covariance = gram.second_moment - np.outer(gram.mean, gram.mean)
     inner = covariance[np.ix_(stay, stay)]
