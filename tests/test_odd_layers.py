@@ -386,3 +386,32 @@ def test_a_model_that_cannot_be_trained_gets_one_sentence() -> None:
     with pytest.raises(InputError, match="torch has no slopes of its weights") as caught:
         let_train(Last(), images(1), CLASSIFICATION)
     assert "\n" not in str(caught.value)
+
+
+# Maxima over positions
+
+
+class Points(nn.Module):
+    """Layers that see each position by itself, and the maximum over all of them, as in PointNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv1d(8, 16, 1), nn.Conv1d(16, 32, 1)
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu().flatten(2)
+        return self.out(self.second(self.first(x).relu()).amax(2))  # type: ignore[no-any-return]
+
+
+def test_ranges_of_what_a_maximum_picks_are_not_clipped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    export.export_onnx(Points().eval(), images(2), tmp_path / "m.onnx")
+    pictures = torch.cat([images(63), 20 * images(1, 2)]).numpy()  # one in 64 is far brighter
+    clipped, plain = (calibration.calibrate(tmp_path / "m.onnx", [pictures], how) for how in ("percentile", "minmax"))
+    layers = {node.name: node.output[0] for node in onnx.load(str(tmp_path / "m.onnx")).graph.node}
+    for layer in ("first/Conv", "second/Conv"):
+        assert clipped.high[layers[layer]] == plain.high[layers[layer]], layer
+        assert clipped.low[layers[layer]] == plain.low[layers[layer]], layer
+    picture = onnx.load(str(tmp_path / "m.onnx")).graph.input[0].name
+    assert clipped.high[picture] < plain.high[picture], "others are clipped as before"
