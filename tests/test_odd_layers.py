@@ -12,12 +12,14 @@ import pytest
 import torch
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from numpy.typing import NDArray
+from small_tasks import on_fake_device
 from torch import Tensor, nn
 
+import hirelc_deploy
 from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.integer.equalisation import streams, wide_streams, write_equalised
 from hirelc_deploy.compress.onnx_file import export
-from hirelc_deploy.errors import InputError
+from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.graph.units import build_graph
@@ -386,6 +388,25 @@ def test_a_model_that_cannot_be_trained_gets_one_sentence() -> None:
     with pytest.raises(InputError, match="torch has no slopes of its weights") as caught:
         let_train(Last(), images(1), CLASSIFICATION)
     assert "\n" not in str(caught.value)
+
+
+# What no file can hold
+
+
+def test_what_no_file_can_hold_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwritten(*_: object) -> None:
+        raise ExportError("not this one")
+
+    on_fake_device(monkeypatch, tmp_path / "cache")
+    for exporter in ("_torchscript", "_torch_export"):
+        monkeypatch.setattr(export, exporter, unwritten)
+    model, lines = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), *head(16)), list[str]()
+    files = pipeline_of(model, tmp_path).data
+    with pytest.raises(ExportError, match="Sequential: not this one"):
+        hirelc_deploy.apply(
+            model, files, "uniform:keep=0.5,precision=int8", out=tmp_path / "out", progress=lines.append
+        )
+    assert not [line for line in lines if "recovery" in line]
 
 
 # Maxima over positions
