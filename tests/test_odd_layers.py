@@ -16,12 +16,14 @@ from small_tasks import on_fake_device
 from torch import Tensor, nn
 
 import hirelc_deploy
+from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.integer.equalisation import streams, wide_streams, write_equalised
 from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.models.checks import check_output, let_train
@@ -154,6 +156,33 @@ def test_integer_files_answer_as_torch_does(kind: str, tmp_path: Path) -> None:
         assert np.abs(found - wanted).max() < 0.06 * np.abs(wanted).max(), pattern
     operators = {node.op_type for node in onnx.load(str(tmp_path / "i.onnx")).graph.node}
     assert "QuantizeLinear" in operators
+
+
+BY_HAND = {
+    # One dim: 64 pixels * 8 * 27, 62 places * 16 * 24, 60 places * 16 * 48, 16 * 4.
+    "one dim": ({"3": 16, "4": 16}, 13_824 + 23_808 + 46_080 + 64),
+    # Three: 588 places * 8 * 9, 144 places * 16 * 216, 100 places * 8 * 144, 8 * 4.
+    "three dims": ({"first": 8, "second": 16, "third": 8}, 42_336 + 497_664 + 115_200 + 32),
+    # 64 pixels * 16 * 27, 64 pixels * 16 channels * (4 outputs of a group * 4), 196 pixels * 16 * 144, 16 * 4.
+    "transposed in groups": ({"4": 16}, 27_648 + 16_384 + 451_584 + 64),
+}
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_convolutions_of_any_dims_are_counted_and_cut(kind: str) -> None:
+    torch.manual_seed(0)
+    wanted, macs = BY_HAND[kind]
+    model = ODD[kind]().eval()
+    graph, error = slicing.provable(model, build_graph(model, images(2)), images(2))
+    assert graph.macs == macs
+    assert error < 1e-10
+    sizes = {unit.name: unit.size for unit in graph.units}
+    assert {name: sizes.get(name) for name in wanted} == wanted
+    kept = {unit.name: np.arange(0, unit.size, 2) for unit in graph.units}
+    small = slicing.slice_model(model, graph, kept)
+    found = build_graph(small.eval(), images(2))
+    cost = cost_of(model, graph, {name: len(elements) for name, elements in kept.items()})
+    assert (cost.macs, cost.params) == (found.macs, sum(p.numel() for p in small.parameters()))
 
 
 # Channels far wider than others, in the same function
