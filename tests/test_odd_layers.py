@@ -368,6 +368,29 @@ def test_a_model_that_fails_in_half_precision_runs_in_float32_there() -> None:
         assert model.stem(images(2)).dtype == torch.bfloat16, "others go on as before"
 
 
+def test_slopes_of_three_dims_are_those_of_float32_in_half_precision_too() -> None:
+    class Frames(nn.Module):
+        """Space, then time, as R(2+1)D: torch 2.13 gives the weights of the second garbage in bfloat16."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.space, self.time = nn.Conv3d(3, 12, (1, 3, 3)), nn.Conv3d(12, 16, (3, 1, 1), padding=(1, 0, 0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.time(self.space(torch.stack(x.chunk(2, 2), 2)).relu()).mean((2, 3, 4))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, slopes = Frames().eval(), []
+    check_output(model, images(2), CLASSIFICATION)
+    for half in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model(images(8)).square().sum().backward()
+        assert model.time.weight.grad is not None
+        slopes.append(model.time.weight.grad.clone())
+    assert torch.equal(*slopes)
+
+
 def test_a_model_that_runs_without_slopes_alone_gets_one_sentence() -> None:
     class WritesIntoParts(AddsInPlace):
         def forward(self, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
 
     Where the model writes into a tensor that a slope needs (a slice of it, as in partial convolutions), torch keeps
     copies from then on; files do not have them. Where its code needs all numbers of one type (as what it writes into a
-    slice), it runs in float32 from then on where others run in bfloat16.
+    slice), or has convolutions of three dims, it runs in float32 from then on where others run in bfloat16.
 
     Args:
         image: (1, channels, height, width).
@@ -88,11 +88,23 @@ def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
             f"{type(model).__name__}: torch has no slopes of its weights, which recovery trains by "
             f"({first_line(error)}); correct its forward pass."
         )
+    if not _trains_in_half_precision(model, image):
+        _run_within(model, float32_alone)
+
+
+def _trains_in_half_precision(model: nn.Module, image: Tensor) -> bool:
+    """Return whether a model runs in bfloat16, and with slopes that are right.
+
+    Of convolutions of three dims they are not: torch 2.13 on a CPU gives the weights of a (3, 1, 1) one slopes of 1e37.
+    """
+    if any(isinstance(layer, nn.Conv3d | nn.ConvTranspose3d) for layer in model.modules()):
+        return False
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         try:
             model(image.clone())
         except RuntimeError:  # torch's answer to operands of different types
-            _run_within(model, float32_alone)
+            return False
+    return True
 
 
 def saved_copies() -> AbstractContextManager[Any]:
