@@ -139,6 +139,44 @@ def test_a_model_that_a_trace_does_not_describe_is_refused_with_both_reasons(tmp
     assert not (tmp_path / "m.onnx").exists()
 
 
+class KernelsOfImages(nn.Module):
+    """A kernel for each image, images and channels in one dimension, as in conditional convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.choice, self.out = nn.Parameter(torch.randn(3, 8 * 3 * 9)), nn.Linear(3, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        count, channels, height, width = x.shape
+        kernels = (self.choice(x.mean((2, 3))).softmax(1) @ self.kernels).reshape(count * 8, channels, 3, 3)
+        y = nn.functional.conv2d(x.reshape(1, count * channels, height, width), kernels, groups=count)
+        return self.out(y.reshape(count, 8, *y.shape[2:]).mean((2, 3)))
+
+
+def test_a_model_that_can_be_written_for_one_number_of_images_alone_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    def unwritten(*_):
+        raise ExportError(export.UNWRITTEN)
+
+    monkeypatch.setattr(export, "_torch_export", unwritten)
+    with pytest.raises(ExportError, match=r"for one number of images, but not for any: .*torch.bmm") as caught:
+        export.export_onnx(KernelsOfImages(), images(2), tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_fails_when_it_runs_is_a_failed_export(capfd):
+    """So that the second exporter takes over: a shape that a trace of two images wrote down."""
+    value = onnx.helper.make_tensor_value_info
+    reshape = onnx.helper.make_node("Reshape", ["input", "shape"], ["output"])
+    shape = onnx.numpy_helper.from_array(np.array([2, 12], np.int64), "shape")
+    ends = [value("input", 1, ("batch", 3, 2, 2))], [value("output", 1, ("batch", 12))]
+    graph = onnx.helper.make_graph([reshape], "g", *ends, [shape])
+    file = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    one = torch.zeros(1, 3, 2, 2), {"output": np.zeros((1, 12), np.float32)}
+    with pytest.raises(ExportError, match="on 1 images ONNX Runtime fails"):
+        export.check_parity(file.SerializeToString(), [one])
+    assert capfd.readouterr() == ("", "")
+
+
 class Bessel(nn.Module):
     """A function that ONNX does not have."""
 

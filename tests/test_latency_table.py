@@ -45,6 +45,15 @@ def test_an_integer_convolution_is_timed_as_one_integer_kernel(
     assert counted(replace(shape, activation=activation), 16, 16, "int8", tmp_path) == ["QLinearConv"]
 
 
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize(("precision", "kernel"), [("int8", "QLinearConv"), ("float", "Conv")])
+def test_convolutions_of_one_and_three_dims_are_timed_too(
+    dims: int, precision: str, kernel: str, tmp_path: Path
+) -> None:
+    shape = LayerShape("conv", 4**dims, (4,) * dims, (3,) * dims, (1,) * dims, (1,) * dims, (1,) * dims)
+    assert counted(shape, 8, 8, precision, tmp_path) == [kernel]
+
+
 def test_layout_conversions_at_the_ends_of_a_float_convolution_do_not_count(tmp_path: Path) -> None:
     ran = [operator.operator for operator in operators(CONV, 32, 32, "float", tmp_path)]
     (kernel,) = counted(CONV, 32, 32, "float", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,18 @@ import pytest
 import torch
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from numpy.typing import NDArray
+from small_tasks import on_fake_device
 from torch import Tensor, nn
 
+import hirelc_deploy
+from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.integer.equalisation import streams, wide_streams, write_equalised
 from hirelc_deploy.compress.onnx_file import export
-from hirelc_deploy.errors import InputError
+from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.models.checks import check_output, let_train
@@ -153,6 +158,33 @@ def test_integer_files_answer_as_torch_does(kind: str, tmp_path: Path) -> None:
     assert "QuantizeLinear" in operators
 
 
+BY_HAND = {
+    # One dim: 64 pixels * 8 * 27, 62 places * 16 * 24, 60 places * 16 * 48, 16 * 4.
+    "one dim": ({"3": 16, "4": 16}, 13_824 + 23_808 + 46_080 + 64),
+    # Three: 588 places * 8 * 9, 144 places * 16 * 216, 100 places * 8 * 144, 8 * 4.
+    "three dims": ({"first": 8, "second": 16, "third": 8}, 42_336 + 497_664 + 115_200 + 32),
+    # 64 pixels * 16 * 27, 64 pixels * 16 channels * (4 outputs of a group * 4), 196 pixels * 16 * 144, 16 * 4.
+    "transposed in groups": ({"4": 16}, 27_648 + 16_384 + 451_584 + 64),
+}
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_convolutions_of_any_dims_are_counted_and_cut(kind: str) -> None:
+    torch.manual_seed(0)
+    wanted, macs = BY_HAND[kind]
+    model = ODD[kind]().eval()
+    graph, error = slicing.provable(model, build_graph(model, images(2)), images(2))
+    assert graph.macs == macs
+    assert error < 1e-10
+    sizes = {unit.name: unit.size for unit in graph.units}
+    assert {name: sizes.get(name) for name in wanted} == wanted
+    kept = {unit.name: np.arange(0, unit.size, 2) for unit in graph.units}
+    small = slicing.slice_model(model, graph, kept)
+    found = build_graph(small.eval(), images(2))
+    cost = cost_of(model, graph, {name: len(elements) for name, elements in kept.items()})
+    assert (cost.macs, cost.params) == (found.macs, sum(p.numel() for p in small.parameters()))
+
+
 # Channels far wider than others, in the same function
 
 
@@ -273,10 +305,28 @@ class AddsInPlace(nn.Module):
         return self.out(x.relu_().mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class WritesIntoSlices(AddsInPlace):
+    """What an activation saved of itself is written into, in a module and in a function: added, scaled, set to zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).sigmoid()
+        y = self.more(x)
+        x[:, :8] += y[:, :8]
+        x[:, 8:] *= y[:, 8:].tanh()
+        x[..., 0] = 0
+        return self.out(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: PartialConvolution(of_copy=True), lambda: PartialConvolution(of_copy=False), AddsInPlace]
+    "make",
+    [
+        lambda: PartialConvolution(of_copy=True),
+        lambda: PartialConvolution(of_copy=False),
+        AddsInPlace,
+        WritesIntoSlices,
+    ],
 )
-def test_a_layer_reads_copies_where_its_input_is_written_into_later(make: Callable[[], nn.Module]) -> None:
+def test_torch_saves_copies_where_a_model_writes_into_what_slopes_need(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().eval()
     with torch.no_grad():
@@ -286,8 +336,72 @@ def test_a_layer_reads_copies_where_its_input_is_written_into_later(make: Callab
     check_output(model, images(2), CLASSIFICATION)
     with torch.no_grad():
         assert torch.equal(model(images(2)), wanted)
-    model.train()(images(2)).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    again = copy.deepcopy(model).train()
+    again(images(2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in again.parameters())
+    slope, step = again.stem.bias.grad, 1e-3  # type: ignore[union-attr]
+    with torch.no_grad():
+        model.stem.bias += step * slope  # type: ignore[union-attr, operator]
+        rise = model(images(2)).sum() - wanted.sum()
+    assert float(rise) == pytest.approx(step * float(slope.square().sum()), rel=0.05)  # type: ignore[union-attr, operator]
+
+
+class WritesFloats(AddsInPlace):
+    """Writes a parameter, in float32, where half precision has 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x[:, [1, 5]] = self.more.bias[:2, None, None].expand(2, 7, 7)
+        return self.out(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_fails_in_half_precision_runs_in_float32_there() -> None:
+    torch.manual_seed(0)
+    model = WritesFloats().eval()
+    with torch.no_grad():
+        wanted = model(images(2))
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtypes match"):
+            model(images(2))
+    check_output(model, images(2), CLASSIFICATION)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(copy.deepcopy(model)(images(2)), wanted)
+        assert model.stem(images(2)).dtype == torch.bfloat16, "others go on as before"
+
+
+def test_slopes_of_three_dims_are_those_of_float32_in_half_precision_too() -> None:
+    class Frames(nn.Module):
+        """Space, then time, as R(2+1)D: torch 2.13 gives the weights of the second garbage in bfloat16."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.space, self.time = nn.Conv3d(3, 12, (1, 3, 3)), nn.Conv3d(12, 16, (3, 1, 1), padding=(1, 0, 0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.time(self.space(torch.stack(x.chunk(2, 2), 2)).relu()).mean((2, 3, 4))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, slopes = Frames().eval(), []
+    check_output(model, images(2), CLASSIFICATION)
+    for half in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model(images(8)).square().sum().backward()
+        assert model.time.weight.grad is not None
+        slopes.append(model.time.weight.grad.clone())
+    assert torch.equal(*slopes)
+
+
+def test_a_model_that_runs_without_slopes_alone_gets_one_sentence() -> None:
+    class WritesIntoParts(AddsInPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            first, _ = self.stem(x).chunk(2, 1)
+            first *= 2
+            return self.out(first.mean((2, 3)).repeat(1, 2))  # type: ignore[no-any-return]
+
+    with pytest.raises(InputError, match=r"torch has no slopes of its weights.*multiple views") as caught:
+        check_output(WritesIntoParts().eval(), images(2), CLASSIFICATION)
+    assert "\n" not in str(caught.value)
+    assert "--input-size" not in str(caught.value)
 
 
 def test_copies_are_not_in_the_file_and_do_not_hide_units(tmp_path: Path) -> None:
@@ -326,3 +440,51 @@ def test_a_model_that_cannot_be_trained_gets_one_sentence() -> None:
     with pytest.raises(InputError, match="torch has no slopes of its weights") as caught:
         let_train(Last(), images(1), CLASSIFICATION)
     assert "\n" not in str(caught.value)
+
+
+# What no file can hold
+
+
+def test_what_no_file_can_hold_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwritten(*_: object) -> None:
+        raise ExportError("not this one")
+
+    on_fake_device(monkeypatch, tmp_path / "cache")
+    for exporter in ("_torchscript", "_torch_export"):
+        monkeypatch.setattr(export, exporter, unwritten)
+    model, lines = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), *head(16)), list[str]()
+    files = pipeline_of(model, tmp_path).data
+    with pytest.raises(ExportError, match="Sequential: not this one"):
+        hirelc_deploy.apply(
+            model, files, "uniform:keep=0.5,precision=int8", out=tmp_path / "out", progress=lines.append
+        )
+    assert not [line for line in lines if "recovery" in line]
+
+
+# Maxima over positions
+
+
+class Points(nn.Module):
+    """Layers that see each position by itself, and the maximum over all of them, as in PointNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv1d(8, 16, 1), nn.Conv1d(16, 32, 1)
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu().flatten(2)
+        return self.out(self.second(self.first(x).relu()).amax(2))  # type: ignore[no-any-return]
+
+
+def test_ranges_of_what_a_maximum_picks_are_not_clipped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    export.export_onnx(Points().eval(), images(2), tmp_path / "m.onnx")
+    pictures = torch.cat([images(63), 20 * images(1, 2)]).numpy()  # one in 64 is far brighter
+    clipped, plain = (calibration.calibrate(tmp_path / "m.onnx", [pictures], how) for how in ("percentile", "minmax"))
+    layers = {node.name: node.output[0] for node in onnx.load(str(tmp_path / "m.onnx")).graph.node}
+    for layer in ("first/Conv", "second/Conv"):
+        assert clipped.high[layers[layer]] == plain.high[layers[layer]], layer
+        assert clipped.low[layers[layer]] == plain.low[layers[layer]], layer
+    picture = onnx.load(str(tmp_path / "m.onnx")).graph.input[0].name
+    assert clipped.high[picture] < plain.high[picture], "others are clipped as before"

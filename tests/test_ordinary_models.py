@@ -58,6 +58,41 @@ class Standardised(nn.Conv2d):
         return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class Merged(nn.Module):
+    """Branches that only hold parameters: each pass merges them into one kernel, as a RepVGG does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(inputs, outputs, 3, bias=False), nn.BatchNorm2d(outputs))
+        self.narrow = nn.Conv2d(inputs, outputs, 1)
+        nn.init.uniform_(self.wide[1].running_var, 0.5, 1.5)
+        nn.init.uniform_(self.wide[1].running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.wide[1].weight / (self.wide[1].running_var + self.wide[1].eps).sqrt()
+        weight = self.wide[0].weight * scale[:, None, None, None] + F.pad(self.narrow.weight, [1] * 4)
+        return F.conv2d(x, weight, self.wide[1].bias - self.wide[1].running_mean * scale + self.narrow.bias)
+
+
+class LowRank(nn.Module):
+    """A linear layer with an adapter (LoRA) that is merged in each pass."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base.weight + self.up @ self.down, self.base.bias)
+
+
+class RunsParts(LowRank):
+    """Runs what it holds: a layer of two products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.t() @ self.up.t()  # type: ignore[no-any-return]
+
+
 class Conditional(nn.Conv2d):
     """Weights that depend on the input cannot be stored."""
 
@@ -85,6 +120,8 @@ COMPUTED: dict[str, Callable[[], nn.Module]] = {
         parametrizations.orthogonal(nn.Linear(8, 4))
     ),
     "standardised": lambda: net(Standardised(3, 8, 3, 2, 1)),
+    "merged of parts": lambda: net(Merged(3, 8)),
+    "low rank, merged": lambda: net(nn.Conv2d(3, 8, 3))[:-1].append(LowRank(8, 4)),
     "scaled, of a class of one's own": lambda: net(nn.Conv2d(3, 8, 3))[:-1].append(ScaledLinear(8, 4)),
 }
 
@@ -133,6 +170,13 @@ def test_a_layer_whose_weights_depend_on_its_input_stays_as_it_is() -> None:
     found = source_of(net(Conditional(3, 8, 3))).build()
     assert type(found[0]) is Conditional
     assert notes_of(found) == ()
+
+
+def test_a_layer_that_runs_the_layers_in_it_stays_as_it_is() -> None:
+    found = source_of(net(nn.Conv2d(3, 8, 3))[:-1].append(RunsParts(8, 4))).build()
+    assert type(found[-1]) is RunsParts
+    assert notes_of(found) == ()
+    assert not found[-1].base._forward_pre_hooks
 
 
 def test_an_ordinary_model_is_not_touched_and_nothing_is_said() -> None:

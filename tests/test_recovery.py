@@ -389,6 +389,44 @@ def test_feature_match_compares_only_the_features_that_were_kept():
     assert match.distance().item() == 0
 
 
+def test_feature_match_knows_the_features_of_channels_last_by_the_layer_that_reads_them():
+    """As in ConvNeXt and Swin: (images, height, width, features) into a linear layer."""
+    teacher, student = nn.Sequential(nn.Linear(16, 2)), nn.Sequential(nn.Linear(8, 2))
+    match = FeatureMatch(student, teacher, {"0": np.arange(0, 16, 2)})
+    x = torch.randn(4, 8, 8, 16)
+    teacher(x), student(1.5 * x[..., ::2])
+    by_hand = (0.5 * x[..., ::2]).square().mean() / (x[..., ::2].var() + 1e-6)
+    assert match.distance().item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_feature_match_leaves_out_a_layer_whose_rows_are_cut_too():
+    """As in MLP-Mixer: (images, channels, tokens) into a linear layer over tokens; channels and hidden tokens go."""
+    teacher, student = nn.Sequential(nn.Linear(6, 2)), nn.Sequential(nn.Linear(3, 2))
+    match = FeatureMatch(student, teacher, {"0": np.arange(3)})
+    x = torch.randn(4, 8, 6)
+    teacher(x), student(x[:, :4, :3])
+    assert match.distance().item() == 0
+
+
+def test_a_network_of_layers_of_one_and_three_dims_is_fine_tuned():
+    class Volumes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.volume, self.norm = nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4)
+            self.line, self.out = nn.Conv1d(4, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.line(self.norm(self.volume(x[:, None])).relu().flatten(2)).mean(2))
+
+    torch.manual_seed(0)
+    model = Volumes().eval()
+    result = fine_tune(
+        copy.deepcopy(model), Teacher(model, Pictures(8), 1, CPU), Recovery(batch_size=4), seed=0, progress=QUIET
+    )
+    changed = [not torch.equal(a, b) for a, b in zip(result.parameters(), model.parameters(), strict=True)]
+    assert all(changed)
+
+
 def test_fine_tuning_on_one_image_is_refused_with_a_sentence():
     with pytest.raises(InputError, match="1 images"):
         fine_tune(small_net(), Teacher(small_net(), Pictures(1), 1, CPU), Recovery(), seed=0, progress=QUIET)

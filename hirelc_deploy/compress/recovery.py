@@ -26,7 +26,8 @@ from hirelc_deploy.compress.norms import NORM, norms_of
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.graph.model_graph import ModelGraph
-from hirelc_deploy.graph.sensitivity import Gram
+from hirelc_deploy.graph.rules import CONVOLUTIONS
+from hirelc_deploy.graph.sensitivity import Gram, features_dim
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.loader import Wanted, loaded
 from hirelc_deploy.progress import Progress
@@ -84,13 +85,13 @@ def compensate(
     modules = dict(result.named_modules())
     for name, parts in removed.items():
         layer = modules[name]
-        if isinstance(layer, nn.Conv2d | nn.Linear) and getattr(layer, "groups", 1) == 1:
+        if isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and getattr(layer, "groups", 1) == 1:
             _fold(layer, grams[name], np.concatenate(parts))
     return result
 
 
 @torch.no_grad()
-def _fold(layer: nn.Conv2d | nn.Linear, gram: Gram, gone: NDArray[np.int64]) -> None:
+def _fold(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear, gram: Gram, gone: NDArray[np.int64]) -> None:
     stay = np.setdiff1d(np.arange(len(gram.mean)), gone)
     covariance = gram.second_moment - np.outer(gram.mean, gram.mean)
     inner = covariance[np.ix_(stay, stay)]
@@ -464,6 +465,7 @@ class FeatureMatch:
 
     def __init__(self, student: nn.Module, teacher: nn.Module, reads: Mapping[str, NDArray[np.int64]]) -> None:
         self._reads = {name: torch.from_numpy(index) for name, index in reads.items()}
+        self._layers = {name: teacher.get_submodule(name) for name in reads}
         self._student: dict[str, Tensor] = {}
         self._teacher: dict[str, Tensor] = {}
         self.variances: dict[str, Tensor] = {}
@@ -486,6 +488,7 @@ class FeatureMatch:
 
         The variance is that of the first batch. Maps are compared as means over 2x2 squares: neighbours say nearly the
         same. (Every second row and column would do, but its gradient comes in another memory layout, which costs more.)
+        A layer is left out whose rows are cut too, as where a mixer's Linear layer runs over tokens, a row a channel.
         """
         parts: list[Tensor] = []
         seen = set[int]()
@@ -494,16 +497,16 @@ class FeatureMatch:
             if id(theirs) in seen:  # a shortcut reads what the block reads
                 continue
             seen.add(id(theirs))
-            if theirs.ndim == 4:
-                if min(theirs.shape[2:]) >= SMALLEST_POOLED_MAP:
-                    theirs, ours = F.avg_pool2d(theirs, 2), F.avg_pool2d(ours, 2)
-                theirs = theirs.index_select(1, index)
-            else:
-                theirs = theirs.index_select(-1, index)
+            dim = features_dim(self._layers[name])
+            if dim == -3 and theirs.ndim == 4 and min(theirs.shape[2:]) >= SMALLEST_POOLED_MAP:
+                theirs, ours = F.avg_pool2d(theirs, 2), F.avg_pool2d(ours, 2)
+            theirs = theirs.index_select(dim, index)
+            if ours.shape != theirs.shape:
+                continue
             if name not in self.variances:
                 self.variances[name] = theirs.float().var() + 1e-6
             parts.append((ours - theirs).float().square().mean() / self.variances[name])
-        return torch.stack(parts).mean()
+        return torch.stack(parts).mean() if parts else torch.zeros(())
 
     def close(self) -> None:
         """Stop watching."""
@@ -554,8 +557,10 @@ def laid_out(
     model: nn.Module, device: torch.device, memory_format: torch.memory_format = torch.channels_last
 ) -> nn.Module:
     """Move a model to a device; convolutions run fastest with the channels last."""
-    moved: nn.Module = model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
-    return moved
+    for tensor in (*model.to(device).parameters(), *model.buffers()):
+        if tensor.ndim == 4:  # torch refuses this layout for weights of three dims
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+    return model
 
 
 def half_precision(device: torch.device) -> torch.autocast:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from hirelc_deploy.errors import InputError, SliceError
 from hirelc_deploy.graph.answers import answers
 from hirelc_deploy.graph.model_graph import KeptWhole, ModelGraph, Unit
+from hirelc_deploy.graph.rules import CONVOLUTIONS
 from hirelc_deploy.graph.sizes import set_whole_number, whole_numbers
 from hirelc_deploy.graph.trace import drop_caches
 from hirelc_deploy.plan import END_OF, CompressionPlan
@@ -371,7 +372,7 @@ def _leave_out_again(model: nn.Module, shapes: Shapes) -> None:
 # ---- attributes that repeat what the shapes of weights say --------------------------------------------------------
 
 
-def _fix_conv(conv: nn.Conv2d) -> None:
+def _fix_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     filters, columns = conv.weight.shape[:2]
     if 1 < conv.groups == conv.in_channels:
         conv.groups = filters // (conv.out_channels // conv.groups)
@@ -389,7 +390,7 @@ def _fix_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> None:
 
 
 ATTRIBUTE_FIXES: list[tuple[Callable[[nn.Module], bool], Callable[..., None]]] = [
-    (lambda module: isinstance(module, nn.Conv2d), _fix_conv),
+    (lambda module: isinstance(module, CONVOLUTIONS), _fix_conv),
     (lambda module: isinstance(module, nn.Linear), _fix_linear),
     (lambda module: isinstance(module, nn.modules.batchnorm._BatchNorm), _fix_batch_norm),
 ]

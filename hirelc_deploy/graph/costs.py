@@ -28,8 +28,8 @@ def cost_of(model: nn.Module, graph: ModelGraph, keep: Mapping[str, int]) -> Cos
         for part in unit.slices:
             if part.tensor in left:
                 left[part.tensor][part.dim] -= (unit.size - width) * part.index.shape[1]
-    macs = sum(round(layer.macs * kept_share(layer, graph, keep)) for layer in graph.layers)
-    return Cost(sum(math.prod(shape) for shape in left.values()), macs)
+    gone_macs = sum(layer.macs - round(layer.macs * kept_share(layer, graph, keep)) for layer in graph.layers)
+    return Cost(sum(math.prod(shape) for shape in left.values()), graph.macs - gone_macs)
 
 
 def kept_features(layer: Layer, graph: ModelGraph, keep: Mapping[str, int]) -> tuple[int, int]:

@@ -119,10 +119,10 @@ class WeightUse:
     in_labels: Labels | None
     out_labels: Labels | None
     groups: int = 1
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     called: bool = True
     """Whether a layer module ran: others may use its weight in their own forward, where no hook sees the input."""
 
@@ -154,6 +154,7 @@ class Labelled:
         parameters: (name, dim) to the labels of that dimension's indices.
         attributes: Path of a whole number that a module keeps to the labels of what it counts.
         averaged: Weights of global response norms, which divide by a mean over their channels.
+        macs_apart: Multiply-accumulates of an image in operations that are no layers of a plan.
     """
 
     couplings: Couplings
@@ -161,6 +162,7 @@ class Labelled:
     attributes: dict[str, Labels] = field(default_factory=dict)
     averaged: set[str] = field(default_factory=set)
     uses: list[WeightUse | AttentionUse] = field(default_factory=list)
+    macs_apart: int = 0
 
 
 def label(model: nn.Module, traced: Trace) -> Labelled:
@@ -484,7 +486,7 @@ everything it reads whole."""
 READS_SIZES = {
     "reshape", "view", "unflatten", "view_as", "reshape_as", "expand", "expand_as", "broadcast_to", "zeros", "ones",
     "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "layer_norm", "rms_norm", "group_norm",
-    "conv2d", "split", "split_with_sizes", "multi_head_attention_forward",
+    "conv1d", "conv2d", "conv3d", "split", "split_with_sizes", "multi_head_attention_forward",
 }  # fmt: skip
 """Functions whose rules follow the numbers they are given; elsewhere what a number counts stays whole."""
 

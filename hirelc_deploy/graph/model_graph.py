@@ -94,8 +94,8 @@ class LayerShape:
     Attributes:
         kind: `conv`, `linear` or `attention` (the core between the projections: scores, softmax, mix).
         positions: Output positions per image: height * width of a convolution, tokens of a linear layer or attention.
-        input_size: (height, width) of a convolution's input; (1, tokens) otherwise.
-        kernel, stride, padding, dilation: Of a convolution; (1, 1), (1, 1), (0, 0), (1, 1) otherwise.
+        input_size: (height, width) of a convolution's input, or as many as it has dims; (1, tokens) otherwise.
+        kernel, stride, padding, dilation: Of a convolution, likewise; (1, 1), (1, 1), (0, 0), (1, 1) otherwise.
         depthwise: The convolution has one filter per input channel; its two widths move together.
         groups: Of a convolution that is not depthwise; 1 otherwise.
         head_dim: Of attention; 0 otherwise. Its widths count heads.
@@ -104,11 +104,11 @@ class LayerShape:
 
     kind: str
     positions: int
-    input_size: tuple[int, int] = (1, 1)
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    input_size: tuple[int, ...] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     depthwise: bool = False
     groups: int = 1
     head_dim: int = 0

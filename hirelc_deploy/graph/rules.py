@@ -23,7 +23,7 @@ from hirelc_deploy.graph.labels import (
     where,
 )
 from hirelc_deploy.graph.sizes import DimSource, Size, TensorRef
-from hirelc_deploy.graph.trace import Op, refs
+from hirelc_deploy.graph.trace import BATCH, Op, refs
 
 
 @handles(
@@ -52,15 +52,19 @@ def _elementwise(walk: Walk, op: Op) -> Value:
     return result
 
 
-@handles("conv2d")
-def _conv2d(walk: Walk, op: Op) -> Value:
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+
+
+@handles("conv1d", "conv2d", "conv3d")
+def _convolution(walk: Walk, op: Op) -> Value:
     x_ref, w_ref = op.arg(0, "input"), op.arg(1, "weight")
-    if len(x_ref.shape) != 4:
+    kernel = w_ref.shape[2:]
+    if len(x_ref.shape) != len(w_ref.shape):  # an image without a batch
         return unknown(walk, op)[0]
     x, weight = walk.value(x_ref), walk.value(w_ref)
     groups = op.arg(6, "groups", 1)
     reason = f"meets channels that cannot be cut at {op.module}"
-    for dim in (2, 3):
+    for dim in range(2, len(x_ref.shape)):
         x = walk.freeze(x, dim, reason)
     x, inputs = walk.one_dim(x, 1, reason)
     weight, filters = walk.one_dim(weight, 0, reason)
@@ -82,16 +86,26 @@ def _conv2d(walk: Walk, op: Op) -> Value:
         if filters is not None:
             walk.couplings.tie(filters.reshape(groups, -1), filters.reshape(groups, -1)[:1])
     tie_bias(walk, op.arg(2, "bias"), filters)
-    stride, dilation = _pair(op.arg(3, "stride", 1)), _pair(op.arg(5, "dilation", 1))
-    kernel = (w_ref.shape[2], w_ref.shape[3])
+    stride, dilation = (
+        _of_each_dim(op.arg(place, name, 1), kernel) for place, name in ((3, "stride"), (5, "dilation"))
+    )
     padding = op.arg(4, "padding", 0)
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         padding = [size // 2 for size in total]
     use = _weight_use(walk, op, "conv", (channels, w_ref.shape[0]), (inputs, filters))
-    use.groups, use.kernel, use.stride, use.padding, use.dilation = groups, kernel, stride, _pair(padding), dilation
+    use.groups, use.kernel, use.stride, use.dilation = groups, kernel, stride, dilation
+    use.padding = _of_each_dim(padding, kernel)
     kept = tuple(f for f in x.factors if f.dims == (0,))
     return Value(op.result.shape, kept + factors_at(1, filters))
+
+
+@handles("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _transposed(walk: Walk, op: Op) -> Sequence[Value]:
+    """Stays whole, but counts: every input is multiplied with all that its group makes of it."""
+    x, weight = op.arg(0, "input"), op.arg(1, "weight")
+    walk.found.macs_apart += math.prod(x.shape) * math.prod(weight.shape[1:]) // BATCH
+    return unknown(walk, op)
 
 
 @handles("linear")
@@ -121,7 +135,7 @@ def _weight_use(
                 walk.couplings.pin(array, f"computed in {op.module or 'the model itself'}, not in a plain layer module")
     name = op.module if weight.name is None else weight.name.removesuffix(".weight")
     use = WeightUse(name, kind, weight.name or "", x, op.result, *features, *labels)
-    use.called = isinstance(layer, (nn.Conv2d, nn.Linear)) and weight.name == f"{op.module}.weight"
+    use.called = isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and weight.name == f"{op.module}.weight"
     walk.found.uses.append(use)
     return use
 
@@ -138,10 +152,10 @@ def factors_at(dim: int, labels: Labels | None) -> tuple[Factor, ...]:
     return () if labels is None else (Factor((dim,), labels),)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return int(value[0]), int(value[-1])
+def _of_each_dim(value: Any, kernel: Sequence[int]) -> tuple[int, ...]:
+    """Return an argument of a convolution for each dim of its kernel; the code may give one for all."""
+    given = [value] if isinstance(value, int) else list(value)
+    return tuple(int(number) for number in (given if len(given) == len(kernel) else given * len(kernel)))
 
 
 @handles("batch_norm", "instance_norm", "prelu")
@@ -230,13 +244,14 @@ def _reduction(walk: Walk, op: Op) -> Value:
 @handles(
     "max_pool2d", "avg_pool2d", "lp_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "pad",
     "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d",
+    "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d",
 )  # fmt: skip
 def _spatial(walk: Walk, op: Op) -> Value | Sequence[Value]:
     x = walk.value(next(iter(refs((op.args, op.kwargs)))))
     shapes = result_shapes(op)
     if len(shapes) != 1 or len(shapes[0]) != len(x.shape):
         return unknown(walk, op)
-    batched = 3 if op.function.endswith("1d") else 4
+    batched = {"1d": 3, "2d": 4, "3d": 5}.get(op.function[-2:], len(x.shape))
     channels = {0, 1} if op.function != "pad" and len(x.shape) == batched else set()
     if op.function == "pad":
         padded = op.arg(1, "pad")

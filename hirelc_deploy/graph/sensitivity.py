@@ -196,9 +196,12 @@ def _one_backward(model: nn.Module, image: Tensor, slopes: Answers) -> None:
 
 def _features_last(layer: nn.Module, x: Tensor) -> Tensor:
     """Return (..., features) of the input of a convolution of any number of dims, or of a linear layer."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return x.movedim(-1 - len(layer.kernel_size), -1)
-    return x
+    return x.movedim(features_dim(layer), -1)
+
+
+def features_dim(layer: nn.Module) -> int:
+    """Return the dim, counted from the last, of the features in a convolution's or linear layer's input."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
 def _per_image(layer: nn.Module, values: Tensor, images: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def build_graph(
         layers=table,
         kept_whole=_kept_whole(units, why, layers),
         params=sum(parameter.numel() for parameter in model.parameters()),
-        macs=sum(layer.macs for layer in table),
+        macs=sum(layer.macs for layer in table) + found.macs_apart,
         averaged=frozenset(found.averaged),
     )
 
@@ -342,7 +343,7 @@ def _layer_table(
         shape = LayerShape(
             use.kind,
             _positions(use),
-            use.input.shape[2:] if use.kind == "conv" else (1, _positions(use)),  # type: ignore[arg-type]
+            use.input.shape[2:] if use.kind == "conv" else (1, _positions(use)),
             use.kernel,
             use.stride,
             use.padding,
@@ -360,7 +361,7 @@ def _macs(use: WeightUse | AttentionUse) -> int:
     """Return multiply-accumulates per image."""
     if isinstance(use, AttentionUse):
         return use.products * use.heads * use.queries * use.keys * use.head_dim
-    return _positions(use) * use.out_features * (use.in_features // use.groups) * use.kernel[0] * use.kernel[1]
+    return _positions(use) * use.out_features * (use.in_features // use.groups) * math.prod(use.kernel)
 
 
 _ACTIVATIONS = {

@@ -26,6 +26,7 @@ def run_apply(workplace: Workplace, plan_text: str) -> dict[str, Any]:
         pipeline.progress.say(f"warning: {pipeline.uncut.doubt}")
     agenda = Agenda(pipeline.progress.left, run, pipeline.files.machine, sizes_of(pipeline, Limits(), 0))
     agenda.apply()
+    _ = pipeline.files.reference  # what no file can hold is refused here, before the work
     outcome = pipeline.outcome(plan, "F3")
     if isinstance(outcome, Failed):
         raise ExportError(f"apply: the plan could not be built; {outcome.stage} says: {outcome.reason}")

@@ -426,7 +426,7 @@ def _conv(graph: _Graph, key: LayerKey, batch: int) -> _Built:
     )
     finish = graph.activation if graph.integer is None else graph.activated_and_rounded
     tensor = finish(shape.activation, tensor)
-    return image_shape, (batch, outputs, None, None), tensor, shape.positions * math.prod(weight_shape)
+    return image_shape, (batch, outputs, *[None] * len(shape.kernel)), tensor, shape.positions * math.prod(weight_shape)
 
 
 def _linear(graph: _Graph, key: LayerKey, batch: int) -> _Built:

@@ -27,6 +27,7 @@ from hirelc_deploy.compress.onnx_file.export import layer_of_node
 from hirelc_deploy.compress.onnx_file.links import makers_of
 from hirelc_deploy.compress.onnx_file.rewrite import source_of
 from hirelc_deploy.compress.onnx_file.watch import Watch
+from hirelc_deploy.graph.rules import CONVOLUTIONS
 
 SAME = 1e-3
 """Share of the largest value within which a tensor of a float file is the one that a module made. Kernels reach 1e-5,
@@ -100,7 +101,7 @@ def rounding_of(
         for node in integer.graph.node
         if node.name in layers
         and node.input[1] in makers
-        and isinstance(modules.get(layers[node.name]), nn.Conv2d | nn.Linear)
+        and isinstance(modules.get(layers[node.name]), (*CONVOLUTIONS, nn.Linear))
     }
     return Rounding(weights, {key: tuple(each) for key, each in tensors.items()}, tuple(unseen))
 

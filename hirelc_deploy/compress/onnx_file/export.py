@@ -36,6 +36,9 @@ OPSET = 20
 PARITY_TOLERANCE = 1e-4
 """Largest difference between torch and ONNX Runtime, as a share of the largest output. Float kernels reach 1e-6."""
 
+UNWRITTEN = "cannot be exported"
+"""Begins what is said where an exporter writes nothing."""
+
 WEIGHT_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -83,7 +86,21 @@ def exported(model: nn.Module, example: Tensor, *, dynamic_batch: bool = True) -
                 failures.append(str(error))
             else:
                 return Export(proto, export.recipe)
+        unwritten = all(failure.startswith(UNWRITTEN) for failure in failures)
+        if dynamic_batch and unwritten and _fits_one_number_of_images(model, example):
+            raise ExportError(
+                f"{type(model).__name__}: can be written for one number of images, but not for any: that number is the "
+                "groups of a convolution or the like; multiply image by image (torch.bmm, torch.einsum) in its place."
+            )
     raise ExportError(f"{type(model).__name__}: {'; the second exporter: '.join(failures)}")
+
+
+def _fits_one_number_of_images(model: nn.Module, example: Tensor) -> bool:
+    try:
+        _torchscript(model, example, False)
+    except ExportError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -163,7 +180,7 @@ def open_session(model: ModelProto | Path | bytes, threads: int = 1) -> onnxrunt
     """Load a model into ONNX Runtime on the CPU; raises ExportError with the runtime's own words."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised too
     source = str(model) if isinstance(model, Path) else model if isinstance(model, bytes) else model.SerializeToString()
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -253,11 +270,16 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    """Return the first line of an error without values; of those that begin with advice to torch's own developers, that
+    of the innermost cause."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and "Next steps" in str(error):
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0].partition("  [Caused by")[0][:200].rstrip(". ") if lines else type(cause).__name__
 
 
-def _torchscript(model: nn.Module, example: Tensor) -> Export:
+def _torchscript(model: nn.Module, example: Tensor, dynamic_batch: bool = True) -> Export:
     buffer = io.BytesIO()
     try:
         with _quiet(), _in_order(model, example) as outputs:
@@ -269,13 +291,13 @@ def _torchscript(model: nn.Module, example: Tensor) -> Export:
                 opset_version=OPSET,
                 input_names=["input"],
                 output_names=outputs,
-                dynamic_axes={name: {0: "batch"} for name in ("input", *outputs)},
+                dynamic_axes={name: {0: "batch"} for name in ("input", *outputs) if dynamic_batch},
                 # Tensors arrive as the module has them; `fold` computes from them and remembers how.
                 training=torch.onnx.TrainingMode.PRESERVE,
                 do_constant_folding=False,
             )
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ExportError(f"cannot be exported ({_reason(error)})") from None
+        raise ExportError(f"{UNWRITTEN} ({_reason(error)})") from None
     proto = onnx.load_from_string(buffer.getvalue())
     modules = {name for name, _ in model.named_modules()}
     _name_nodes(proto, [_layer_on_path(node.name.split("/")[1:-1], modules) for node in proto.graph.node])
@@ -296,7 +318,7 @@ def _torch_export(model: nn.Module, example: Tensor) -> Export:
                 verbose=False,
             )
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ExportError(f"cannot be exported ({_reason(error)})") from None
+        raise ExportError(f"{UNWRITTEN} ({_reason(error)})") from None
     assert program is not None
     proto = program.model_proto
     modules = {name for name, _ in model.named_modules()}
@@ -415,7 +437,10 @@ def check_parity(file: bytes, probes: list[Probe]) -> None:
     for images, wanted in probes:
         if names != list(wanted):
             raise ExportError(f"the exported file has outputs {', '.join(names)}, the model {', '.join(wanted)}")
-        answer = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        try:
+            answer = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        except Exception as error:  # as in `open_session`
+            raise ExportError(f"on {len(images)} images ONNX Runtime fails ({_reason(error)})") from None
         for found, (name, expected) in zip(answer, wanted.items(), strict=True):
             which = "" if len(names) == 1 else f" for {name}"
             if found.shape != expected.shape:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,41 +71,88 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
 def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
     """See that slopes of all weights can be had, as recovery needs them; raise InputError where they cannot.
 
-    Where the model writes into a tensor that a layer has read (a slice of it, as in partial convolutions), layers read
-    copies from then on, which the file does not have.
+    Where the model writes into a tensor that a slope needs (a slice of it, as in partial convolutions), torch keeps
+    copies from then on; files do not have them. Where its code needs all numbers of one type (as what it writes into a
+    slice), or has convolutions of three dims, it runs in float32 from then on where others run in bfloat16.
 
     Args:
         image: (1, channels, height, width).
     """
+    with torch.no_grad():
+        _answer(model, image.clone())
     if (error := _slope_error(model, image, task)) is not None and "inplace" in str(error):
-        for layer in model.modules():
-            if next(layer.children(), None) is None and next(layer.parameters(), None) is not None:
-                layer.register_forward_pre_hook(ReadsCopies())
+        _run_within(model, saved_copies)
         error = _slope_error(model, image, task)
     if error is not None:
         raise InputError(
             f"{type(model).__name__}: torch has no slopes of its weights, which recovery trains by "
             f"({first_line(error)}); correct its forward pass."
         )
+    if not _trains_in_half_precision(model, image):
+        _run_within(model, float32_alone)
 
 
-class ReadsCopies:
-    """A forward pre-hook: the layer reads a copy of its input."""
+def _trains_in_half_precision(model: nn.Module, image: Tensor) -> bool:
+    """Return whether a model runs in bfloat16, and with slopes that are right.
 
-    def __call__(self, _layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the inputs, tensors copied."""
-        return tuple(value.clone() if isinstance(value, Tensor) else value for value in given)
+    Of convolutions of three dims they are not: torch 2.13 on a CPU gives the weights of a (3, 1, 1) one slopes of 1e37.
+    """
+    if any(isinstance(layer, nn.Conv3d | nn.ConvTranspose3d) for layer in model.modules()):
+        return False
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        try:
+            model(image.clone())
+        except RuntimeError:  # torch's answer to operands of different types
+            return False
+    return True
+
+
+def saved_copies() -> AbstractContextManager[Any]:
+    """Let torch save copies for the slopes, which nobody writes into."""
+    return torch.autograd.graph.saved_tensors_hooks(_copy, lambda kept: kept)
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value if isinstance(value, nn.Parameter) else value.clone()
+
+
+@contextmanager
+def float32_alone() -> Iterator[None]:
+    """Switch automatic half precision off."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@dataclass
+class _Within:
+    """Two hooks of a model: it runs within a context."""
+
+    context: Callable[[], AbstractContextManager[Any]]
+    opened: list[AbstractContextManager[Any]] = field(default_factory=list)
+
+    def begin(self, *_: Any) -> None:
+        self.opened.append(self.context())
+        self.opened[-1].__enter__()
+
+    def end(self, *_: Any) -> None:
+        self.opened.pop().__exit__(None, None, None)
+
+
+def _run_within(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    within = _Within(context)
+    model.register_forward_pre_hook(within.begin)
+    model.register_forward_hook(within.end, always_call=True)
 
 
 def _slope_error(model: nn.Module, image: Tensor, task: Task) -> Exception | None:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        answers = task.answers(_answer(model, image.clone()))
-        total = sum(values.sum() for values in answers.values() if values.requires_grad)
         try:
+            answers = task.answers(model(image.clone()))
+            total = sum(values.sum() for values in answers.values() if values.requires_grad)
             if isinstance(total, Tensor) and weights:
                 torch.autograd.grad(total, weights, allow_unused=True)
-        except RuntimeError as error:
+        except Exception as error:  # what the user's forward pass raises with slopes alone
             return error
     return None
 

@@ -228,17 +228,21 @@ def _twin(module: nn.Module) -> nn.Module | None:
     """Return the plain layer that computes what a layer of somebody's own does; None where there is none.
 
     The layer runs on two noises. It has a twin if it made one product, by the same weight both times, which is no
-    parameter of its own.
+    parameter of its own, and ran no module in it: those only hold parameters, as the branches that a RepVGG merges.
     """
-    own = list(module.parameters(recurse=False))
+    own = list(module.parameters())
     is_torchs = type(module).__module__.startswith("torch.nn.modules") and not module._forward_pre_hooks
-    if not own or is_torchs or next(module.children(), None) is not None:
+    if not own or is_torchs:
         return None
-    noises = _noises(module, max(own, key=lambda parameter: parameter.ndim))
+    noises = _noises(module, max(own, key=lambda parameter: (parameter.ndim, parameter.numel())))
+    hooks = [part.register_forward_pre_hook(_is_run) for part in module.modules() if part is not module]
     try:
         ran = [_run(module, noise) for noise in noises]
     except Exception:  # not made for such an input; code of somebody's own raises anything
         return None
+    finally:
+        for hook in hooks:
+            hook.remove()
     if [len(calls) for calls, _ in ran] != [1, 1]:
         return None
     call, again = (calls[0] for calls, _ in ran)
@@ -251,6 +255,10 @@ def _twin(module: nn.Module) -> nn.Module | None:
         if all(_alike(_run(twin, noise)[1], answer) for noise, (_, answer) in zip(noises, ran, strict=True)):
             return twin
     return None
+
+
+def _is_run(part: nn.Module, _: Any) -> None:
+    raise InputError(f"a {type(part).__name__} is run, so that there is more than one product")
 
 
 def _noises(module: nn.Module, weight: Tensor) -> list[Tensor]:
