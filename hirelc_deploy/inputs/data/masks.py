@@ -14,7 +14,15 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.native import checked
-from hirelc_deploy.inputs.data.pictures import UNREADABLE, Embedded, none_in, pictures_in, stated_size
+from hirelc_deploy.inputs.data.pictures import (
+    UNREADABLE,
+    Embedded,
+    by_name,
+    files_in,
+    none_in,
+    pictures_in,
+    stated_size,
+)
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
@@ -22,7 +30,7 @@ from hirelc_deploy.inputs.data.targets import VOID, checked_map, checked_mask
 from hirelc_deploy.inputs.data.text_files import class_names, names_of, read_yaml, split_called
 
 MASK_FOLDERS = ("masks", "annotations", "labels", "depth", "maps")
-MASK_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp")
+MASK_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")
 NAME_FILES = ("classes.txt", "names.txt", "labels.txt")
 DESCRIPTIONS = ("config.yaml", "data.yaml")
 KINDS = ("masks", "binary", "map")
@@ -118,7 +126,7 @@ def read_masks(folder: Path, sizes: SplitSizes, seed: int, options: Mapping[str,
 def stored_array(file: Path | Embedded) -> NDArray[Any]:
     """Return the numbers of a .npy file or of the pixels of a picture with one channel; colours are refused."""
     try:
-        if isinstance(file, Path) and file.suffix == ".npy":
+        if isinstance(file, Path) and file.suffix.lower() == ".npy":
             return np.asarray(np.load(file, allow_pickle=False))
         with Image.open(file if isinstance(file, Path) else file.open()) as image:
             if image.mode not in {"1", "L", "P", *DEEP}:
@@ -184,10 +192,9 @@ def _pairs(images: Path, masks: Path, *, lenient: bool) -> list[tuple[Path, Path
     pictures = pictures_in(images)
     if not pictures:
         raise none_in(images)
-    mask_of = {
-        file.relative_to(masks).with_suffix(""): file for file in masks.rglob("*") if file.suffix in MASK_SUFFIXES
-    }
-    names = {picture.relative_to(images).with_suffix(""): picture for picture in pictures}
+    found = (file for file in files_in(masks) if file.suffix.lower() in MASK_SUFFIXES)
+    mask_of = by_name(found, lambda file: file.relative_to(masks).with_suffix(""))
+    names = by_name(pictures, lambda file: file.relative_to(images).with_suffix(""))
     if alone := sorted(set(mask_of) - set(names)):
         raise InputError(
             f"{mask_of[alone[0]]}: there is no picture {alone[0]} in {images}; add it, or remove the mask."
@@ -197,15 +204,14 @@ def _pairs(images: Path, masks: Path, *, lenient: bool) -> list[tuple[Path, Path
             f"{names[missing[0]]}: has no mask in {masks} ({', '.join(MASK_SUFFIXES)} are read); add it, or remove "
             "the picture."
         )
-    found = [(picture, mask_of.get(picture.relative_to(images).with_suffix(""))) for picture in pictures]
-    return [(picture, mask) for picture, mask in found if mask is not None]
+    return [(picture, mask_of[name]) for name, picture in names.items() if name in mask_of]
 
 
 # What they hold
 
 
 def _form(mask: Path) -> str:
-    if mask.suffix == ".npy":
+    if mask.suffix.lower() == ".npy":
         return "map" if stored_array(mask).dtype.kind == "f" else "masks"
     try:
         with Image.open(mask) as image:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,10 @@ from hirelc_deploy.errors import InputError
 NO_PICTURES = {".bufr", ".eps", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".ps", ".emf", ".wmf"}
 """Pillow names these, but reads them not at all, or only with other programs beside it."""
 
-JUNK = {"thumbs.db", "desktop.ini"}
-"""What file managers put into folders of pictures, beside hidden files. Nobody misses it."""
+JUNK = {
+    "thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
+"""What file managers and archives put into folders of pictures, beside hidden files and folders. Nobody misses it."""
 
 DEEP_FORMATS = {"PNG", "PPM"}
 """Formats whose whole numbers (mode I) are of 16 bits."""
@@ -58,6 +61,7 @@ class Region:
 
 
 Picture = Path | Embedded | Region
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 def read_image(picture: Picture, channels: int = 3) -> Image.Image:
@@ -141,7 +145,7 @@ def stated_size(picture: Picture) -> tuple[int, int]:
 def pictures_in(folder: Path) -> list[Path]:
     """Return the files in a folder and in those below it that Pillow reads by their names, sorted."""
     suffixes = picture_suffixes()
-    return [file for file in _files_in(folder) if file.suffix.lower() in suffixes]
+    return [file for file in files_in(folder) if file.suffix.lower() in suffixes]
 
 
 def left_out(folders: Sequence[Path], labels: Sequence[str] = ()) -> tuple[str, ...]:
@@ -154,7 +158,7 @@ def left_out(folders: Sequence[Path], labels: Sequence[str] = ()) -> tuple[str, 
     others = Counter(
         file.suffix.lower() or "without a suffix"
         for folder in folders
-        for file in _files_in(folder)
+        for file in files_in(folder)
         if file.suffix.lower() not in suffixes and file.suffix.lower() not in labels
     )
     if not others:
@@ -176,9 +180,37 @@ def picture_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN) - NO_PICTURES
 
 
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in files if not file.name.startswith(".") and file.name.lower() not in JUNK]
+def is_junk(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or was left by a file manager."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the files in a folder and in those below it, sorted; links are followed, and junk is passed by.
+
+    A link that leads nowhere is among them, so that whoever reads it names it.
+    """
+    found, seen = list[Path](), set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_look):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if not is_junk(name) and real not in seen]
+        files = [Path(place, name) for name in names if not is_junk(name) and real not in seen]
+        found += [file for file in files if file.is_file() or file.is_symlink()]
+        seen.add(real)  # a link may lead to a folder around it
+    return sorted(found)
+
+
+def by_name(files: Iterable[Path], name: Callable[[Path], _Name]) -> dict[_Name, Path]:
+    """Return files by a name that others call them by; raises InputError where two have the same."""
+    found: dict[_Name, Path] = {}
+    for file in files:
+        if found.setdefault(name(file), file) != file:
+            raise InputError(f"{found[name(file)]} and {file}: both are called {name(file)}; remove or rename one.")
+    return found
+
+
+def _cannot_look(error: OSError) -> NoReturn:
+    raise InputError(f"{error.filename}: this folder cannot be read ({error.strerror}); allow it, or remove it.")
 
 
 def _opened(picture: Picture) -> Image.Image:
