@@ -11,6 +11,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.images import FolderImages, Labels
 from hirelc_deploy.inputs.data.native import native_input
 from hirelc_deploy.inputs.data.pictures import is_junk, left_out, none_in, picture_suffixes, pictures_in
+from hirelc_deploy.inputs.data.repeated import repeated_files
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes, check_labels, data_of, share_out
 from hirelc_deploy.inputs.data.text_files import shared_words, split_called
 
@@ -47,12 +48,14 @@ def read_image_folder(folder: Path, sizes: SplitSizes, seed: int) -> Data:
     labels_of = {split: labels for split, (_, labels) in parts.items()}
     names = check_labels(labels_of, classes, where)
     chosen = share_out({split: len(labels) for split, labels in labels_of.items()}, labels_of, sizes, where)
-    native = native_input([file for files, _ in parts.values() for file in files])
-    splits = {}
-    for split, (source, rows) in chosen.items():
-        files, labels = parts[source]
-        splits[split] = FolderImages([files[row] for row in rows], labels[rows], native, seed)
-    notes = left_out([place / name for place in (places.values() or [folder]) for name in classes])
+    native, notes = native_input([file for files, _ in parts.values() for file in files])
+    files_of = {split: [parts[source][0][row] for row in rows] for split, (source, rows) in chosen.items()}
+    splits = {
+        split: FolderImages(files_of[split], parts[source][1][rows], native, seed)
+        for split, (source, rows) in chosen.items()
+    }
+    notes += repeated_files(files_of)
+    notes += left_out([place / name for place in (places.values() or [folder]) for name in classes])
     notes += _passed_by(folder, places) if places else _taken_for_classes(folder, classes)
     return data_of(folder.name or where, names, splits, native, notes=notes)
 

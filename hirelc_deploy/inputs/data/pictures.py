@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,23 @@ JUNK = {
 
 DEEP_FORMATS = {"PNG", "PPM"}
 """Formats whose whole numbers (mode I) are of 16 bits."""
+
+ORIENTED = {"JPEG", "MPO", "WEBP", "AVIF"}
+"""Formats that say before their pixels how they are held upright. Pillow turns TIFF files itself."""
+
+ORIENTATION, SIDEWAYS = 0x0112, 5
+"""EXIF's number for how a picture is held; from 5 on, rows are its columns."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a picture is held, to what turns it upright."""
 
 JPEG_END = b"\xff\xd9"
 FINER = 2
@@ -60,15 +77,27 @@ class Region:
         return f"{self.file} at {self.box}"
 
 
+class Look(NamedTuple):
+    """What the head of a picture says: its (height, width) upright, and what people should know of it."""
+
+    size: tuple[int, int]
+    turned: bool
+    several: bool
+    """It has more pages or frames than one."""
+    deep: bool
+    """Its pixels have 16 bits."""
+
+
 Picture = Path | Embedded | Region
 _Name = TypeVar("_Name", bound=Hashable)
 
 
 def read_image(picture: Picture, channels: int = 3) -> Image.Image:
-    """Decode a picture as RGB (or grey for one channel); raises InputError naming one that is not readable."""
+    """Decode a picture, upright, as RGB (or grey for one channel); raises InputError for one that is not readable."""
     try:
         with _opened(picture) as image:
-            part = image.crop(picture.box) if isinstance(picture, Region) else image
+            upright = _upright(image)
+            part = upright.crop(picture.box) if isinstance(picture, Region) else upright
             return eight_bits(part, channels, str(picture), image.format)
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
@@ -89,10 +118,11 @@ def read_reduced(
         with _opened(picture) as image:
             size = _size(picture, image)
             if isinstance(picture, Region):  # its box is in the pixels of the whole picture
-                return eight_bits(image.crop(picture.box), channels, str(picture), image.format), size
+                return eight_bits(_upright(image).crop(picture.box), channels, str(picture), image.format), size
             height, width = wanted(*size)
-            image.draft(None, (FINER * width, FINER * height))  # None: the colours stay
-            return eight_bits(image, channels, str(picture), image.format), size
+            stored = (height, width) if _held(image) >= SIDEWAYS else (width, height)
+            image.draft(None, (FINER * stored[0], FINER * stored[1]))  # None: the colours stay
+            return eight_bits(_upright(image), channels, str(picture), image.format), size
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
 
@@ -112,7 +142,7 @@ def eight_bits(image: Image.Image, channels: int, where: str, kind: str | None =
             f"{where}: a picture has 1 or 3 channels, but the model's input has {channels}; give such inputs as floats "
             "(data sets of Python, or .npz), or --input-size with 1 or 3 channels."
         )
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind in DEEP_FORMATS):
+    if _is_deep(image, kind):
         values = np.asarray(image) / 257  # Pillow's `convert` would cut 16 bits off at 255
         image = Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -123,23 +153,31 @@ def eight_bits(image: Image.Image, channels: int, where: str, kind: str | None =
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def image_size(picture: Picture) -> tuple[int, int]:
-    """Return (height, width); raises InputError where a picture is broken or cut short."""
+def look_into(picture: Picture) -> Look:
+    """Return what the head of a picture says; raises InputError where a picture is broken or cut short."""
     try:
         with _opened(picture) as image:
+            several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo and previews
+            found = Look(_size(picture, image), _held(image) in UPRIGHT, several, _is_deep(image, image.format))
             _check_whole(image)
-            return _size(picture, image)
+            return found
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
 
 
 def stated_size(picture: Picture) -> tuple[int, int]:
-    """Return (height, width) as the first bytes of a picture say it; much faster than `image_size`."""
+    """Return (height, width) as the first bytes of a picture say it; much faster than `look_into`."""
     try:
         with _opened(picture) as image:
             return _size(picture, image)
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
+
+
+def brightest(picture: Picture) -> int:
+    """Return the highest number of a picture of 16 bits, as it is stored."""
+    with _opened(picture) as image:
+        return int(np.asarray(image).max())
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -219,6 +257,26 @@ def _opened(picture: Picture) -> Image.Image:
     return Image.open(picture.file if isinstance(picture, Region) else picture)
 
 
+def _is_deep(image: Image.Image, kind: str | None) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and kind in DEEP_FORMATS)
+
+
+def _held(image: Image.Image) -> int:
+    """Return EXIF's number for how a picture is held; 1 is upright."""
+    if image.format not in ORIENTED:
+        return 1
+    try:
+        held = image.getexif().get(ORIENTATION)
+    except Exception:  # broken EXIF data raise anything; the pixels are good
+        return 1
+    return held if isinstance(held, int) and held in UPRIGHT else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = UPRIGHT.get(_held(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def _check_whole(image: Image.Image) -> None:
     """Raise one of UNREADABLE where a picture is not all there.
 
@@ -244,4 +302,4 @@ def _size(picture: Picture, image: Image.Image) -> tuple[int, int]:
     if isinstance(picture, Region):
         left, top, right, bottom = picture.box
         return bottom - top, right - left
-    return image.height, image.width
+    return (image.width, image.height) if _held(image) >= SIDEWAYS else (image.height, image.width)

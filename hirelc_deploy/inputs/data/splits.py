@@ -16,6 +16,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.geometry import Pairs
 from hirelc_deploy.inputs.data.images import ArrayImages, Images, Labels
 from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.data.repeated import repeated_rows
 from hirelc_deploy.inputs.data.text_files import numbered
 
 MINIMUM_CALIBRATION = 8  # fewer images give ranges of single pictures, not of the data
@@ -313,7 +314,8 @@ def array_data(
         pixels, labels = arrays[split]
         splits[split] = ArrayImages(torch.from_numpy(pixels), labels, np.arange(len(labels)), preprocess, seed)
     floats = arrays["train"][0].dtype.kind == "f"
-    return data_of(name, classes, splits, preprocess, floats=floats)
+    notes = repeated_rows({split: pixels for split, (pixels, _) in arrays.items()})
+    return data_of(name, classes, splits, preprocess, floats=floats, notes=notes)
 
 
 def check_types(arrays: Mapping[str, NDArray[np.generic]], where: str) -> None:
