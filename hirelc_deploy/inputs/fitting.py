@@ -146,8 +146,8 @@ LEAST_CONTRAST = 0.5
 
 
 ALIKE = 0.6
-"""What the ranges of two splits share at least, in their extremes or in all but a hundredth. Pixels of [0, 1] share half
-with those of [-1, 1], and a quarter with ImageNet's normalised ones; darker pictures share the extremes."""
+"""What the ranges of two splits share at least, in their extremes or in all but a hundredth. Pixels of [0, 1] share
+half with those of [-1, 1], and a quarter with ImageNet's normalised ones; darker pictures share the extremes."""
 
 
 def stated(data: Data, overrides: Mapping[str, Any]) -> Data:

@@ -10,7 +10,15 @@ import numpy as np
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.images import FolderImages, Labels
 from hirelc_deploy.inputs.data.native import native_input
-from hirelc_deploy.inputs.data.pictures import is_junk, left_out, none_in, picture_suffixes, pictures_in
+from hirelc_deploy.inputs.data.pictures import (
+    folders_in,
+    is_junk,
+    left_out,
+    none_in,
+    passed_by,
+    picture_suffixes,
+    pictures_in,
+)
 from hirelc_deploy.inputs.data.repeated import repeated_files
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes, check_labels, data_of, share_out
 from hirelc_deploy.inputs.data.text_files import shared_words, split_called
@@ -63,7 +71,7 @@ def read_image_folder(folder: Path, sizes: SplitSizes, seed: int) -> Data:
 def _split_folders(folder: Path) -> dict[str, Path]:
     """Return split to its folder. A class may be called `train` too: its folder holds pictures, a split's folders."""
     found: dict[str, Path] = {}
-    layered = [place for place in _folders(folder) if _folders(place)]
+    layered = [place for place in folders_in(folder) if folders_in(place)]
     shared = shared_words([place.name for place in layered])
     for place in layered:
         split = split_called(place.name, shared)
@@ -75,14 +83,10 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_junk(entry.name))
-
-
 def _check_order(folder: Path, classes: Sequence[str]) -> None:
     """Raise InputError where the splits lie in the classes instead of the classes in the splits."""
     for name in classes:
-        splits = {place.name: split_called(place.name) for place in _folders(folder / name)}
+        splits = {place.name: split_called(place.name) for place in folders_in(folder / name)}
         if len({split for split in splits.values() if split}) > 1:
             raise InputError(
                 f"{folder / name}: its folders {', '.join(splits)} are named like splits; put the classes into the "
@@ -92,14 +96,12 @@ def _check_order(folder: Path, classes: Sequence[str]) -> None:
 
 def _passed_by(folder: Path, places: Mapping[str, Path]) -> tuple[str, ...]:
     """Return sentences on folders beside the splits, and on pictures beside the folders of classes."""
-    others = [place.name for place in _folders(folder) if place not in places.values()]
-    notes = (f"{folder}: {', '.join(others)} is left out, as it names no split",) if others else ()
-    return notes + _strays([folder, *places.values()])
+    return passed_by(folder, places.values()) + _strays([folder, *places.values()])
 
 
 def _taken_for_classes(folder: Path, classes: Sequence[str]) -> tuple[str, ...]:
     """Return sentences on what else a folder without splits may be, and on pictures beside its classes."""
-    below = [tuple(place.name for place in _folders(folder / name)) for name in classes]
+    below = [tuple(place.name for place in folders_in(folder / name)) for name in classes]
     notes: tuple[str, ...] = ()
     if len(below[0]) > 1 and len(set(below)) == 1:
         notes = (
@@ -121,11 +123,11 @@ def _strays(folders: Sequence[Path]) -> tuple[str, ...]:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    names = [place.name for place in _folders(folder)]
+    names = [place.name for place in folders_in(folder)]
     if not names:
         raise InputError(f"{folder}: no class folders in it; put the images of each class into a folder of its own.")
     if len(names) == 1:
-        inside = [place.name for place in _folders(folder / names[0])]
+        inside = [place.name for place in folders_in(folder / names[0])]
         hint = f"; if {', '.join(inside[:4])} in it are classes or splits, name {folder / names[0]}" if inside else ""
         raise InputError(f"{folder}: only one class ({names[0]}); a classifier needs at least two{hint}.")
     return names

@@ -20,6 +20,7 @@ from hirelc_deploy.inputs.data.pictures import (
     by_name,
     files_in,
     none_in,
+    passed_by,
     pictures_in,
     stated_size,
 )
@@ -34,6 +35,7 @@ MASK_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")
 NAME_FILES = ("classes.txt", "names.txt", "labels.txt")
 DESCRIPTIONS = ("config.yaml", "data.yaml")
 KINDS = ("masks", "binary", "map")
+LOOKED_AT = 16  # masks of 16 bits by whose numbers it is told whether they are maps
 DEEP = {"I;16", "I;16B", "I;16L", "I", "F"}
 """Pillow's modes of pictures with 16 or 32 bits a pixel."""
 
@@ -90,7 +92,7 @@ def read_masks(folder: Path, sizes: SplitSizes, seed: int, options: Mapping[str,
     places = _described(content, description) if description is not None else _folders(folder)
     pairs = {split: _pairs(images, masks, lenient=description is not None) for split, (images, masks) in places.items()}
     everything = [mask for found in pairs.values() for _, mask in found]
-    form = options.get("kind") or _form(everything[0])
+    form = options.get("kind") or _form(everything)
     if form not in KINDS:
         raise InputError(
             f"{folder}: kind={form} is not read from masks; use {', '.join(f'kind={kind}' for kind in KINDS)}."
@@ -120,7 +122,9 @@ def read_masks(folder: Path, sizes: SplitSizes, seed: int, options: Mapping[str,
         split: [Sample(picture, MaskFile(mask, form, void, len(names) or None, scale)) for picture, mask in found]
         for split, found in pairs.items()
     }
-    return samples_data(folder.name, str(folder), kind, names, lists, sizes, seed)
+    images = {place for place, _ in places.values()}
+    notes = passed_by(folder / "images", images) if {place.parent for place in images} == {folder / "images"} else ()
+    return samples_data(folder.name, str(folder), kind, names, lists, sizes, seed, notes=notes)
 
 
 def stored_array(file: Path | Embedded) -> NDArray[Any]:
@@ -210,14 +214,15 @@ def _pairs(images: Path, masks: Path, *, lenient: bool) -> list[tuple[Path, Path
 # What they hold
 
 
-def _form(mask: Path) -> str:
-    if mask.suffix.lower() == ".npy":
-        return "map" if stored_array(mask).dtype.kind == "f" else "masks"
-    try:
-        with Image.open(mask) as image:
-            return "map" if image.mode in DEEP else "masks"
-    except UNREADABLE as error:
-        raise InputError(f"{mask}: not readable as a mask or map ({error}); replace or remove it.") from None
+def _form(masks: Sequence[Path]) -> str:
+    """Return `map` for floats, and for pictures of 16 bits unless all their numbers could be those of classes."""
+    values = stored_array(masks[0])
+    if values.dtype.kind == "f":
+        return "map"
+    if masks[0].suffix.lower() == ".npy" or values.dtype.kind == "b" or values.dtype.itemsize == 1:
+        return "masks"
+    looked = masks[:: max(1, len(masks) // LOOKED_AT)]
+    return "masks" if max(int(stored_array(mask).max()) for mask in looked) <= VOID else "map"
 
 
 def _look_into(pairs: Sequence[tuple[Path, Path]], like: MaskFile) -> int:

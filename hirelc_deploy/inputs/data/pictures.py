@@ -6,10 +6,10 @@ import functools
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -247,7 +247,20 @@ def by_name(files: Iterable[Path], name: Callable[[Path], _Name]) -> dict[_Name,
     return found
 
 
-def _cannot_look(error: OSError) -> NoReturn:
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders right in a folder, sorted; junk is passed by."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_junk(entry.name))
+
+
+def passed_by(folder: Path, taken: Collection[Path]) -> tuple[str, ...]:
+    """Return one sentence on the folders in a folder that are not among those that were taken for splits."""
+    others = [place.name for place in folders_in(folder) if place not in taken]
+    return (f"{folder}: {', '.join(others)} is left out, as it names no split",) if others else ()
+
+
+def _cannot_look(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError):  # nothing in it
+        return
     raise InputError(f"{error.filename}: this folder cannot be read ({error.strerror}); allow it, or remove it.")
 
 

@@ -284,11 +284,19 @@ def check_labels(labels: Mapping[str, Labels], names: Sequence[str] | None, wher
 
 def empty_classes(data: Data) -> tuple[str, ...]:
     """Return the classes without a name of their own that no image of any split has."""
-    labels = [split.labels for split in data.splits().values()] if data.kind == "classes" else []
+    labels = [_numbers_seen(split, data.kind) for split in data.splits().values()]
     if not data.labelled or data.classes != tuple(map(str, range(len(data.classes)))):
         return ()
     found = {str(label) for part in labels if part is not None for label in np.unique(part).tolist()}
     return tuple(name for name in data.classes if name not in found) if found else ()
+
+
+def _numbers_seen(images: Images, kind: str) -> NDArray[np.int64] | None:
+    """Return the class numbers of a split; of masks, which must be decoded, those of some."""
+    if kind == "masks":
+        rows = spread_order(len(images))[:FINGERPRINTED]
+        return np.unique(np.concatenate([np.asarray(target).reshape(-1) for target in images.targets(rows)]))
+    return images.labels if kind == "classes" else None
 
 
 def array_data(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.inputs.data.pictures import left_out, none_in, pictures_in
+from hirelc_deploy.inputs.data.pictures import left_out, none_in, passed_by, pictures_in
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
@@ -60,6 +60,9 @@ def read_yolo(path: Path, sizes: SplitSizes, seed: int, options: Mapping[str, st
             for picture, file in zip(pictures, label_files, strict=True)
         ]
     notes = left_out([place for places in sources.values() for place in places if place.is_dir()], (".txt",))
+    taken = [place for places in sources.values() for place in places]
+    if {place.parent for place in taken} == {folder / "images"}:
+        notes += passed_by(folder / "images", taken)
     if bare:
         notes += (f"{bare} pictures have no text file (.txt) and count as pictures without objects",)
     name = path.stem if path.is_file() else path.name
