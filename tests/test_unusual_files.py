@@ -304,8 +304,9 @@ def test_splits_that_were_prepared_in_different_ways_are_refused(tmp_path: Path)
 
 def test_mean_and_std_of_pixels_up_to_255_are_refused(tmp_path: Path) -> None:
     data = load_data(npz(tmp_path / "d.npz", LABELS))
-    with pytest.raises(InputError, match=r"mean and std are of pixels in \[0, 1\]; divide both by 255"):
-        fit(source_of(net(2)), data, {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)})
+    for mean, std in (((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)), ((0.0,), (255.0,)), ((0.0,), (58.4, 57.1, 57.4))):
+        with pytest.raises(InputError, match=r"mean and std are of pixels in \[0, 1\]; divide both by 255"):
+            fit(source_of(net(2)), data, {"mean": mean, "std": std})
 
 
 def test_floats_with_their_channels_last_are_refused() -> None:
