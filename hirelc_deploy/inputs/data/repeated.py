@@ -18,16 +18,22 @@ _Item = TypeVar("_Item")
 def repeated_files(splits: Mapping[str, Sequence[Picture]]) -> tuple[str, ...]:
     """Compare files; only those that have the size of another one are read."""
     files = {split: [file for file in found if isinstance(file, Path)] for split, found in splits.items()}
-    alike = _shared(files, lambda file: file.stat().st_size)
-    return _said(_shared(alike, lambda file: hashlib.sha256(file.read_bytes()).digest()), "")
+    return _said(_shared(_shared(files, _size), _digest), "")
 
 
 def repeated_rows(splits: Mapping[str, NDArray[np.generic]]) -> tuple[str, ...]:
     """Compare the images of arrays."""
-    rows = {split: list(range(len(pixels))) for split, pixels in splits.items()}
-    places = {split: [(split, row) for row in found] for split, found in rows.items()}
+    places = {split: [(split, row) for row in range(len(pixels))] for split, pixels in splits.items()}
     alike = _shared(places, lambda place: hashlib.sha256(splits[place[0]][place[1]].tobytes()).digest())
     return _said({split: [row for _, row in found] for split, found in alike.items()}, "image ")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _digest(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def _shared(splits: Mapping[str, Sequence[_Item]], key: Callable[[_Item], Hashable]) -> dict[str, list[_Item]]:
