@@ -53,8 +53,8 @@ class Preprocess:
                 raise InputError(f"{name} {values}: give one finite number for each of {self.input_size[0]} channels.")
         if max(*self.mean, *self.std) > 1:
             raise InputError(
-                f"mean {self.mean}, std {self.std}: mean and std are of pixels in [0, 1]; divide both by 255 if they are "
-                "of 0 to 255."
+                f"mean {self.mean}, std {self.std}: mean and std are of pixels in [0, 1]; divide both by 255 if they "
+                "are of 0 to 255."
             )
         if min(self.std) <= 0:
             raise InputError(f"std {self.std}: every value must be above 0.")

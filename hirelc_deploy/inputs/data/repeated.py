@@ -18,7 +18,9 @@ _Item = TypeVar("_Item")
 def repeated_files(splits: Mapping[str, Sequence[Picture]]) -> tuple[str, ...]:
     """Compare files; only those that have the size of another one are read."""
     files = {split: [file for file in found if isinstance(file, Path)] for split, found in splits.items()}
-    return _said(_shared(_shared(files, _size), _digest), "")
+    of_one_size = _shared(files, _size)
+    alike = _shared(of_one_size, _digest)
+    return _said(alike, "")
 
 
 def repeated_rows(splits: Mapping[str, NDArray[np.generic]]) -> tuple[str, ...]:
