@@ -645,16 +645,16 @@ DATA = [
         prepare=data(y_train=np.array([Bomb()] * 64, dtype=object)),
     ),
     Case(
-        "images of three dimensions",
+        "images of two dimensions",
         apply(data="npz:set.npz"),
-        ("(64, 8, 8)", "(n, height"),
-        prepare=data(x_train=PIXELS[..., 0]),
+        ("(64, 192)", "(n, height"),
+        prepare=data(x_train=PIXELS.reshape(64, -1)),
     ),
     Case(
         "images of five channels",
         apply(data="npz:set.npz"),
         ("channels",),
-        prepare=data(x_train=np.zeros((64, 8, 8, 5), np.uint8)),
+        prepare=data(x_train=np.zeros((64, 8, 8, 5), np.uint8), x_test=np.zeros((20, 8, 8, 5), np.uint8)),
     ),
     Case(
         "test images of another size",

@@ -236,8 +236,8 @@ def raising(index: int) -> Any:
 BAD = {
     "nothing": (lambda: data_from_datasets({}), "no data set in it; give at least train"),
     "unknown split": (
-        lambda: data_from_datasets({"train": Items(float_image), "dev": []}),
-        "split 'dev' is unknown; use",
+        lambda: data_from_datasets({"train": Items(float_image), "extra": []}),
+        "split 'extra' is unknown; use",
     ),
     "one split twice": (
         lambda: data_from_datasets({"val": Items(float_image), "Validation": Items(float_image)}),

@@ -638,8 +638,8 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
     "csv: NaN": (table_case("path,angle", "nan"), r"all\.csv, line 2: angle is 'nan'; give a finite number"),
     "csv: a word": (table_case("path,angle", "left"), r"all\.csv, line 2: angle is 'left'; give a finite number"),
     "csv: unknown split": (
-        table_case("path,angle,split", "1,dev"),
-        r"all\.csv, line 2: the split 'dev' is unknown; use",
+        table_case("path,angle,split", "1,extra"),
+        r"all\.csv, line 2: the split 'extra' is unknown; use",
     ),
     "csv: picture gone": (
         lost(lambda folder: table(folder, "path,angle", lambda index: "1"), "pictures/07.png"),

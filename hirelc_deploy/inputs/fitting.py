@@ -14,7 +14,8 @@ from hirelc_deploy.config import TaskConfig
 from hirelc_deploy.errors import InputError, WidthError
 from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.inputs.data.batches import batches
-from hirelc_deploy.inputs.data.splits import Data, empty_classes
+from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.inputs.data.splits import Data, empty_classes, spread_order
 from hirelc_deploy.inputs.models.checks import check_output
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.source import preprocess_of
@@ -144,6 +145,11 @@ LEAST_CONTRAST = 0.5
 """Pixels of a calibration set reach over at least half of [0, 1]: less says that another normalisation was meant."""
 
 
+ALIKE = 0.6
+"""What the ranges of two splits share at least, in their extremes or in all but a hundredth. Pixels of [0, 1] share
+half with those of [-1, 1], and a quarter with ImageNet's normalised ones; darker pictures share the extremes."""
+
+
 def stated(data: Data, overrides: Mapping[str, Any]) -> Data:
     """Return data of floats with a preprocessing that says whether pictures can be made into such floats.
 
@@ -152,6 +158,7 @@ def stated(data: Data, overrides: Mapping[str, Any]) -> Data:
     """
     if not data.floats:
         return data
+    _check_alike(data)
     preprocess, parts = data.preprocess, list(batches(data.calibration, PIXEL_BATCH))
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
     undone = [part * std + mean for part in parts]
@@ -166,6 +173,32 @@ def stated(data: Data, overrides: Mapping[str, Any]) -> Data:
         "how with --mean and --std"
     )
     return replace(data.preprocessed(replace(preprocess, from_pictures=False)), notes=(*data.notes, sentence))
+
+
+def _check_alike(data: Data) -> None:
+    """Raise InputError where the floats of two splits were surely prepared in different ways."""
+    usual = _reach(data.calibration)
+    for split, images in data.splits().items():
+        found = _reach(images)
+        if max(_overlap(one, other) for one, other in zip(found, usual, strict=True)) < ALIKE:
+            (low, high), (least, most) = found[0], usual[0]
+            raise InputError(
+                f"{data.name}: the floats of {split} reach from {low:.3g} to {high:.3g}, those of calibration from "
+                f"{least:.3g} to {most:.3g}; prepare all splits in the same way."
+            )
+
+
+def _reach(images: Images) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the extremes of a few images, and where all but a hundredth of their values lie on either side."""
+    values = images.batch(spread_order(len(images))[:PIXEL_BATCH]).numpy()
+    least, low, high, most = np.percentile(values, (0, 1, 99, 100)).tolist()
+    return (least, most), (low, high)
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Return what two ranges share, as a part of what they cover together; 1 where both are one point."""
+    covered = max(one[1], other[1]) - min(one[0], other[0])
+    return (min(one[1], other[1]) - max(one[0], other[0])) / covered if covered else 1.0
 
 
 def answering(model: nn.Module, task: Task, answer: Any) -> nn.Module:

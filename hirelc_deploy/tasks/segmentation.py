@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hirelc_deploy.errors import InputError
+from hirelc_deploy.errors import InputError, WidthError
 from hirelc_deploy.graph.answers import Answers, named, selected
 from hirelc_deploy.tasks.classification import check_names, output_option, switch_option
 from hirelc_deploy.tasks.colours import colour
@@ -86,7 +86,7 @@ class Segmentation:
         logits = _only(answers)
         channels = {len(self.classes)} | ({1} if len(self.classes) == 2 else set())
         if logits.ndim != 4 or logits.shape[1] not in channels or not logits.is_floating_point():
-            raise InputError(
+            raise WidthError(
                 f"task segmentation: the answer is {_described(logits)}; logits (n, {len(self.classes)}, h, w) are "
                 "needed, one channel for each class name."
             )

@@ -21,9 +21,16 @@ def read(path: str) -> "dict[str, np.ndarray]":
 
 
 def picture(path: str) -> "np.ndarray":
-    """Return (height, width, channels) uint8 pixels of a picture; 16 bits are scaled to 8."""
+    """Return (height, width, channels) uint8 pixels of a picture, upright; 16 bits are scaled to 8."""
     pillow = import_module("PIL.Image")
     image = pillow.open(path)
+    if image.format in ("JPEG", "MPO", "WEBP", "AVIF"):
+        try:
+            held = image.getexif().get(0x0112)
+        except Exception:  # broken EXIF data raise anything; the pixels are good
+            held = None
+        turns = (0, 3, 1, 5, 4, 6, 2)  # Pillow's numbers of flips and rotations
+        image = image.transpose(turns[held - 2]) if held in range(2, 9) else image
     if image.mode.startswith("I"):
         if image.mode == "I" and image.format not in ("PNG", "PPM"):
             raise ValueError(f"{path}: 32-bit pixels, whose range nobody knows; save 8 or 16 bits")
@@ -45,6 +52,10 @@ def model_input(image: np.ndarray) -> np.ndarray:
         raise ValueError(f"images are uint8 (height, width, {CHANNELS}), found {image.dtype} {image.shape}")
     if image.dtype == np.uint8 and not OPTIONS.get("from_pictures", True):
         raise ValueError("it was made for floats that were prepared elsewhere; give them as .npy, and no pictures")
+    if image.dtype == np.float32 and image.shape[:2] != (HEIGHT, WIDTH):
+        raise ValueError(
+            f"floats are inputs of the model: {HEIGHT} x {WIDTH}, found {image.shape[0]} x {image.shape[1]}"
+        )
     if image.shape[:2] != (HEIGHT, WIDTH):  # resize, then cut or pad around the centre
         pillow, way = import_module("PIL.Image"), OPTIONS.get("geometry", "crop")
         need = [int(side / (OPTIONS["crop_pct"] if way == "crop" else 1)) for side in (HEIGHT, WIDTH)]
@@ -52,7 +63,7 @@ def model_input(image: np.ndarray) -> np.ndarray:
         scale = min(ratios) if way == "letterbox" else max(ratios)
         size = need if way == "stretch" else [max(least[axis], round(image.shape[axis] * scale)) for axis in (0, 1)]
         method = getattr(pillow, OPTIONS["interpolation"].upper())
-        resized = np.atleast_3d(pillow.fromarray(image.squeeze()).resize(size[::-1], method))
+        resized = np.dstack([pillow.fromarray(one).resize(size[::-1], method) for one in image.transpose(2, 0, 1)])
         image = np.full((HEIGHT, WIDTH, CHANNELS), OPTIONS.get("pad_value", 114), np.uint8)
         cut, pad = ([max(0, int(s * (size[a] - image.shape[a]) / 2)) for a in (0, 1)] for s in (1, -1))
         part = resized[cut[0] : cut[0] + HEIGHT, cut[1] : cut[1] + WIDTH]

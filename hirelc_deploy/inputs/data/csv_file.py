@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
-from hirelc_deploy.inputs.data.text_files import class_names, read_text, split_called
+from hirelc_deploy.inputs.data.text_files import class_names, numbered, read_text, split_called
 
 Row = Mapping[str, str]
 WANTED = "give a header with path, and label, or labels (with ; between), or columns of numbers; and split, if wanted"
@@ -34,7 +35,7 @@ def read_csv(file: Path, sizes: SplitSizes, seed: int, options: Mapping[str, str
     if targets in (["label"], ["labels"]):
         several = targets == ["labels"]
         words = [_words(row[targets[0]], f"{file}, line {line}", several) for line, row in rows]
-        names = known or _sorted_names({word for found in words for word in found})
+        names = known or _sorted_names({word for found in words for word in found}, str(file))
         kind = "multilabel" if several else "classes"
         numbers = [_numbers(found, names, f"{file}, line {line}") for found, (line, _) in zip(words, rows, strict=True)]
         truths = [_hot(found, len(names)) for found in numbers] if several else [found[0] for found in numbers]
@@ -81,20 +82,28 @@ def _words(text: str, where: str, several: bool) -> list[str]:
     return words
 
 
-def _sorted_names(words: set[str]) -> tuple[str, ...]:
-    if words and all(word.isdecimal() for word in words):
-        return tuple(str(number) for number in range(max(map(int, words)) + 1))
+def _sorted_names(words: set[str], where: str) -> tuple[str, ...]:
+    numbers = [_whole(word) for word in words]
+    if numbers and None not in numbers:
+        return numbered(max(number for number in numbers if number is not None), where)
     return tuple(sorted(words))
 
 
+def _whole(word: str) -> int | None:
+    """Return a class number, also one that a table program wrote as `3.0`; None for a name."""
+    return int(word.partition(".")[0]) if re.fullmatch(r"\d+(\.0+)?", word) else None
+
+
 def _numbers(words: Sequence[str], names: Sequence[str], where: str) -> list[int]:
-    number = {name: index for index, name in enumerate(names)}
+    number, found = {name: index for index, name in enumerate(names)}, []
     for word in words:
-        if word not in number and not (word.isdecimal() and int(word) < len(names)):
+        label = number.get(word, _whole(word))
+        if label is None or label >= len(names):
             raise InputError(
                 f"{where}: {word!r:.40} is not one of the {len(names)} classes; name it, or correct the line."
             )
-    return [number[word] if word in number else int(word) for word in words]
+        found.append(label)
+    return found
 
 
 def _hot(numbers: Sequence[int], count: int) -> torch.Tensor:

@@ -432,8 +432,8 @@ def _native(images: Sequence[Any], kind: str) -> Preprocess:
     """Return the input that suits the first images: their common size, or 3 x 224 x 224."""
     if _is_input(images[0]):
         shape = tuple(images[0].shape)
-        if len(shape) != 3:
-            raise InputError(f"the first image has shape {shape}; a model input is (channels, height, width).")
+        if len(shape) != 3 or (shape[2] in (1, 3) and min(shape[:2]) > shape[2]):
+            raise InputError(f"the first image has shape {shape}; a model input (floats) is (channels, height, width).")
         return identity(shape)
     pictures = [_picture(image, 3, "the first data set") for image in images]
     found = {(picture.height, picture.width) for picture in pictures}

@@ -19,7 +19,7 @@ from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
 from hirelc_deploy.inputs.data.targets import VOID, Boxes, checked_boxes, checked_numbers
-from hirelc_deploy.inputs.data.text_files import class_names
+from hirelc_deploy.inputs.data.text_files import class_names, numbered
 
 IMAGE_COLUMNS = ("image", "img", "picture")
 TARGET_COLUMNS = ("objects", "label", "labels", "target", "fine_label", "annotation", "mask", "value")
@@ -171,7 +171,7 @@ def _truths(
     first, where = values[0], rows[0][2]
     if isinstance(first, Mapping) or (isinstance(first, list) and first and isinstance(first[0], Mapping)):
         found = [_objects(value, row[2]) for value, row in zip(values, rows, strict=True)]
-        names = names or _names_of({word for _, words in found for word in words})
+        names = names or _names_of({word for _, words in found for word in words}, where)
         corner = [_corners(boxes, options, row[2]) for (boxes, _), row in zip(found, rows, strict=True)]
         return (
             "boxes",
@@ -182,7 +182,7 @@ def _truths(
             ],
         )
     if isinstance(first, int | str):
-        names = names or _names_of(set(values))
+        names = names or _names_of(set(values), where)
         return "classes", names, [_number(value, names, row[2]) for value, row in zip(values, rows, strict=True)]
     if isinstance(first, float):
         return "numbers", (), [checked_numbers(value, row[2]) for value, row in zip(values, rows, strict=True)]
@@ -202,7 +202,7 @@ def _truths(
             names or tuple(map(str, range(len(first)))),
             [torch.tensor(value).float() for value in values],
         )
-    names = names or _names_of(words)
+    names = names or _names_of(words, where)
     return "multilabel", names, [_hot(value, names, row[2]) for value, row in zip(values, rows, strict=True)]
 
 
@@ -246,9 +246,9 @@ def _number(word: Any, names: Sequence[str], where: str) -> int:
     raise InputError(f"{where}: {word!r:.40} is not one of the {len(names)} classes; name all classes, or correct it.")
 
 
-def _names_of(words: set[Any]) -> tuple[str, ...]:
+def _names_of(words: set[Any], where: str) -> tuple[str, ...]:
     if words and all(isinstance(word, int) for word in words):
-        return tuple(str(number) for number in range(max(0, *words) + 1))
+        return numbered(max(0, *words), where)
     return tuple(sorted(word for word in words if isinstance(word, str)))
 
 

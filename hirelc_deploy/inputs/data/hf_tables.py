@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.pictures import files_in
 from hirelc_deploy.inputs.data.text_files import read_json, split_called
 
 
@@ -61,8 +62,11 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             raise InputError(f"{place / 'state.json'}: names no data files; save the data set again.")
         yield from ((_split(place, folder), place / name) for name in names)
     if not saved:
-        for file in sorted(folder.rglob("*.parquet")):
-            split = split_called(file.stem.split("-")[0])
+        files = [file for file in files_in(folder) if file.suffix == ".parquet"]
+        splits = {file: split_called(file.stem.split("-")[0]) for file in files}
+        for file, split in splits.items():
+            if split is None and (named := [other for other in files if splits[other] and other.parent == file.parent]):
+                raise InputError(f"{file}: names no split, as {named[0].name} does; call it train, validation or test.")
             yield split or _split(file.parent, folder), file
 
 

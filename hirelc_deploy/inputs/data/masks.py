@@ -14,7 +14,16 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.native import checked
-from hirelc_deploy.inputs.data.pictures import UNREADABLE, Embedded, none_in, pictures_in, stated_size
+from hirelc_deploy.inputs.data.pictures import (
+    UNREADABLE,
+    Embedded,
+    by_name,
+    files_in,
+    none_in,
+    passed_by,
+    pictures_in,
+    stated_size,
+)
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
@@ -22,10 +31,11 @@ from hirelc_deploy.inputs.data.targets import VOID, checked_map, checked_mask
 from hirelc_deploy.inputs.data.text_files import class_names, names_of, read_yaml, split_called
 
 MASK_FOLDERS = ("masks", "annotations", "labels", "depth", "maps")
-MASK_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp")
+MASK_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")
 NAME_FILES = ("classes.txt", "names.txt", "labels.txt")
 DESCRIPTIONS = ("config.yaml", "data.yaml")
 KINDS = ("masks", "binary", "map")
+LOOKED_AT = 16  # masks of 16 bits by whose numbers it is told whether they are maps
 DEEP = {"I;16", "I;16B", "I;16L", "I", "F"}
 """Pillow's modes of pictures with 16 or 32 bits a pixel."""
 
@@ -82,7 +92,7 @@ def read_masks(folder: Path, sizes: SplitSizes, seed: int, options: Mapping[str,
     places = _described(content, description) if description is not None else _folders(folder)
     pairs = {split: _pairs(images, masks, lenient=description is not None) for split, (images, masks) in places.items()}
     everything = [mask for found in pairs.values() for _, mask in found]
-    form = options.get("kind") or _form(everything[0])
+    form = options.get("kind") or _form(everything)
     if form not in KINDS:
         raise InputError(
             f"{folder}: kind={form} is not read from masks; use {', '.join(f'kind={kind}' for kind in KINDS)}."
@@ -112,13 +122,15 @@ def read_masks(folder: Path, sizes: SplitSizes, seed: int, options: Mapping[str,
         split: [Sample(picture, MaskFile(mask, form, void, len(names) or None, scale)) for picture, mask in found]
         for split, found in pairs.items()
     }
-    return samples_data(folder.name, str(folder), kind, names, lists, sizes, seed)
+    images = {place for place, _ in places.values()}
+    notes = passed_by(folder / "images", images) if {place.parent for place in images} == {folder / "images"} else ()
+    return samples_data(folder.name, str(folder), kind, names, lists, sizes, seed, notes=notes)
 
 
 def stored_array(file: Path | Embedded) -> NDArray[Any]:
     """Return the numbers of a .npy file or of the pixels of a picture with one channel; colours are refused."""
     try:
-        if isinstance(file, Path) and file.suffix == ".npy":
+        if isinstance(file, Path) and file.suffix.lower() == ".npy":
             return np.asarray(np.load(file, allow_pickle=False))
         with Image.open(file if isinstance(file, Path) else file.open()) as image:
             if image.mode not in {"1", "L", "P", *DEEP}:
@@ -184,10 +196,9 @@ def _pairs(images: Path, masks: Path, *, lenient: bool) -> list[tuple[Path, Path
     pictures = pictures_in(images)
     if not pictures:
         raise none_in(images)
-    mask_of = {
-        file.relative_to(masks).with_suffix(""): file for file in masks.rglob("*") if file.suffix in MASK_SUFFIXES
-    }
-    names = {picture.relative_to(images).with_suffix(""): picture for picture in pictures}
+    found = (file for file in files_in(masks) if file.suffix.lower() in MASK_SUFFIXES)
+    mask_of = by_name(found, lambda file: file.relative_to(masks).with_suffix(""))
+    names = by_name(pictures, lambda file: file.relative_to(images).with_suffix(""))
     if alone := sorted(set(mask_of) - set(names)):
         raise InputError(
             f"{mask_of[alone[0]]}: there is no picture {alone[0]} in {images}; add it, or remove the mask."
@@ -197,21 +208,21 @@ def _pairs(images: Path, masks: Path, *, lenient: bool) -> list[tuple[Path, Path
             f"{names[missing[0]]}: has no mask in {masks} ({', '.join(MASK_SUFFIXES)} are read); add it, or remove "
             "the picture."
         )
-    found = [(picture, mask_of.get(picture.relative_to(images).with_suffix(""))) for picture in pictures]
-    return [(picture, mask) for picture, mask in found if mask is not None]
+    return [(picture, mask_of[name]) for name, picture in names.items() if name in mask_of]
 
 
 # What they hold
 
 
-def _form(mask: Path) -> str:
-    if mask.suffix == ".npy":
-        return "map" if stored_array(mask).dtype.kind == "f" else "masks"
-    try:
-        with Image.open(mask) as image:
-            return "map" if image.mode in DEEP else "masks"
-    except UNREADABLE as error:
-        raise InputError(f"{mask}: not readable as a mask or map ({error}); replace or remove it.") from None
+def _form(masks: Sequence[Path]) -> str:
+    """Return `map` for floats, and for pictures of 16 bits unless all their numbers could be those of classes."""
+    values = stored_array(masks[0])
+    if values.dtype.kind == "f":
+        return "map"
+    if masks[0].suffix.lower() == ".npy" or values.dtype.kind == "b" or values.dtype.itemsize == 1:
+        return "masks"
+    looked = masks[:: max(1, len(masks) // LOOKED_AT)]
+    return "masks" if max(int(stored_array(mask).max()) for mask in looked) <= VOID else "map"
 
 
 def _look_into(pairs: Sequence[tuple[Path, Path]], like: MaskFile) -> int:

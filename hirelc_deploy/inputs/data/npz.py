@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.archives import memory_bytes, read_arrays
 from hirelc_deploy.inputs.data.images import ArrayImages, Labels
-from hirelc_deploy.inputs.data.splits import NATIVE_SPLITS, Data, SplitSizes, array_data, data_of, identity, share_out
+from hirelc_deploy.inputs.data.splits import (
+    NATIVE_SPLITS,
+    Data,
+    SplitSizes,
+    array_data,
+    check_types,
+    data_of,
+    identity,
+    share_out,
+)
 
 # npz
 
@@ -52,6 +61,7 @@ def _unlabelled(file: Path, arrays: Mapping[str, NDArray[np.generic]], sizes: Sp
     shapes = {pixels.shape[1:] for pixels in lists.values()}
     if len(shapes) > 1:
         raise InputError(f"{file}: its images have shapes {' and '.join(map(str, shapes))}; give all the same.")
+    check_types(lists, str(file))
     preprocess = identity(shapes.pop())
     shared = share_out({name: len(pixels) for name, pixels in lists.items()}, {}, sizes, str(file))
     splits = {
@@ -76,6 +86,7 @@ def _checked_arrays(
 
 def _checked_pixels(pixels: NDArray[np.generic], where: str) -> NDArray[np.generic]:
     """Return (n, channels, height, width) uint8 or float32 pixels."""
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels  # grey
     if pixels.ndim != 4:
         raise InputError(f"{where} has shape {pixels.shape}; images are (n, height, width, channels).")
     if pixels.dtype.kind == "f":
@@ -85,8 +96,16 @@ def _checked_pixels(pixels: NDArray[np.generic], where: str) -> NDArray[np.gener
         pixels = pixels.astype(np.float32, copy=False)
     elif pixels.dtype != np.uint8:
         raise InputError(f"{where} has type {pixels.dtype}; give uint8 images, or float model inputs.")
-    if pixels.shape[3] in (1, 3):
-        pixels = pixels.transpose(0, 3, 1, 2)
-    elif pixels.shape[1] not in (1, 3):
-        raise InputError(f"{where} has shape {pixels.shape}; images have 1 or 3 channels, on the last axis.")
-    return np.ascontiguousarray(pixels)
+    axis = _channel_axis(pixels.shape[1:])
+    if axis is None:
+        raise InputError(
+            f"{where} has shape {pixels.shape}; images are (n, height, width, channels), with fewer channels than rows."
+        )
+    return np.ascontiguousarray(np.moveaxis(pixels, axis + 1, 1))
+
+
+def _channel_axis(shape: Sequence[int]) -> int | None:
+    """Return which axis of an image has the channels: one of 1 or 3, else the shortest; the last comes first."""
+    usual = [axis for axis in (2, 0) if shape[axis] in (1, 3)]
+    fewest = [axis for axis in (2, 0) if shape[axis] < min(shape[1], shape[2 - axis])]
+    return next(iter((*usual, *fewest)), None)

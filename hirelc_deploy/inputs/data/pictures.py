@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,11 +19,30 @@ from hirelc_deploy.errors import InputError
 NO_PICTURES = {".bufr", ".eps", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".ps", ".emf", ".wmf"}
 """Pillow names these, but reads them not at all, or only with other programs beside it."""
 
-JUNK = {"thumbs.db", "desktop.ini"}
-"""What file managers put into folders of pictures, beside hidden files. Nobody misses it."""
+JUNK = {
+    "thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
+"""What file managers and archives put into folders of pictures, beside hidden files and folders. Nobody misses it."""
 
 DEEP_FORMATS = {"PNG", "PPM"}
 """Formats whose whole numbers (mode I) are of 16 bits."""
+
+ORIENTED = {"JPEG", "MPO", "WEBP", "AVIF"}
+"""Formats that say before their pixels how they are held upright. Pillow turns TIFF files itself."""
+
+ORIENTATION, SIDEWAYS = 0x0112, 5
+"""EXIF's number for how a picture is held; from 5 on, rows are its columns."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a picture is held, to what turns it upright."""
 
 JPEG_END = b"\xff\xd9"
 FINER = 2
@@ -57,14 +77,27 @@ class Region:
         return f"{self.file} at {self.box}"
 
 
+class Look(NamedTuple):
+    """What the head of a picture says: its (height, width) upright, and what people should know of it."""
+
+    size: tuple[int, int]
+    turned: bool
+    several: bool
+    """It has more pages or frames than one."""
+    deep: bool
+    """Its pixels have 16 bits."""
+
+
 Picture = Path | Embedded | Region
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 def read_image(picture: Picture, channels: int = 3) -> Image.Image:
-    """Decode a picture as RGB (or grey for one channel); raises InputError naming one that is not readable."""
+    """Decode a picture, upright, as RGB (or grey for one channel); raises InputError for one that is not readable."""
     try:
         with _opened(picture) as image:
-            part = image.crop(picture.box) if isinstance(picture, Region) else image
+            upright = _upright(image)
+            part = upright.crop(picture.box) if isinstance(picture, Region) else upright
             return eight_bits(part, channels, str(picture), image.format)
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
@@ -85,10 +118,11 @@ def read_reduced(
         with _opened(picture) as image:
             size = _size(picture, image)
             if isinstance(picture, Region):  # its box is in the pixels of the whole picture
-                return eight_bits(image.crop(picture.box), channels, str(picture), image.format), size
+                return eight_bits(_upright(image).crop(picture.box), channels, str(picture), image.format), size
             height, width = wanted(*size)
-            image.draft(None, (FINER * width, FINER * height))  # None: the colours stay
-            return eight_bits(image, channels, str(picture), image.format), size
+            stored = (height, width) if _held(image) >= SIDEWAYS else (width, height)
+            image.draft(None, (FINER * stored[0], FINER * stored[1]))  # None: the colours stay
+            return eight_bits(_upright(image), channels, str(picture), image.format), size
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
 
@@ -108,7 +142,7 @@ def eight_bits(image: Image.Image, channels: int, where: str, kind: str | None =
             f"{where}: a picture has 1 or 3 channels, but the model's input has {channels}; give such inputs as floats "
             "(data sets of Python, or .npz), or --input-size with 1 or 3 channels."
         )
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind in DEEP_FORMATS):
+    if _is_deep(image, kind):
         values = np.asarray(image) / 257  # Pillow's `convert` would cut 16 bits off at 255
         image = Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -119,18 +153,20 @@ def eight_bits(image: Image.Image, channels: int, where: str, kind: str | None =
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def image_size(picture: Picture) -> tuple[int, int]:
-    """Return (height, width); raises InputError where a picture is broken or cut short."""
+def look_into(picture: Picture) -> Look:
+    """Return what the head of a picture says; raises InputError where a picture is broken or cut short."""
     try:
         with _opened(picture) as image:
+            several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo and previews
+            found = Look(_size(picture, image), _held(image) in UPRIGHT, several, _is_deep(image, image.format))
             _check_whole(image)
-            return _size(picture, image)
+            return found
     except UNREADABLE as error:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
 
 
 def stated_size(picture: Picture) -> tuple[int, int]:
-    """Return (height, width) as the first bytes of a picture say it; much faster than `image_size`."""
+    """Return (height, width) as the first bytes of a picture say it; much faster than `look_into`."""
     try:
         with _opened(picture) as image:
             return _size(picture, image)
@@ -138,10 +174,16 @@ def stated_size(picture: Picture) -> tuple[int, int]:
         raise InputError(f"{picture}: not a readable image ({error}); replace or remove it.") from None
 
 
+def brightest(picture: Picture) -> int:
+    """Return the highest number of a picture of 16 bits, as it is stored."""
+    with _opened(picture) as image:
+        return int(np.asarray(image).max())
+
+
 def pictures_in(folder: Path) -> list[Path]:
     """Return the files in a folder and in those below it that Pillow reads by their names, sorted."""
     suffixes = picture_suffixes()
-    return [file for file in _files_in(folder) if file.suffix.lower() in suffixes]
+    return [file for file in files_in(folder) if file.suffix.lower() in suffixes]
 
 
 def left_out(folders: Sequence[Path], labels: Sequence[str] = ()) -> tuple[str, ...]:
@@ -154,7 +196,7 @@ def left_out(folders: Sequence[Path], labels: Sequence[str] = ()) -> tuple[str, 
     others = Counter(
         file.suffix.lower() or "without a suffix"
         for folder in folders
-        for file in _files_in(folder)
+        for file in files_in(folder)
         if file.suffix.lower() not in suffixes and file.suffix.lower() not in labels
     )
     if not others:
@@ -176,15 +218,76 @@ def picture_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN) - NO_PICTURES
 
 
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in files if not file.name.startswith(".") and file.name.lower() not in JUNK]
+def is_junk(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or was left by a file manager."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the files in a folder and in those below it, sorted; links are followed, and junk is passed by.
+
+    A link that leads nowhere is among them, so that whoever reads it names it.
+    """
+    found, seen = list[Path](), set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_look):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if not is_junk(name) and real not in seen]
+        files = [Path(place, name) for name in names if not is_junk(name) and real not in seen]
+        found += [file for file in files if file.is_file() or file.is_symlink()]
+        seen.add(real)  # a link may lead to a folder around it
+    return sorted(found)
+
+
+def by_name(files: Iterable[Path], name: Callable[[Path], _Name]) -> dict[_Name, Path]:
+    """Return files by a name that others call them by; raises InputError where two have the same."""
+    found: dict[_Name, Path] = {}
+    for file in files:
+        if found.setdefault(name(file), file) != file:
+            raise InputError(f"{found[name(file)]} and {file}: both are called {name(file)}; remove or rename one.")
+    return found
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders right in a folder, sorted; junk is passed by."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_junk(entry.name))
+
+
+def passed_by(folder: Path, taken: Collection[Path]) -> tuple[str, ...]:
+    """Return one sentence on the folders in a folder that are not among those that were taken for splits."""
+    others = [place.name for place in folders_in(folder) if place not in taken]
+    return (f"{folder}: {', '.join(others)} is left out, as it names no split",) if others else ()
+
+
+def _cannot_look(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError):  # nothing in it
+        return
+    raise InputError(f"{error.filename}: this folder cannot be read ({error.strerror}); allow it, or remove it.")
 
 
 def _opened(picture: Picture) -> Image.Image:
     if isinstance(picture, Embedded):
         return Image.open(picture.open())
     return Image.open(picture.file if isinstance(picture, Region) else picture)
+
+
+def _is_deep(image: Image.Image, kind: str | None) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and kind in DEEP_FORMATS)
+
+
+def _held(image: Image.Image) -> int:
+    """Return EXIF's number for how a picture is held; 1 is upright."""
+    if image.format not in ORIENTED:
+        return 1
+    try:
+        held = image.getexif().get(ORIENTATION)
+    except Exception:  # broken EXIF data raise anything; the pixels are good
+        return 1
+    return held if isinstance(held, int) and held in UPRIGHT else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = UPRIGHT.get(_held(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_whole(image: Image.Image) -> None:
@@ -212,4 +315,4 @@ def _size(picture: Picture, image: Image.Image) -> tuple[int, int]:
     if isinstance(picture, Region):
         left, top, right, bottom = picture.box
         return bottom - top, right - left
-    return image.height, image.width
+    return (image.width, image.height) if _held(image) >= SIDEWAYS else (image.height, image.width)

@@ -51,6 +51,11 @@ class Preprocess:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.input_size[0] or not all(math.isfinite(value) for value in values):
                 raise InputError(f"{name} {values}: give one finite number for each of {self.input_size[0]} channels.")
+        if max(*self.mean, *self.std) > 1:
+            raise InputError(
+                f"mean {self.mean}, std {self.std}: mean and std are of pixels in [0, 1]; divide both by 255 if they "
+                "are of 0 to 255."
+            )
         if min(self.std) <= 0:
             raise InputError(f"std {self.std}: every value must be above 0.")
         if not 0 < self.crop_pct <= 1:

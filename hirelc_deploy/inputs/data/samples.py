@@ -13,6 +13,7 @@ from hirelc_deploy.inputs.data.images import FolderImages, Images
 from hirelc_deploy.inputs.data.native import native_input
 from hirelc_deploy.inputs.data.pictures import Picture, Region
 from hirelc_deploy.inputs.data.placed import PlacedImages, Sample
+from hirelc_deploy.inputs.data.repeated import repeated_files
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes, check_labels, data_of, share_out
 from hirelc_deploy.inputs.data.targets import PLACED
 
@@ -54,7 +55,9 @@ def samples_data(
             classes = check_labels(labels, classes, where)
     chosen = share_out({split: len(samples) for split, samples in lists.items()}, labels, sizes, where)
     pictures = [sample.picture for samples in lists.values() for sample in samples]
-    native = native_input(pictures, GEOMETRY_OF.get(kind, "crop"))
+    native, found = native_input(pictures, GEOMETRY_OF.get(kind, "crop"))
+    files = {split: [lists[source][row].picture for row in rows] for split, (source, rows) in chosen.items()}
+    notes += found + repeated_files(files)
     pairs = tuple((options or {}).get("flip_pairs", ()))
     flips = kind != "numbers" and (kind != "keypoints" or bool(pairs))
     splits: dict[str, Images] = {}

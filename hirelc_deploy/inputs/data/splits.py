@@ -16,6 +16,8 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.geometry import Pairs
 from hirelc_deploy.inputs.data.images import ArrayImages, Images, Labels
 from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.inputs.data.repeated import repeated_rows
+from hirelc_deploy.inputs.data.text_files import numbered
 
 MINIMUM_CALIBRATION = 8  # fewer images give ranges of single pictures, not of the data
 HELD_OUT = 0.1  # of the training images, from their end; CIFAR-10: the last 5,000, which the usual recipes leave out
@@ -271,20 +273,30 @@ def check_labels(labels: Mapping[str, Labels], names: Sequence[str] | None, wher
         raise InputError(
             f"{where}: every training image has label {found[0]}; a classifier needs at least two classes."
         )
-    count = len(names) if names is not None else int(found[-1]) + 1
+    classes = tuple(names) if names is not None else numbered(int(found[-1]), where)
     for split, values in labels.items():
-        if values.max() >= count:
-            raise InputError(f"{where}: the {split} labels hold {values.max()}, but the classes are 0 to {count - 1}.")
-    return tuple(names) if names is not None else tuple(str(index) for index in range(count))
+        if values.max() >= len(classes):
+            raise InputError(
+                f"{where}: the {split} labels hold {values.max()}, but the classes are 0 to {len(classes) - 1}."
+            )
+    return classes
 
 
 def empty_classes(data: Data) -> tuple[str, ...]:
     """Return the classes without a name of their own that no image of any split has."""
-    labels = [split.labels for split in data.splits().values()] if data.kind == "classes" else []
+    labels = [_numbers_seen(split, data.kind) for split in data.splits().values()]
     if not data.labelled or data.classes != tuple(map(str, range(len(data.classes)))):
         return ()
     found = {str(label) for part in labels if part is not None for label in np.unique(part).tolist()}
     return tuple(name for name in data.classes if name not in found) if found else ()
+
+
+def _numbers_seen(images: Images, kind: str) -> NDArray[np.int64] | None:
+    """Return the class numbers of a split; of masks, which must be decoded, those of some."""
+    if kind == "masks":
+        rows = spread_order(len(images))[:FINGERPRINTED]
+        return np.unique(np.concatenate([np.asarray(target).reshape(-1) for target in images.targets(rows)]))
+    return images.labels if kind == "classes" else None
 
 
 def array_data(
@@ -300,6 +312,7 @@ def array_data(
     for split, shape in shapes.items():
         if shape != shapes["train"]:
             raise InputError(f"{name}: the {split} images are {shape}, the training images {shapes['train']}.")
+    check_types({split: pixels for split, (pixels, _) in arrays.items()}, name)
     preprocess = identity(shapes["train"])
     want = [split for split in ("calibration", "selection") if split not in arrays]
     splits = {}
@@ -309,7 +322,18 @@ def array_data(
         pixels, labels = arrays[split]
         splits[split] = ArrayImages(torch.from_numpy(pixels), labels, np.arange(len(labels)), preprocess, seed)
     floats = arrays["train"][0].dtype.kind == "f"
-    return data_of(name, classes, splits, preprocess, floats=floats)
+    notes = repeated_rows({split: pixels for split, (pixels, _) in arrays.items()})
+    return data_of(name, classes, splits, preprocess, floats=floats, notes=notes)
+
+
+def check_types(arrays: Mapping[str, NDArray[np.generic]], where: str) -> None:
+    """Raise InputError where some arrays are pixels and others inputs of the model."""
+    for split, pixels in arrays.items():
+        if pixels.dtype != arrays["train"].dtype:
+            raise InputError(
+                f"{where}: the {split} images are {pixels.dtype}, the training images {arrays['train'].dtype}; give "
+                "both as uint8 pixels, or both as floats that were prepared alike."
+            )
 
 
 def data_of(
@@ -323,6 +347,9 @@ def data_of(
     floats: bool = False,
 ) -> Data:
     """Return the data set of four splits; raises InputError where too few images are there for calibration."""
+    for label in classes:
+        if label != label.encode("utf-8", "replace").decode():
+            raise InputError(f"{name}: the class name {label!a} is not UTF-8; rename its folder or correct the table.")
     if len(splits["calibration"]) < MINIMUM_CALIBRATION:
         raise InputError(
             f"{name}: {len(splits['calibration'])} calibration images; give at least {MINIMUM_CALIBRATION}, better 256."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,19 @@ def class_names(text: str, base: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+MOST_CLASSES = 100_000
+"""Above it a number is that of something else, such as of an article in a shop."""
+
+
+def numbered(most: int, where: str) -> tuple[str, ...]:
+    """Return the names of classes that have only numbers, 0 to `most`."""
+    if most >= MOST_CLASSES:
+        raise InputError(
+            f"{where}: a label is {most}, so that there would be {most + 1} classes; number them from 0, without gaps."
+        )
+    return tuple(str(number) for number in range(most + 1))
+
+
 def names_of(value: Any, where: str) -> tuple[str, ...]:
     """Return class names from a list, or from a mapping of numbers to names; a number without a name is its name."""
     if isinstance(value, Mapping):
@@ -69,7 +82,7 @@ def names_of(value: Any, where: str) -> tuple[str, ...]:
             by_number = {int(number): str(name) for number, name in value.items()}
         except (TypeError, ValueError):
             raise InputError(f"{where}: names are not under whole numbers; write `0: cat` and so on.") from None
-        if not by_number or min(by_number) < 0 or max(by_number) > 100_000:
+        if not by_number or min(by_number) < 0 or max(by_number) > MOST_CLASSES:
             raise InputError(f"{where}: there are no usable class names; write `0: cat` and so on.")
         return tuple(by_number.get(number, str(number)) for number in range(max(by_number) + 1))
     if not isinstance(value, list) or not value:
@@ -80,11 +93,16 @@ def names_of(value: Any, where: str) -> tuple[str, ...]:
 SPLITS = {
     "train": "train",
     "training": "train",
+    "trn": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "validate": "val",
+    "dev": "val",
     "test": "test",
     "testing": "test",
+    "tst": "test",
+    "holdout": "test",
     "eval": "val",
     "evaluation": "val",
     "calibration": "calibration",
@@ -96,8 +114,21 @@ BESIDE_SPLITS = {"set", "data", "dataset", "split", "images", "image", "imgs", "
 """Words that stand beside the name of a split: training_set, val-images, seg_test."""
 
 
-def split_called(name: str) -> str | None:
-    """Return the split that a folder, file or key is named after, such as `train2017`; None where it is none."""
-    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word and word not in BESIDE_SPLITS]
+def split_called(name: str, beside: Collection[str] = ()) -> str | None:
+    """Return the split that a folder, file or key is named after, such as `train2017`; None where it is none.
+
+    Args:
+        beside: Words that say nothing, beside those that never do; see `shared_words`.
+    """
+    words = [word for word in _words(name) if word not in BESIDE_SPLITS and word not in beside]
     joined = re.fullmatch(r"(train|training|val|valid|validation|test|testing)(set|data|images|imgs)", "".join(words))
     return SPLITS.get(joined[1] if joined else words[0]) if len(words) == 1 else None
+
+
+def shared_words(names: Collection[str]) -> set[str]:
+    """Return the words that are in all of several names, as `flowers` in flowers_train and flowers_test."""
+    return set.intersection(*(set(_words(name)) for name in names)) - SPLITS.keys() if len(names) > 1 else set()
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[^a-z]+", name.lower()) if word]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.native import checked
-from hirelc_deploy.inputs.data.pictures import none_in, pictures_in, stated_size
+from hirelc_deploy.inputs.data.pictures import by_name, files_in, none_in, pictures_in, stated_size
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
@@ -44,12 +44,15 @@ def read_voc(folder: Path, sizes: SplitSizes, seed: int, options: Mapping[str, s
     root = next((place for place in (folder, *sorted(folder.glob("VOC*"))) if (place / "Annotations").is_dir()), None)
     if root is None:
         raise InputError(f"{folder}: has no folder Annotations; voc: names a folder with Annotations and JPEGImages.")
-    pictures = {file.stem: file for file in pictures_in(root / "JPEGImages")}
+    pictures = by_name(pictures_in(root / "JPEGImages"), _stem)
     if not pictures:
         raise none_in(root / "JPEGImages")
+    written = by_name((file for file in files_in(root / "Annotations") if file.suffix.lower() == ".xml"), _stem)
     stems = _lists(root, pictures)
+    notes = () if stems else _without(root, pictures.keys() - written.keys())
+    stems = stems or {"train": sorted(written)}
     read = {
-        stem: _objects(root / "Annotations" / f"{stem}.xml")
+        stem: _objects(written.get(stem, root / "Annotations" / f"{stem}.xml"))
         for stem in dict.fromkeys(stem for split in stems.values() for stem in split)
     }
     found = sorted({name for objects in read.values() for name in objects.names})
@@ -75,21 +78,31 @@ def read_voc(folder: Path, sizes: SplitSizes, seed: int, options: Mapping[str, s
     lists = {
         split: [_sample(root, stem, pictures, read[stem], number) for stem in listed] for split, listed in stems.items()
     }
-    return samples_data(folder.name, str(folder), "boxes", names, lists, sizes, seed)
+    return samples_data(folder.name, str(folder), "boxes", names, lists, sizes, seed, notes=notes)
+
+
+def _stem(file: Path) -> str:
+    return file.stem
+
+
+def _without(root: Path, stems: Collection[str]) -> tuple[str, ...]:
+    """Return one sentence on pictures that have no file of objects."""
+    if not stems:
+        return ()
+    return (f"{len(stems)} pictures have no file in {root / 'Annotations'} and are left out, such as {min(stems)}",)
 
 
 def _lists(root: Path, pictures: Mapping[str, Path]) -> dict[str, list[str]]:
+    """Return split to the names of its pictures; nothing where there are no lists."""
     main = root / "ImageSets" / "Main"
     found = {
-        split: [line.split()[0] for line in read_lines(main / f"{split}.txt")]
+        split: [line if line in pictures else line.split()[0] for line in read_lines(main / f"{split}.txt")]
         for split in LISTS
         if (main / f"{split}.txt").is_file()
     }
     both = found.pop("trainval", [])
     if both and "train" not in found:
         found["train"] = both
-    if not found:
-        return {"train": sorted(file.stem for file in (root / "Annotations").glob("*.xml"))}
     for split, stems in found.items():
         if missing := [stem for stem in stems if stem not in pictures]:
             raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.inputs.data.pictures import left_out, none_in, pictures_in
+from hirelc_deploy.inputs.data.pictures import left_out, none_in, passed_by, pictures_in
 from hirelc_deploy.inputs.data.placed import Sample
 from hirelc_deploy.inputs.data.samples import samples_data
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
@@ -43,7 +43,7 @@ def read_yolo(path: Path, sizes: SplitSizes, seed: int, options: Mapping[str, st
             sources[split] = [_resolved(str(entry), content, description) for entry in values]
     if not sources:
         sources = _folders(folder)
-    lists = {}
+    lists, bare = {}, 0
     for split, places in sources.items():
         pictures = [picture for place in places for picture in _pictures(place)]
         if not pictures:
@@ -54,11 +54,17 @@ def read_yolo(path: Path, sizes: SplitSizes, seed: int, options: Mapping[str, st
                 f"{label_files[0]}: no such file, nor one for any other picture of {split}; put the text files into "
                 "labels/, in folders as those of images/."
             )
+        bare += sum(not file.is_file() for file in label_files)
         lists[split] = [
             Sample(picture, _boxes(file, len(names), with_points))
             for picture, file in zip(pictures, label_files, strict=True)
         ]
     notes = left_out([place for places in sources.values() for place in places if place.is_dir()], (".txt",))
+    taken = [place for places in sources.values() for place in places]
+    if {place.parent for place in taken} == {folder / "images"}:
+        notes += passed_by(folder / "images", taken)
+    if bare:
+        notes += (f"{bare} pictures have no text file (.txt) and count as pictures without objects",)
     name = path.stem if path.is_file() else path.name
     return samples_data(name, str(path), "boxes", names, lists, sizes, seed, notes=notes)
 
