@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.models.carried import carried, carry
 from hirelc_deploy.user_code import first_line, run_as_written
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -76,7 +77,7 @@ def unwrapped(model: Any, where: str) -> nn.Module:
 
 
 def with_plain_parts(model: nn.Module) -> nn.Module:
-    """Unwrap the parts of a network in place, and let its forward passes run uncompiled."""
+    """Unwrap the parts of a network in place, let its forward passes run uncompiled, and copies call their own."""
     run_as_written()
     for parent in model.modules():
         for name, child in list(parent._modules.items()):  # a module that is there twice under each of its names
@@ -87,6 +88,7 @@ def with_plain_parts(model: nn.Module) -> nn.Module:
         if hasattr(own, "_torchdynamo_orig_callable"):  # bound to the module that it was compiled for, not to a copy
             written: Any = inspect.unwrap(own)
             parent.forward = MethodType(getattr(written, "__func__", written), parent)
+    carry(model)
     return model
 
 
@@ -113,7 +115,8 @@ def copied(model: nn.Module, where: str) -> nn.Module:
                 ours = nn.Parameter(plain, value.requires_grad) if isinstance(value, nn.Parameter) else plain
                 memo[id(value)] = ours
     try:
-        return copy.deepcopy(model, memo)
+        with carried(model):
+            return copy.deepcopy(model, memo)
     except Exception as error:  # the user's attributes may not let themselves be copied
         raise InputError(f"{where}: cannot be copied ({first_line(error)}); give a function that makes it.") from None
 
