@@ -27,7 +27,7 @@ def named(answer: Any) -> Answers:
     mappings and dataclasses name their entries, nested ones join names by `_`. None is left out.
 
     Raises:
-        InputError: Something in it is no tensor, or there is none.
+        InputError: Something in it is no tensor, there is none, or two have one name.
     """
     found: Answers = {}
     _collect(answer, "", found)
@@ -75,6 +75,8 @@ def _collect(value: Any, path: str, found: Answers) -> None:
     if value is None:
         return
     if isinstance(value, Tensor):
+        if path in found:
+            raise InputError(f"the model returns two outputs that are called {path!r}; rename an entry.")
         found[path or OUTPUT] = value
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.trace import as_it_stands
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
+from hirelc_deploy.inputs.models.ordinary import note
 from hirelc_deploy.tasks.contract import Targets, Task
 from hirelc_deploy.user_code import first_line
 
@@ -49,10 +52,13 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
         one = images[:1].clone().requires_grad_()
         alone = task.answers(_answer(model, one))
         total = sum(values.sum() for values in alone.values() if values.requires_grad)
-        slope = torch.autograd.grad(total, one, allow_unused=True)[0] if isinstance(total, Tensor) else None
+        try:
+            slope = torch.autograd.grad(total, one, allow_unused=True)[0] if isinstance(total, Tensor) else None
+        except RuntimeError as error:
+            raise _without_slopes(model, error) from None
     for output, values in outputs.items():
         near = alone[output].shape == values[:1].shape
-        if not near or (alone[output] - values[:1]).abs().max() > SAME_ANSWER * values.abs().max():
+        if not near or _apart(alone[output], values[:1]) > SAME_ANSWER * float(values.abs().max()):
             raise InputError(
                 f"{name} answers an image alone otherwise than beside another, or otherwise each time; "
                 "its forward must treat every image by itself, without chance."
@@ -69,7 +75,7 @@ def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
     """See that slopes of all weights can be had, as recovery needs them; raise InputError where they cannot.
 
     Where the model writes into a tensor that a layer has read (a slice of it, as in partial convolutions), layers read
-    copies from then on, which the file does not have.
+    copies from then on, which the file does not have. Layers that no slope reaches are named in a note.
 
     Args:
         image: (1, channels, height, width).
@@ -80,10 +86,55 @@ def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
                 layer.register_forward_pre_hook(ReadsCopies())
         error = _slope_error(model, image, task)
     if error is not None:
-        raise InputError(
-            f"{type(model).__name__}: torch has no slopes of its weights, which recovery trains by "
-            f"({first_line(error)}); correct its forward pass."
+        raise _without_slopes(model, error)
+    if layers := _unreached(model, image, task):
+        some = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        note(
+            model,
+            f"no slope reaches the weights of {some} (no_grad, detach, or a choice by rank): recovery does not train "
+            "them and cutting judges them blindly; --exclude keeps a layer whole",
         )
+
+
+def _unreached(model: nn.Module, image: Tensor, task: Task) -> list[str]:
+    """Return the layers that run, but whose weights change nothing of the answer as far as slopes tell.
+
+    Raises InputError where the model freezes weights while it runs.
+    """
+    ran = set[nn.Module]()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handle = register_module_forward_pre_hook(lambda module, _: ran.add(module))
+    try:
+        with torch.enable_grad():
+            answers = task.answers(_answer(model, image.clone()))
+    finally:
+        handle.remove()
+    if frozen := [name for name, p in model.named_parameters() if not p.requires_grad and any(p is t for t in trained)]:
+        raise InputError(
+            f"{type(model).__name__}: its forward pass freezes {frozen[0]} and {len(frozen) - 1} more weights "
+            "(requires_grad), which recovery trains; take that out of it."
+        )
+    total = sum(values.sum() for values in answers.values() if values.requires_grad)
+    if not isinstance(total, Tensor) or not trained:
+        return []
+    slopes = torch.autograd.grad(total, trained, allow_unused=True)
+    without = {id(parameter) for parameter, slope in zip(trained, slopes, strict=True) if slope is None}
+    return [
+        path
+        for path, module in model.named_modules()
+        if module in ran and any(id(parameter) in without for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _without_slopes(model: nn.Module, error: Exception) -> InputError:
+    return InputError(
+        f"{type(model).__name__}: torch has no slopes of its weights, which recovery trains by "
+        f"({first_line(error)}); correct its forward pass."
+    )
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).abs().max())
 
 
 class ReadsCopies:
@@ -109,7 +160,10 @@ def _slope_error(model: nn.Module, image: Tensor, task: Task) -> Exception | Non
 
 def _answer(model: nn.Module, images: Tensor) -> Any:
     try:
-        return model(images)
+        with as_it_stands(model):
+            return model(images)
+    except InputError:
+        raise
     except Exception as error:  # the user's forward may raise anything
         raise InputError(
             f"{type(model).__name__} fails on images of shape {tuple(images.shape)}: {first_line(error)}; "

@@ -32,6 +32,15 @@ WRAPPERS_BY_NAME = ("ModelEmaV2", "ModelEmaV3")
 
 WITHOUT_CODE = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch.export.ExportedProgram)
 
+QUANTIZERS = (
+    "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat",
+    "torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer", "nncf", "bitsandbytes",
+)  # fmt: skip
+"""Packages whose layers hold integers, or round to their grid."""
+
+FLOATS_IN_QUANTIZERS = ("FloatFunctional",)
+"""Sums of torchvision's networks that are ready to be quantized, and are not."""
+
 CONSTANTS = ("DFL",)
 """Modules whose frozen weight is arithmetic and nothing learned: the numbers 0 to 15 of a YOLO's box distances."""
 
@@ -70,6 +79,11 @@ def unwrapped(model: Any, where: str) -> nn.Module:
             raise InputError(
                 f"{where}: {f'its part {path} is' if path else 'it is'} a {type(part).__name__}; a scripted, traced or "
                 "exported model has no code that could be cut; give the torch.nn.Module that it was made from."
+            )
+        if type(part).__module__.startswith(QUANTIZERS) and type(part).__name__ not in FLOATS_IN_QUANTIZERS:
+            raise InputError(
+                f"{where}: its part {path} is a {type(part).__name__}: it is quantized, or prepared for that; give the "
+                "float network that it was made from."
             )
     if not isinstance(model, nn.Module):
         raise InputError(f"{where}: returns {model!r:.80}, which is not a torch.nn.Module.")
