@@ -134,7 +134,7 @@ def _without_slopes(model: nn.Module, error: Exception) -> InputError:
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).abs().max())
+    return float((one.detach().double() - other.detach().double()).abs().max())
 
 
 class ReadsCopies:
