@@ -28,6 +28,7 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
         targets: What is true of the images, collated.
     """
     name, given = type(model).__name__, images.clone()
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         answer = _answer(model, given)
         try:
@@ -47,6 +48,11 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
         )
     if isinstance(model, FileNetwork):  # which was seen to answer each image as it does alone, and has no slopes
         return answer
+    if frozen := [key for key, parameter in model.named_parameters() if key in trained and not parameter.requires_grad]:
+        raise InputError(
+            f"{name}: its forward pass freezes {frozen[0]} and {len(frozen) - 1} more weights (requires_grad), which "
+            "recovery trains; take that out of it."
+        )
     let_train(model, images[:1], task)
     with torch.enable_grad():
         one = images[:1].clone().requires_grad_()
@@ -58,7 +64,7 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
             raise _without_slopes(model, error) from None
     for output, values in outputs.items():
         near = alone[output].shape == values[:1].shape
-        if not near or _apart(alone[output], values[:1]) > SAME_ANSWER * float(values.abs().max()):
+        if not near or _apart(alone[output], values[:1]) > SAME_ANSWER * float(values.detach().double().abs().max()):
             raise InputError(
                 f"{name} answers an image alone otherwise than beside another, or otherwise each time; "
                 "its forward must treat every image by itself, without chance."
@@ -97,10 +103,7 @@ def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
 
 
 def _unreached(model: nn.Module, image: Tensor, task: Task) -> list[str]:
-    """Return the layers that run, but whose weights change nothing of the answer as far as slopes tell.
-
-    Raises InputError where the model freezes weights while it runs.
-    """
+    """Return the layers that run, but whose weights change nothing of the answer as far as slopes tell."""
     ran = set[nn.Module]()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handle = register_module_forward_pre_hook(lambda module, _: ran.add(module))
@@ -109,11 +112,6 @@ def _unreached(model: nn.Module, image: Tensor, task: Task) -> list[str]:
             answers = task.answers(_answer(model, image.clone()))
     finally:
         handle.remove()
-    if frozen := [name for name, p in model.named_parameters() if not p.requires_grad and any(p is t for t in trained)]:
-        raise InputError(
-            f"{type(model).__name__}: its forward pass freezes {frozen[0]} and {len(frozen) - 1} more weights "
-            "(requires_grad), which recovery trains; take that out of it."
-        )
     total = sum(values.sum() for values in answers.values() if values.requires_grad)
     if not isinstance(total, Tensor) or not trained:
         return []

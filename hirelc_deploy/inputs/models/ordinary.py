@@ -75,7 +75,8 @@ def unwrapped(model: Any, where: str) -> nn.Module:
     model = _inner(model)
     parts = model.named_modules() if isinstance(model, nn.Module) else [("", model)]
     for path, part in parts:
-        if isinstance(part, WITHOUT_CODE):
+        exported = isinstance(part, torch.fx.GraphModule) and "train" in vars(part)  # which ExportedProgram.module sets
+        if isinstance(part, WITHOUT_CODE) or exported:
             raise InputError(
                 f"{where}: {f'its part {path} is' if path else 'it is'} a {type(part).__name__}; a scripted, traced or "
                 "exported model has no code that could be cut; give the torch.nn.Module that it was made from."

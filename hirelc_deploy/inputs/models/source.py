@@ -327,7 +327,7 @@ def ready(model: nn.Module, where: str) -> nn.Module:
     model = model.cpu().float()
     try:
         same = model.train() is model and model.eval() is model
-    except Exception as error:  # an exported graph has neither, and a user's own may raise anything
+    except Exception as error:  # a user's own may raise anything
         raise InputError(
             f"{where}: its train() or eval() fails ({first_line(error)}); give the torch.nn.Module as it was trained."
         ) from None
