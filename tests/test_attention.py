@@ -230,7 +230,7 @@ class MergedHeads(nn.Module):
         if self.way == "in one":
             y = F.scaled_dot_product_attention(q, k, v)
         elif self.way == "baddbmm":
-            scores = torch.baddbmm(torch.empty(b * self.heads, n, n), q, k.mT, beta=0, alpha=8**-0.5)
+            scores = torch.baddbmm(q.new_zeros(b * self.heads, n, n), q, k.mT, beta=0, alpha=8**-0.5)
             y = torch.bmm(scores.softmax(-1), v)
         else:
             scores = torch.einsum("bid,bjd->bij", q, k) * 8**-0.5

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.branches import proven
 from hirelc_deploy.compress.slicing import slice_model
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.graph.answers import named
+from hirelc_deploy.graph.answers import named, selected
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.models import source as sources
 from hirelc_deploy.inputs.models.checks import check_output
@@ -237,7 +238,7 @@ def test_a_model_without_code_is_refused_in_one_sentence_at_once(kind: str, tmp_
 QUANTIZED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "dynamic": lambda net: torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8),
     "in training": lambda net: torch.ao.quantization.prepare_qat(net.train()),
-    "observed": lambda net: torch.ao.quantization.prepare(net),
+    "observed": torch.ao.quantization.prepare,
 }
 
 
@@ -368,7 +369,7 @@ class Outside(nn.Module):
 
 
 def test_layers_that_are_no_part_of_the_model_are_refused_by_inspect_and_before_work() -> None:
-    with pytest.raises(InputError, match="runs a Conv2d that is no part of it, .* an item of an nn.ModuleList"):
+    with pytest.raises(InputError, match=r"runs a Conv2d that is no part of it, .* an item of an nn.ModuleList"):
         api.inspect(Outside(plain_net()), input_size=(3, 16, 16))
     with pytest.raises(InputError, match="runs a Conv2d that is no part of it"):
         check_output(Outside(plain_net()).eval(), images(), CLASSIFICATION)
@@ -404,16 +405,31 @@ def test_checkpoints_that_give_no_slopes_on_demand_are_refused_in_one_sentence()
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.net, x, use_reentrant=True)  # type: ignore[no-any-return]
 
-    with pytest.raises(InputError, match="no slopes of its weights.*use_reentrant=True"):
+    with pytest.raises(InputError, match=r"no slopes of its weights.*use_reentrant=True"):
         check_output(Checkpointed().eval(), images(), CLASSIFICATION)
 
 
 # Several outputs
 
 
+class Fields(NamedTuple):
+    features: Tensor
+    logits: Tensor
+
+
 def test_two_outputs_of_one_name_are_refused_and_none_is_dropped() -> None:
     with pytest.raises(InputError, match="two outputs that are called 'a_b'"):
         named({"a": {"b": torch.zeros(1)}, "a_b": torch.ones(1)})
+
+
+def test_outputs_are_picked_by_their_names_wherever_they_stand() -> None:
+    features, logits = torch.zeros(1), torch.ones(1)
+    fields = Fields(features, logits)
+    assert named(fields).keys() == {"features", "logits"}
+    assert selected(fields, ["logits"])["logits"] is logits
+    assert selected((features, logits), ["output_1"])["output_1"] is logits
+    assert selected((features, logits), ["maps", "scores"])["scores"] is logits
+    assert selected({"all": fields}, ["all_logits"])["all_logits"] is logits
 
 
 def test_outputs_that_are_no_floats_may_stand_beside_others() -> None:

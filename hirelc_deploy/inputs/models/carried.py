@@ -1,7 +1,7 @@
 """In: a network that keeps functions of its author's. Out: the same, whose copies call their own layers.
 
-`old = model.forward; model.forward = lambda x: old(x)["logits"]` and hooks that write into a dictionary hold the network
-that they were written for. A copy of it has the same functions: it would run the layers of the original.
+`old = model.forward; model.forward = lambda x: old(x)["logits"]` and hooks that write into a dictionary hold the
+network that they were written for. A copy of it has the same functions: it would run the layers of the original.
 """
 
 from __future__ import annotations
