@@ -9,9 +9,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 import tomllib
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -69,13 +71,20 @@ def usual_torch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
-    """Undo what code of a user's switches for all of torch: the default dtype and device, and gradients."""
+    """Undo what code of a user's switches for everybody.
+
+    The default dtype and device of torch, gradients, how numpy and warnings meet errors, and the current folder.
+    """
+    import numpy as np
     import torch
 
     dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    folder = Path.cwd()
     try:
-        yield
+        with np.errstate(), warnings.catch_warnings():
+            yield
     finally:
+        os.chdir(folder)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradients)
         if torch.get_default_device() != device:

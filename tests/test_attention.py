@@ -213,6 +213,32 @@ class SharedKeys(nn.Module):
         return self.head((x + self.down(F.silu(gate) * value)).mean(1))
 
 
+class MergedHeads(nn.Module):
+    """Heads and images in one dim, as older code has them."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.heads = way, 4
+        self.patches, self.norm = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32)
+        self.qkv, self.out, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        b, n, _ = x.shape
+        parts = self.qkv(self.norm(x)).chunk(3, -1)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1) for t in parts)
+        if self.way == "in one":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.way == "baddbmm":
+            scores = torch.baddbmm(q.new_zeros(b * self.heads, n, n), q, k.mT, beta=0, alpha=8**-0.5)
+            y = torch.bmm(scores.softmax(-1), v)
+        else:
+            scores = torch.einsum("bid,bjd->bij", q, k) * 8**-0.5
+            y = torch.einsum("bij,bjd->bid", scores.softmax(-1), v)
+        y = y.view(b, self.heads, n, -1).transpose(1, 2).flatten(2)
+        return self.head((x + self.out(y)).mean(1))
+
+
 HAND_WRITTEN = {
     "torch's encoder": (TorchEncoder, 16),
     "torch's encoder, tokens first": (lambda: TorchEncoder(batch_first=False), 16),
@@ -221,6 +247,9 @@ HAND_WRITTEN = {
     "shared keys, expanded": (lambda: SharedKeys("expanded"), 16),
     "shared keys, einsum": (lambda: SharedKeys("einsum"), 16),
     "one head of keys": (lambda: SharedKeys("told to torch", 1), 16),
+    "heads beside images": (lambda: MergedHeads("in one"), 16),
+    "heads beside images, baddbmm": (lambda: MergedHeads("baddbmm"), 16),
+    "heads beside images, einsum": (lambda: MergedHeads("einsum"), 16),
 }
 ALL = FAMILIES | HAND_WRITTEN
 
@@ -272,6 +301,14 @@ def test_heads_and_mlp_units_go_in_one_plan(name):
     counts = [count.attribute for name in heads for count in graph.unit(name).counts if "head" in count.attribute]
     assert counts
     assert {numbers[path] for path in counts} == {1}
+
+
+@pytest.mark.parametrize("name", ["heads beside images", "heads beside images, baddbmm", "heads beside images, einsum"])
+def test_heads_that_share_a_dim_with_the_images_are_found_and_counted(name):
+    graph = known(name)[1]
+    assert [unit.size for unit in graph.units if unit.kind == "attention heads"] == [4]
+    core = next(layer for layer in graph.layers if layer.shape.kind == "attention")
+    assert (core.in_features, core.shape.positions, core.macs) == (4, 16, 2 * 4 * 16 * 16 * 8)
 
 
 def test_window_attention_loses_heads_rows_and_columns_of_its_bias_table():

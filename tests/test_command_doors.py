@@ -78,6 +78,17 @@ def test_in_one_process_too_and_the_output_is_given_back(tmp_path: Path, capsys:
     assert "1 units that can be cut" in capsys.readouterr().out
 
 
+def test_answers_arrive_also_where_a_model_file_closes_the_output(tmp_path: Path) -> None:
+    silent = PRINTING.replace('        print("forward")\n', "").replace(
+        "    atexit.register", "    import sys; sys.stdout.close()  # "
+    )
+    (tmp_path / "net.py").write_text(silent)
+    command = [sys.executable, "-m", "hirelc_deploy", "inspect", "--model", "net.py:make", "--input-size", "3,16,16"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "1 units that can be cut" in done.stdout, done.stderr
+
+
 def test_an_error_with_json_leaves_the_standard_output_empty(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "--json", "--model", "no_such.py:make"]) == 2
     found = capsys.readouterr()

@@ -188,12 +188,21 @@ def test_convolutions_of_any_dims_are_counted_and_cut(kind: str) -> None:
 # Channels far wider than others, in the same function
 
 
+class Clamped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+
 def widened(kind: str) -> nn.Module:
     """Return a network one channel of which is 3000 times as wide before its activation, and read as much less."""
     torch.manual_seed(0)
-    between: list[nn.Module] = {"pool": [nn.ReLU(), nn.MaxPool2d(2)], "leaky": [nn.LeakyReLU(0.1)]}.get(
-        kind, [nn.ReLU()]
-    )
+    between: list[nn.Module] = {
+        "pool": [nn.ReLU(), nn.MaxPool2d(2)],
+        "leaky": [nn.LeakyReLU(0.1)],
+        "clamp": [Clamped()],
+        "larger": [nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear")],
+        "padded": [nn.ReLU(), nn.ReflectionPad2d(1), nn.ZeroPad2d((0, 1, 0, 1))],
+    }.get(kind, [nn.ReLU()])
     reader: nn.Module = nn.Conv2d(16, 16, 3, padding=1, groups=16 if kind == "depthwise" else 1)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), *between, reader, nn.ReLU(), *head(16))
     with torch.no_grad():
@@ -211,7 +220,7 @@ def widened(kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["relu", "pool", "leaky", "depthwise", "head"])
+@pytest.mark.parametrize("kind", ["relu", "pool", "leaky", "depthwise", "head", "clamp", "larger", "padded"])
 def test_a_wide_channel_is_made_like_the_others_across_an_activation(kind: str, tmp_path: Path) -> None:
     model = widened(kind).eval()
     with torch.no_grad():
@@ -237,7 +246,8 @@ def test_without_a_wide_channel_nothing_is_done_across_activations(tmp_path: Pat
 
 
 def test_nothing_is_done_across_what_is_no_scaling(tmp_path: Path) -> None:
-    for number, layer in enumerate((nn.GELU(), nn.ReLU6(), nn.Sigmoid(), nn.Hardswish())):
+    layers = nn.GELU(), nn.ReLU6(), nn.Sigmoid(), nn.Hardswish(), nn.ConstantPad2d(1, 0.5), nn.Hardtanh(-1, 9)
+    for number, layer in enumerate(layers):
         model = nn.Sequential(nn.Conv2d(3, 16, 3), layer, nn.Conv2d(16, 16, 3))
         export.export_onnx(model.eval(), images(2), tmp_path / f"{number}.onnx")
         assert streams(onnx.load(str(tmp_path / f"{number}.onnx")), across=True) == [], layer

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,14 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils import weight_norm as hooked_weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from hirelc_deploy import api
+from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress.branches import proven
+from hirelc_deploy.compress.slicing import slice_model
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.answers import named, selected
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.models import source as sources
+from hirelc_deploy.inputs.models.checks import check_output
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import ModelSource
+from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.tasks.registry import make_task
 
 
 def net(*first: nn.Module, width: int = 8) -> nn.Sequential:
@@ -248,7 +263,7 @@ def test_what_is_around_a_model_is_taken_off(kind: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["scripted", "traced", "scripted part", "exported"])
+@pytest.mark.parametrize("kind", ["scripted", "traced", "scripted part", "exported", "exported graph"])
 def test_a_model_without_code_is_refused_in_one_sentence_at_once(kind: str, tmp_path: Path) -> None:
     model = plain_net().eval()
     given: object = {
@@ -256,6 +271,7 @@ def test_a_model_without_code_is_refused_in_one_sentence_at_once(kind: str, tmp_
         "traced": lambda: torch.jit.trace(model, images()),
         "scripted part": lambda: nn.Sequential(torch.jit.script(model[:2]), *model[2:]),
         "exported": lambda: torch.export.export(model, (images(),)),
+        "exported graph": lambda: torch.export.export(model, (images(),)).module(),
     }[kind]()
     for call in (lambda: api.inspect(given), lambda: api.inspect(lambda: given)):  # type: ignore[arg-type, return-value]
         with pytest.raises(InputError, match=r"no code that could be cut; give the torch.nn.Module") as caught:
@@ -263,9 +279,225 @@ def test_a_model_without_code_is_refused_in_one_sentence_at_once(kind: str, tmp_
         assert "\n" not in str(caught.value)
 
 
+QUANTIZED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "dynamic": lambda net: torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8),
+    "in training": lambda net: torch.ao.quantization.prepare_qat(net.train()),
+    "observed": torch.ao.quantization.prepare,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_model_that_is_quantized_already_is_refused(kind: str) -> None:
+    model = plain_net().eval()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")  # type: ignore[assignment]
+    with pytest.raises(InputError, match="quantized, or prepared for that; give the float network"):
+        source_of(QUANTIZED[kind](model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_that_is_ready_to_be_quantized_is_as_any_other() -> None:
+    from torchvision.models.quantization import resnet18
+
+    assert isinstance(source_of(resnet18(weights=None, quantize=False)).build(), nn.Module)
+
+
+class OddTrain(nn.Sequential):
+    """`way` is what its `train` does."""
+
+    way = ""
+
+    def train(self, mode: bool = True) -> OddTrain:
+        if self.way == "raises" and mode:
+            raise RuntimeError("for inference only")
+        super().train(mode)
+        if self.way == "freezes":
+            self[0].requires_grad_(False)
+        return None if self.way == "nothing" else self  # type: ignore[return-value]
+
+
+def odd_train(way: str) -> nn.Module:
+    model = OddTrain(*plain_net())
+    model.way = way
+    return model
+
+
+def test_a_train_that_fails_or_returns_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"train\(\) or eval\(\) fails .*for inference only"):
+        source_of(odd_train("raises"))
+    with pytest.raises(InputError, match=r"train\(\) or eval\(\) does not return it"):
+        source_of(odd_train("nothing"))
+
+
+# Functions that a network keeps
+
+
+def forward_replaced() -> nn.Module:
+    model = plain_net()
+    old = model.forward
+    model.forward = lambda x: old(x) * 2  # type: ignore[method-assign]
+    return model
+
+
+def forward_bound_late() -> nn.Module:
+    model = plain_net()
+    old = model[0].forward
+
+    def new(layer: nn.Module, x: Tensor, times: float = 3.0) -> Tensor:
+        return old(x) * times
+
+    model[0].forward = MethodType(functools.partial(new), model[0])  # type: ignore[method-assign]
+    return model
+
+
+def default_of_a_lambda() -> nn.Module:
+    model = plain_net()
+    layer = model[0]
+    layer.forward = lambda x, me=layer: nn.Conv2d.forward(me, x) + 1  # type: ignore[method-assign]
+    return model
+
+
+class Watched(nn.Module):
+    """A hook, a closure, keeps what a layer made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = plain_net()[:2], nn.Linear(8, 4)
+        kept: dict[str, Tensor] = {}
+        self.kept = kept
+        self.body[0].register_forward_hook(lambda _layer, _given, made: kept.update(made=made))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        return self.out(self.kept["made"].relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+KEEPING: dict[str, Callable[[], nn.Module]] = {
+    "forward replaced": forward_replaced,
+    "a part's forward, bound": forward_bound_late,
+    "default of a lambda": default_of_a_lambda,
+    "hook": Watched,
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_a_copy_runs_its_own_layers_whatever_functions_the_model_keeps(kind: str) -> None:
+    torch.manual_seed(0)
+    model = KEEPING[kind]().eval()
+    before = dict(vars(model))
+    found = source_of(model).build()
+    assert vars(model).get("forward") is before.get("forward"), "the caller's own stays"
+    graph = proven(found, build_graph(found, images()), images())
+    assert [unit.size for unit in graph.units] == [8]
+    twin = copy.deepcopy(found)
+    with torch.no_grad():
+        wanted = model(images())
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert float(twin(images()).abs().max()) == 0
+        torch.testing.assert_close(found(images()), wanted)
+        torch.testing.assert_close(model(images()), wanted)
+    small = slice_model(found, graph, {graph.units[0].name: np.arange(3)})
+    assert small(images()).shape == (2, 4)
+
+
+class Outside(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts, self.out = list(parts), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return self.out(x)  # type: ignore[no-any-return]
+
+
+def test_layers_that_are_no_part_of_the_model_are_refused_by_inspect_and_before_work() -> None:
+    with pytest.raises(InputError, match=r"runs a Conv2d that is no part of it, .* an item of an nn.ModuleList"):
+        api.inspect(Outside(plain_net()), input_size=(3, 16, 16))
+    with pytest.raises(InputError, match="runs a Conv2d that is no part of it"):
+        check_output(Outside(plain_net()).eval(), images(), CLASSIFICATION)
+
+
+class Casting(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net, self.way = plain_net(), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "half":
+            return self.net(x.half())  # type: ignore[no-any-return]
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("way", "dtype"), [("half", "float16"), ("autocast", "bfloat16")])
+def test_a_forward_pass_in_16_bits_is_refused_by_inspect_and_before_work(way: str, dtype: str) -> None:
+    sentence = f"computes in {dtype} .*take autocast"
+    with pytest.raises(InputError, match=sentence):
+        api.inspect(Casting(way), input_size=(3, 16, 16))
+    with pytest.raises(InputError, match=sentence):
+        check_output(Casting(way).eval(), images(), CLASSIFICATION)
+
+
+def test_checkpoints_that_give_no_slopes_on_demand_are_refused_in_one_sentence() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = plain_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.net, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    with pytest.raises(InputError, match=r"no slopes of its weights.*use_reentrant=True"):
+        check_output(Checkpointed().eval(), images(), CLASSIFICATION)
+
+
+# Several outputs
+
+
+class Fields(NamedTuple):
+    features: Tensor
+    logits: Tensor
+
+
+def test_two_outputs_of_one_name_are_refused_and_none_is_dropped() -> None:
+    with pytest.raises(InputError, match="two outputs that are called 'a_b'"):
+        named({"a": {"b": torch.zeros(1)}, "a_b": torch.ones(1)})
+
+
+def test_outputs_are_picked_by_their_names_wherever_they_stand() -> None:
+    features, logits = torch.zeros(1), torch.ones(1)
+    fields = Fields(features, logits)
+    assert named(fields).keys() == {"features", "logits"}
+    assert selected(fields, ["logits"])["logits"] is logits
+    assert selected((features, logits), ["output_1"])["output_1"] is logits
+    assert selected((features, logits), ["maps", "scores"])["scores"] is logits
+    assert selected({"all": fields}, ["all_logits"])["all_logits"] is logits
+
+
+def test_outputs_that_are_no_floats_may_stand_beside_others() -> None:
+    class WithMask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = plain_net()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"logits": logits, "mask": logits > 0, "class": logits.argmax(1)}
+
+    assert check_output(WithMask().eval(), images(), make_task("none", (), {})).keys() == {"logits", "mask", "class"}
+
+
 SWITCHES = """
+import os
+import warnings
+import numpy
 import torch
 from torch import nn
+os.chdir("/")
+warnings.simplefilter("error")
+numpy.seterr(all="raise")
 torch.set_default_dtype(torch.float64)
 torch.set_grad_enabled(False)
 
@@ -278,7 +510,9 @@ def make():
 
 def test_a_model_file_that_switches_torch_globally_changes_nothing_for_others(tmp_path: Path) -> None:
     (tmp_path / "switching_net.py").write_text(SWITCHES)
+    folder, filters, errors = Path.cwd(), list(warnings.filters), np.geterr()
     found = api.inspect(f"{tmp_path / 'switching_net.py'}:make", input_size=(3, 16, 16))
+    assert (Path.cwd(), list(warnings.filters), np.geterr()) == (folder, filters, errors)
     assert [unit["size"] for unit in found.units] == [8]
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
@@ -335,3 +569,41 @@ def test_a_constant_of_a_box_decoder_stays_frozen() -> None:
     found = source_of(nn.Sequential(nn.Conv2d(3, 8, 1), DFL())).build()
     assert [parameter.requires_grad for parameter in found.parameters()] == [True, True, False]
     assert notes_of(found) == ()
+
+
+def test_what_train_freezes_again_is_trained_all_the_same() -> None:
+    student = source_of(odd_train("freezes")).build()
+    assert "recovery trains all" in notes_of(student)[0]
+    recovery._in_training(student, still_norms=False)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+class TwoBranches(nn.Module):
+    """One branch is frozen by no_grad, or by its own forward pass."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.frozen, self.trained, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "forward":
+            self.frozen.requires_grad_(False)
+        with torch.no_grad() if self.way == "no_grad" else contextlib.nullcontext():
+            one = self.frozen(x)
+        return self.out((one + self.trained(x)).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_layers_that_no_slope_reaches_are_named() -> None:
+    model = source_of(TwoBranches("no_grad")).build()
+    check_output(model, images(), CLASSIFICATION)
+    assert [text.partition(" (")[0] for text in notes_of(model)] == ["no slope reaches the weights of frozen"]
+    plain = source_of(TwoBranches("")).build()
+    check_output(plain, images(), CLASSIFICATION)
+    assert notes_of(plain) == ()
+
+
+def test_a_forward_pass_that_freezes_weights_is_refused() -> None:
+    model = source_of(TwoBranches("forward")).build()
+    with pytest.raises(InputError, match=r"freezes frozen.weight and 1 more weights .* take that out"):
+        check_output(model, images(), CLASSIFICATION)

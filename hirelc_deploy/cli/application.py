@@ -54,15 +54,16 @@ DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, 
 def main() -> None:
     """Run the command line of this process.
 
-    With --json the standard output holds the JSON alone: whatever else writes there, in C too or when the process ends,
-    writes to the standard error.
+    Answers have a stream of their own, as a model file may close or replace the standard output. With --json that
+    holds the JSON alone: whatever else writes there, in C too or when the process ends, writes to the standard error.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries warn their own developers, between our lines
     answers = sys.stdout
     try:
+        encoding = "utf-8" if "--json" in sys.argv else answers.encoding
+        answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", 1, encoding, answers.errors)
         if "--json" in sys.argv:
-            answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         code = run(sys.argv[1:], answers)
         answers.flush()
@@ -77,10 +78,11 @@ def run(arguments: Sequence[str], answers: TextIO | None = None) -> int:
     """Run one command and return its exit code; the one place where errors become a sentence on standard error.
 
     Args:
-        answers: Where the JSON of --json goes; the standard output if nothing is said, which holds nothing else then.
+        answers: Where answers go; the standard output if nothing is said, which holds nothing else with --json.
     """
     if "--json" not in arguments:
-        return _run(arguments)
+        with answering_on(answers) if answers else contextlib.nullcontext():
+            return _run(arguments)
     with answering_on(answers or sys.stdout), contextlib.redirect_stdout(sys.stderr):
         return _run(arguments)
 

@@ -22,7 +22,7 @@ from hirelc_deploy.graph.answers import answers
 from hirelc_deploy.graph.model_graph import KeptWhole, ModelGraph, Unit
 from hirelc_deploy.graph.rules import CONVOLUTIONS
 from hirelc_deploy.graph.sizes import set_whole_number, whole_numbers
-from hirelc_deploy.graph.trace import drop_caches
+from hirelc_deploy.graph.trace import as_it_stands, drop_caches
 from hirelc_deploy.plan import END_OF, CompressionPlan
 
 Kept = Mapping[str, NDArray[np.int64]]
@@ -279,10 +279,14 @@ def _apart(one: Tensor, whole: Tensor) -> float:
 
 
 def in_double(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, float]:
-    """Return model and images in double precision and 1e-5, or as they are and 1e-4 where its code needs floats."""
+    """Return model and images in double precision and 1e-5, or as they are and 1e-4 where its code needs floats.
+
+    Raises InputError where a copy of the model runs layers of the original.
+    """
     double = copy.deepcopy(model).double()
     try:
-        answers(double, example.double())
+        with as_it_stands(double):
+            answers(double, example.double())
     except RuntimeError:  # torch's answer to operands of different types
         return model, example, 1e-4
     return double, example.double(), 1e-5

@@ -24,12 +24,13 @@ def named(answer: Any) -> Answers:
     """Return the tensors of a model's answer by name.
 
     A tensor, or a container of one without a name, is called `output`. Tuples and lists are numbered (`output_0`, ...),
-    mappings and dataclasses name their entries, nested ones join names by `_`. None is left out.
+    mappings, dataclasses and named tuples name their entries, nested ones join names by `_`. None is left out.
 
     Raises:
-        InputError: Something in it is no tensor, or there is none.
+        InputError: Something in it is no tensor, there is none, or two have one name.
     """
     found: Answers = {}
+    answer = _by_field(answer)
     _collect(answer, "", found)
     if not found:
         raise InputError(f"the model returns {type(answer).__name__} without a tensor in it; return tensors.")
@@ -45,15 +46,15 @@ def answers(model: nn.Module, images: Tensor) -> Answers:
 
 
 def selected(answer: Any, names: Sequence[str]) -> Answers:
-    """Return the outputs called `names`, in that order; tensors of a tuple or list are named by their positions.
+    """Return the outputs called `names`, in that order; tensors of a tuple or list may get other names by position.
 
     Raises:
         InputError: An output is not there, or there are fewer than names.
     """
     if isinstance(answer, Tensor) and len(names) == 1:
         return {names[0]: answer}
-    found = named(answer)
-    if isinstance(answer, Sequence) and not isinstance(answer, Mapping):
+    found, answer = named(answer), _by_field(answer)
+    if isinstance(answer, Sequence) and not isinstance(answer, Mapping) and not {*names} <= found.keys():
         if len(found) < len(names):
             raise InputError(f"the model returns {len(found)} tensors, but {len(names)} are named: {', '.join(names)}.")
         return dict(zip(names, found.values(), strict=False))
@@ -71,10 +72,22 @@ def stacked(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate([np.pad(part, edges) for part, edges in zip(parts, fill, strict=True)])
 
 
+def _by_field(value: Any) -> Any:
+    """Return a named tuple as a mapping, and all else as it is."""
+    return (
+        dict(zip(value._fields, value, strict=True))
+        if isinstance(value, tuple) and hasattr(value, "_fields")
+        else value
+    )
+
+
 def _collect(value: Any, path: str, found: Answers) -> None:
+    value = _by_field(value)
     if value is None:
         return
     if isinstance(value, Tensor):
+        if path in found:
+            raise InputError(f"the model returns two outputs that are called {path!r}; rename an entry.")
         found[path or OUTPUT] = value
     elif isinstance(value, Mapping):
         for key, item in value.items():

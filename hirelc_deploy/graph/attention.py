@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from hirelc_deploy.graph.labels import AttentionUse, Factor, Value, Walk, WeightUse, handles, only, unknown, where
 from hirelc_deploy.graph.rules import factors_at, permuted, repeated, tie_bias
 from hirelc_deploy.graph.sizes import TensorRef
@@ -23,6 +25,19 @@ def _attention(walk: Walk, op: Op) -> Value:
         scores = walk.elementwise([scores, walk.value(mask)], f"meets a mask that cannot be cut in {where(op)}")
     _note_attention(walk, op, scores, q.shape[-1], products=2)
     return _product(walk, scores, v, op)
+
+
+@handles("baddbmm")
+def _baddbmm(walk: Walk, op: Op) -> Value:
+    added, a_ref, b_ref = (op.arg(place, name) for place, name in enumerate(("input", "batch1", "batch2")))
+    result = _product(walk, walk.value(a_ref), walk.value(b_ref), op)
+    if op.kwargs.get("beta", 1) != 0:
+        result = walk.elementwise([result, walk.value(added)], f"meets values that cannot be cut in {where(op)}")
+    else:
+        walk.freeze_all(walk.value(added), f"read by {where(op)}")
+    if a_ref.name is None and b_ref.name is None:
+        _note_attention(walk, op, result, a_ref.shape[-1], products=1)
+    return result
 
 
 @handles("matmul", "bmm")
@@ -65,7 +80,12 @@ def _note_attention(walk: Walk, op: Op, scores: Value, inner: int, products: int
     heads = math.prod(scores.shape[d] for d in leading) if scores.factor_of(dim) is None else scores.shape[dim]
     windows = math.prod(scores.shape[:-2]) // (BATCH * heads)
     factor, labels = scores.factor_of(dim), None
-    if factor is not None:
+    merged = scores.factor_of(0) if len(scores.shape) == 3 else None
+    if merged is not None and merged.dims == (0,):  # heads and images in one dim
+        labels = np.unique(merged.labels)
+        heads, windows = len(labels), scores.shape[0] // (BATCH * len(labels))
+        walk.couplings.mark(labels, "attention heads")
+    elif factor is not None:
         axis = factor.dims.index(dim)
         labels = factor.labels if len(factor.dims) == 1 else factor.labels[only(axis, factor.labels.ndim)].ravel()
         walk.couplings.mark(labels, "attention heads")

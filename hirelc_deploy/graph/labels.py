@@ -297,22 +297,24 @@ class Walk:
     def reshape(self, value: Value, shape: tuple[int, ...], reason: str) -> Value:
         """Return the value seen in another shape: labels are split and merged with their dims."""
         factors: list[Factor] = []
+        kept = {s[0]: t[0] for s, t in _matching_dims(value.shape, shape) if len(s) == 1 and len(t) == 1}
         for sources, targets in _matching_dims(value.shape, shape):
             if len(sources) == 1 and len(targets) == 1:
                 continue
             touching = [f for f in value.factors if set(f.dims) & set(sources)]
-            if len(touching) > 1 or any(not set(f.dims) <= set(sources) for f in touching):
+            if len(touching) > 1 or any(not set(f.dims) <= {*sources, *kept} for f in touching):
                 for dim in sources:
                     value = self.freeze(value, dim, reason)
             elif touching:
-                sizes = tuple(value.shape[d] for d in sources)
-                array = np.broadcast_to(_spread(touching[0], tuple(sources)), sizes)
-                new = self._reduced(Factor(tuple(targets), array.reshape([shape[d] for d in targets])))
+                # Dims that stay are labelled on, jointly: head size where heads were merged with the batch.
+                staying = [dim for dim in touching[0].dims if dim in kept]
+                old, new_dims = (*staying, *sources), (*(kept[dim] for dim in staying), *targets)
+                array = np.broadcast_to(_spread(touching[0], old), [value.shape[dim] for dim in old])
+                new = self._reduced(Factor(new_dims, array.reshape([shape[dim] for dim in new_dims])))
                 factors += new
                 if new and len(new[0].dims) > 1:
                     self._splits.append(new[0].labels)
                 value = Value(value.shape, tuple(f for f in value.factors if f is not touching[0]))
-        kept = {s[0]: t[0] for s, t in _matching_dims(value.shape, shape) if len(s) == 1 and len(t) == 1}
         moved = (Factor(tuple(kept[d] for d in f.dims), f.labels) for f in value.factors)
         return Value(shape, (*moved, *factors))
 

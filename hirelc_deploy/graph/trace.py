@@ -74,8 +74,11 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             _einops_anew(),
             recorder.module_names(),
             recorder,
+            as_it_stands(model),
         ):
             output = model(images)
+    except InputError:
+        raise
     except Exception as error:  # the model is the user's code and may raise anything
         shape = "x".join(str(size) for size in example.shape[1:])
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -84,6 +87,47 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             "Give the image size the model was made for."
         ) from error
     return Trace(tuple(recorder.ops), recorder.refs_in(output))
+
+
+@contextmanager
+def as_it_stands(model: nn.Module) -> Iterator[None]:
+    """Raise InputError inside, where a forward pass runs layers that are no part of the model, or casts to 16 bits.
+
+    No copy of the model would have such layers, and no file of weights; its weights and images are float32.
+    """
+    own = {id(module) for module in model.modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) not in own and next(module.parameters(recurse=False), None) is not None:
+            raise InputError(
+                f"model {type(model).__name__}: its forward pass runs a {type(module).__name__} that is no part of it, "
+                "kept in a list, a function or a global name; make it an attribute, or an item of an nn.ModuleList."
+            )
+
+    handle = register_module_forward_pre_hook(enter)
+    try:
+        with _Float32(type(model).__name__):
+            yield
+    finally:
+        handle.remove()
+
+
+class _Float32(TorchFunctionMode):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype in (torch.half, torch.bfloat16):
+            raise InputError(
+                f"model {self.name}: its forward pass computes in {str(result.dtype).removeprefix('torch.')} "
+                f"({_plain_name(func)}), but its weights and images are float32 here; take autocast, half() and "
+                "casts to 16 bits out of it."
+            )
+        return result
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from hirelc_deploy.compress.onnx_file.export import give_each_layer_its_own_constants, layer_of_node
 from hirelc_deploy.compress.onnx_file.links import makers_of, readers_of
@@ -37,8 +37,9 @@ WIDE = 16.0
 LEAST_RANGE = 1e-6
 """Channels that stay below are silent."""
 
-LETS_FACTORS_THROUGH = ("Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool")
-"""Operators of single channels for which f(s x) = s f(x) with s > 0."""
+LETS_FACTORS_THROUGH = ("Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize")
+"""Operators of single channels for which f(s x) = s f(x) with s > 0. So are zeros around an image (`Pad`), and a `Clip`
+at zero from below alone; see `_scales`."""
 
 Factors = Mapping[str, NDArray[np.float32]]
 """Layer name to one factor per channel."""
@@ -74,7 +75,7 @@ def streams(proto: ModelProto, *, across: bool = False) -> list[Stream]:
             return list(node.input)
         maker = makers.get(node.input[0]) if node.op_type == "Flatten" else None
         flat = maker is not None and maker.op_type == "GlobalAveragePool"
-        return list(node.input[:1]) if across and (flat or node.op_type in LETS_FACTORS_THROUGH) else []
+        return list(node.input[:1]) if across and (flat or _scales(node, constants)) else []
 
     def is_layer(node: NodeProto | None) -> bool:
         if node is None or node.op_type not in operators or node.name not in once:
@@ -259,6 +260,24 @@ def _ranks(proto: ModelProto) -> dict[str, int]:
     """Return tensor to its number of dimensions; 0 where it is not known."""
     graph = onnx.shape_inference.infer_shapes(proto).graph
     return {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input)}
+
+
+def _scales(node: NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    """Return whether f(s x) = s f(x) with s > 0, for each channel by itself."""
+
+    def number(place: int) -> float | None:
+        """Return a constant input; 0 where it is left out, None where it is computed."""
+        name = node.input[place] if place < len(node.input) else ""
+        if not name:
+            return 0.0
+        return float(numpy_helper.to_array(constants[name])) if name in constants else None
+
+    if node.op_type == "Pad":
+        mode = next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"constant")
+        return number(2) == 0 or mode != b"constant"
+    if node.op_type == "Clip":
+        return len(node.input) > 1 and bool(node.input[1]) and number(1) == 0 and not any(node.input[2:])
+    return node.op_type in LETS_FACTORS_THROUGH
 
 
 def _group(node: NodeProto) -> int:

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.graph.trace import as_it_stands
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
+from hirelc_deploy.inputs.models.ordinary import note
 from hirelc_deploy.tasks.contract import Targets, Task
 from hirelc_deploy.user_code import first_line
 
@@ -28,6 +31,7 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
         targets: What is true of the images, collated.
     """
     name, given = type(model).__name__, images.clone()
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         answer = _answer(model, given)
         try:
@@ -47,15 +51,23 @@ def check_output(model: nn.Module, images: Tensor, task: Task, targets: Targets 
         )
     if isinstance(model, FileNetwork):  # which was seen to answer each image as it does alone, and has no slopes
         return answer
+    if frozen := [key for key, parameter in model.named_parameters() if key in trained and not parameter.requires_grad]:
+        raise InputError(
+            f"{name}: its forward pass freezes {frozen[0]} and {len(frozen) - 1} more weights (requires_grad), which "
+            "recovery trains; take that out of it."
+        )
     let_train(model, images[:1], task)
     with torch.enable_grad():
         one = images[:1].clone().requires_grad_()
         alone = task.answers(_answer(model, one))
         total = sum(values.sum() for values in alone.values() if values.requires_grad)
-        slope = torch.autograd.grad(total, one, allow_unused=True)[0] if isinstance(total, Tensor) else None
+        try:
+            slope = torch.autograd.grad(total, one, allow_unused=True)[0] if isinstance(total, Tensor) else None
+        except RuntimeError as error:
+            raise _without_slopes(model, error) from None
     for output, values in outputs.items():
         near = alone[output].shape == values[:1].shape
-        if not near or (alone[output] - values[:1]).abs().max() > SAME_ANSWER * values.abs().max():
+        if not near or _apart(alone[output], values[:1]) > SAME_ANSWER * float(values.detach().double().abs().max()):
             raise InputError(
                 f"{name} answers an image alone otherwise than beside another, or otherwise each time; "
                 "its forward must treat every image by itself, without chance."
@@ -73,7 +85,8 @@ def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
 
     Where the model writes into a tensor that a slope needs (a slice of it, as in partial convolutions), torch keeps
     copies from then on; files do not have them. Where its code needs all numbers of one type (as what it writes into a
-    slice), or has convolutions of three dims, it runs in float32 from then on where others run in bfloat16.
+    slice), or has convolutions of three dims, it runs in float32 from then on where others run in bfloat16. Layers that
+    no slope reaches are named in a note.
 
     Args:
         image: (1, channels, height, width).
@@ -84,12 +97,49 @@ def let_train(model: nn.Module, image: Tensor, task: Task) -> None:
         _run_within(model, saved_copies)
         error = _slope_error(model, image, task)
     if error is not None:
-        raise InputError(
-            f"{type(model).__name__}: torch has no slopes of its weights, which recovery trains by "
-            f"({first_line(error)}); correct its forward pass."
+        raise _without_slopes(model, error)
+    if layers := _unreached(model, image, task):
+        some = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        note(
+            model,
+            f"no slope reaches the weights of {some} (no_grad, detach, or a choice by rank): recovery does not train "
+            "them and cutting judges them blindly; --exclude keeps a layer whole",
         )
     if not _trains_in_half_precision(model, image):
         _run_within(model, float32_alone)
+
+
+def _unreached(model: nn.Module, image: Tensor, task: Task) -> list[str]:
+    """Return the layers that run, but whose weights change nothing of the answer as far as slopes tell."""
+    ran = set[nn.Module]()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handle = register_module_forward_pre_hook(lambda module, _: ran.add(module))
+    try:
+        with torch.enable_grad():
+            answers = task.answers(_answer(model, image.clone()))
+    finally:
+        handle.remove()
+    total = sum(values.sum() for values in answers.values() if values.requires_grad)
+    if not isinstance(total, Tensor) or not trained:
+        return []
+    slopes = torch.autograd.grad(total, trained, allow_unused=True)
+    without = {id(parameter) for parameter, slope in zip(trained, slopes, strict=True) if slope is None}
+    return [
+        path
+        for path, module in model.named_modules()
+        if module in ran and any(id(parameter) in without for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _without_slopes(model: nn.Module, error: Exception) -> InputError:
+    return InputError(
+        f"{type(model).__name__}: torch has no slopes of its weights, which recovery trains by "
+        f"({first_line(error)}); correct its forward pass."
+    )
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one.detach().double() - other.detach().double()).abs().max())
 
 
 def _trains_in_half_precision(model: nn.Module, image: Tensor) -> bool:
@@ -159,7 +209,10 @@ def _slope_error(model: nn.Module, image: Tensor, task: Task) -> Exception | Non
 
 def _answer(model: nn.Module, images: Tensor) -> Any:
     try:
-        return model(images)
+        with as_it_stands(model):
+            return model(images)
+    except InputError:
+        raise
     except Exception as error:  # the user's forward may raise anything
         raise InputError(
             f"{type(model).__name__} fails on images of shape {tuple(images.shape)}: {first_line(error)}; "

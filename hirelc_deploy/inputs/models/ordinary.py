@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.models.carried import carried, carry
 from hirelc_deploy.user_code import first_line, run_as_written
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -30,6 +31,15 @@ WRAPPERS_BY_NAME = ("ModelEmaV2", "ModelEmaV3")
 """Of timm, known without an import: they keep the averaged network under `module`."""
 
 WITHOUT_CODE = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch.export.ExportedProgram)
+
+QUANTIZERS = (
+    "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat",
+    "torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer", "nncf", "bitsandbytes",
+)  # fmt: skip
+"""Packages whose layers hold integers, or round to their grid."""
+
+FLOATS_IN_QUANTIZERS = ("FloatFunctional",)
+"""Sums of torchvision's networks that are ready to be quantized, and are not."""
 
 CONSTANTS = ("DFL",)
 """Modules whose frozen weight is arithmetic and nothing learned: the numbers 0 to 15 of a YOLO's box distances."""
@@ -65,10 +75,16 @@ def unwrapped(model: Any, where: str) -> nn.Module:
     model = _inner(model)
     parts = model.named_modules() if isinstance(model, nn.Module) else [("", model)]
     for path, part in parts:
-        if isinstance(part, WITHOUT_CODE):
+        exported = isinstance(part, torch.fx.GraphModule) and "train" in vars(part)  # which ExportedProgram.module sets
+        if isinstance(part, WITHOUT_CODE) or exported:
             raise InputError(
                 f"{where}: {f'its part {path} is' if path else 'it is'} a {type(part).__name__}; a scripted, traced or "
                 "exported model has no code that could be cut; give the torch.nn.Module that it was made from."
+            )
+        if type(part).__module__.startswith(QUANTIZERS) and type(part).__name__ not in FLOATS_IN_QUANTIZERS:
+            raise InputError(
+                f"{where}: its part {path} is a {type(part).__name__}: it is quantized, or prepared for that; give the "
+                "float network that it was made from."
             )
     if not isinstance(model, nn.Module):
         raise InputError(f"{where}: returns {model!r:.80}, which is not a torch.nn.Module.")
@@ -76,7 +92,7 @@ def unwrapped(model: Any, where: str) -> nn.Module:
 
 
 def with_plain_parts(model: nn.Module) -> nn.Module:
-    """Unwrap the parts of a network in place, and let its forward passes run uncompiled."""
+    """Unwrap the parts of a network in place, let its forward passes run uncompiled, and copies call their own."""
     run_as_written()
     for parent in model.modules():
         for name, child in list(parent._modules.items()):  # a module that is there twice under each of its names
@@ -87,6 +103,7 @@ def with_plain_parts(model: nn.Module) -> nn.Module:
         if hasattr(own, "_torchdynamo_orig_callable"):  # bound to the module that it was compiled for, not to a copy
             written: Any = inspect.unwrap(own)
             parent.forward = MethodType(getattr(written, "__func__", written), parent)
+    carry(model)
     return model
 
 
@@ -113,7 +130,8 @@ def copied(model: nn.Module, where: str) -> nn.Module:
                 ours = nn.Parameter(plain, value.requires_grad) if isinstance(value, nn.Parameter) else plain
                 memo[id(value)] = ours
     try:
-        return copy.deepcopy(model, memo)
+        with carried(model):
+            return copy.deepcopy(model, memo)
     except Exception as error:  # the user's attributes may not let themselves be copied
         raise InputError(f"{where}: cannot be copied ({first_line(error)}); give a function that makes it.") from None
 

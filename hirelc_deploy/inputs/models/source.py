@@ -324,7 +324,16 @@ def ready(model: nn.Module, where: str) -> nn.Module:
             kind = "has no shape yet (a lazy layer)" if is_lazy(tensor) else "has no values (device meta)"
             raise InputError(f"{where}: {tensor_name} {kind}; build the model with its real tensors.")
     check_one_input(model)
-    return model.cpu().float().eval()
+    model = model.cpu().float()
+    try:
+        same = model.train() is model and model.eval() is model
+    except Exception as error:  # a user's own may raise anything
+        raise InputError(
+            f"{where}: its train() or eval() fails ({first_line(error)}); give the torch.nn.Module as it was trained."
+        ) from None
+    if not same:
+        raise InputError(f"{where}: its train() or eval() does not return it; end both with `return self`.")
+    return model
 
 
 @contextlib.contextmanager
