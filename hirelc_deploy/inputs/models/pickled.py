@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
 import warnings
 from collections import OrderedDict
@@ -73,7 +72,7 @@ def read_pickled(file: Path) -> Any:
             unknown = []
         try:
             return _plain(_loaded(file, unknown, Inert))
-        except pickle.UnpicklingError:
+        except Exception:  # its kind is one of a library that is not imported here
             if not unknown:
                 raise
             return _plain(_loaded(file, unknown, Entries))  # a dictionary of another class can only be filled as one
