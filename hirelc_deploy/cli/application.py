@@ -158,17 +158,20 @@ def _trouble(error: OSError, arguments: Sequence[str]) -> str | None:
     what_to_do = "what was finished is kept: make room, and run the same again."
     if error.errno == errno.ENAMETOOLONG:
         return f"{str(place)[:80]}...: the name is too long; give a shorter --out."
-    if error.errno == errno.EDQUOT:
-        return f"{place or 'the disk'}: your quota there is used up; {what_to_do}"
     if error.errno != errno.ENOSPC:
-        return f"{place or 'the disk'}: {error.strerror}; {what_to_do}"
+        said = "your quota there is used up" if error.errno == errno.EDQUOT else error.strerror
+        return f"{place or 'the disk'}: {said}; {what_to_do}"
+    return f"{_full_disk(place, temporary, arguments)}; {what_to_do}"
+
+
+def _full_disk(place: object, temporary: Path, arguments: Sequence[str]) -> str:
     outs = [Path(value) for option, value in itertools.pairwise(arguments) if option == "--out"]
     folder, free = fullest([*outs, temporary, Path.cwd()])
     if free > MUCH:
-        return f"{place or 'what is printed'}: its disk is full; {what_to_do}"
+        return f"{place or 'what is printed'}: its disk is full"
     what = " (files that are needed for a while; TMPDIR names another folder)" if folder not in outs else ""
     state = f"is full, {free / 1e6:.1f} MB are free" if free else "is full or takes no more files, 0.0 MB are free"
-    return f"the disk of {folder}{what} {state}; {what_to_do}"
+    return f"the disk of {folder}{what} {state}"
 
 
 def fail(sentence: str, code: int) -> int:
