@@ -67,7 +67,7 @@ def read_pickled(file: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols, which tell the user nothing
         try:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)  # type: ignore[arg-type]
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         except ValueError:  # written before torch 1.6
             unknown = []
         try:
@@ -80,13 +80,12 @@ def read_pickled(file: Path) -> Any:
 
 def _loaded(file: Path, unknown: list[str], kind: type) -> Any:
     """Return what the file holds, with objects of this kind in place of those of unknown classes."""
-    classes = [
-        type(own, (kind,), {"__module__": module}) for module, _, own in (name.rpartition(".") for name in unknown)
-    ]
-    with (
-        torch.serialization.safe_globals(classes),
-        file.open("rb") as stream,
-    ):  # by its name torch would take other kinds
+    classes: list[Any] = []
+    for name in unknown:
+        module, _, own = name.rpartition(".")
+        classes.append(type(own, (kind,), {"__module__": module}))
+    # As a stream: by its name torch would take files of other kinds.
+    with torch.serialization.safe_globals(classes), file.open("rb") as stream:
         return torch.load(stream, map_location="cpu", weights_only=True)
 
 
@@ -156,7 +155,7 @@ def _tensor_of(array: Inert) -> Tensor | Inert:
             if not NUMBERS.fullmatch(kind) or not all(isinstance(edge, int) and edge >= 0 for edge in shape):
                 return array
             order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else "="
-            numbers = np.dtype(kind).newbyteorder(order if order in ("<", ">") else "=")
+            numbers = np.dtype(kind).newbyteorder(">" if order == ">" else "<" if order == "<" else "=")
             if len(data) != math.prod(shape) * numbers.itemsize:
                 return array
             values = np.frombuffer(data, numbers).reshape(shape, order="F" if by_columns else "C")
