@@ -54,6 +54,9 @@ STRANGERS = {b"version https://git-lfs": "a pointer of Git LFS; fetch the file w
 
 SHOWN_KEYS = 3
 
+NEAR = 3
+"""A file is near a model where more than one of so many names are the same."""
+
 
 # Weights
 
@@ -385,7 +388,9 @@ def _nearest(state: State, wanted: State) -> State:
     state = _without_wrapping(state, wanted)
     parts = [name.split(".") for name in state]
     prefixes = dict.fromkeys(".".join((*one[:end], "")) if end else "" for one in parts for end in range(len(one)))
-    return _below(state, max(prefixes, key=lambda prefix: len(_below(state, prefix).keys() & wanted.keys())))
+    known = {prefix: len(_below(state, prefix).keys() & wanted.keys()) for prefix in prefixes}
+    best = max(known, key=lambda prefix: known[prefix])
+    return _below(state, best) if known[best] * NEAR > len(wanted) else state
 
 
 def _without_wrapping(state: State, wanted: State) -> State:
