@@ -244,7 +244,7 @@ class JobConfig:
     def read(cls, path: Path) -> JobConfig:
         """Read a TOML file; raises InputError where it is missing or wrong."""
         try:
-            return cls.from_toml(path.read_text("utf-8"), str(path))
+            return cls.from_toml(path.read_text("utf-8-sig"), str(path))
         except FileNotFoundError:
             raise InputError(f"{path}: no such file.") from None
         except (OSError, UnicodeDecodeError) as error:

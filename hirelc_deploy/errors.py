@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -50,12 +51,24 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() or one in "\n\t" else "?" for one in text)
 
 
+def home() -> Path:
+    """Return the home folder, or the current one for a user who has none, as in a container with a bare number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path.cwd()
+
+
 def fullest(folders: Iterable[Path]) -> tuple[Path, int]:
-    """Return the folder on whose disk least is free, and how many bytes; one that is not there yet may be given."""
+    """Return the folder on whose disk least is free, and how many bytes; one that is not there yet may be given.
+
+    A disk that takes no more files, however small, has nothing free.
+    """
     free = {}
     for folder in folders:
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-        free[folder] = shutil.disk_usage(there).free
+        files = os.statvfs(there)
+        free[folder] = 0 if files.f_files and not files.f_favail else shutil.disk_usage(there).free
     folder = min(free, key=lambda one: free[one])
     return folder, free[folder]
 

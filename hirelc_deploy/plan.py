@@ -116,11 +116,11 @@ class CompressionPlan:
     def read(cls, path: Path) -> CompressionPlan:
         """Read a plan file; raises InputError for a missing, broken or wrong file."""
         try:
-            return cls.from_dict(json.loads(path.read_text("utf-8")), str(path))
+            return cls.from_dict(json.loads(path.read_text("utf-8-sig")), str(path))
         except FileNotFoundError:
             raise InputError(f"{path}: no such plan file; give a file or uniform:keep=0.5,precision=int8.") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as a plan ({error}).") from None
+            raise InputError(f"{path}: cannot be read as a plan ({error}); save it as UTF-8.") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}).") from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets

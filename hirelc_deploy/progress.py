@@ -151,7 +151,7 @@ class Progress:
             return
         self._last_line = now
         if terminal:
-            print(f"\r\x1b[K{line}", end="", file=self.stream, flush=True)
+            self._write(f"\r\x1b[K{line}", "")
         else:
             self._print(line)
 
@@ -162,7 +162,14 @@ class Progress:
             self.listener(text)
         else:
             clear = "\r\x1b[K" if self.stream.isatty() else ""
-            print(f"{clear}{text}", file=self.stream, flush=True)
+            self._write(f"{clear}{text}", "\n")
+
+    def _write(self, text: str, end: str) -> None:
+        """Write to the stream; whoever read it may have gone, or its disk be full, which does not end hours of work."""
+        try:
+            print(text, end=end, file=self.stream, flush=True)
+        except OSError:
+            self.quiet = True
 
     def _keep(self, text: str) -> None:
         if self._keeper is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import hashlib
@@ -26,7 +27,7 @@ OURS = str(Path(__file__).parent)
 
 
 def parse_arguments(pairs: Sequence[str], option: str = "--model-arg") -> dict[str, Any]:
-    """Return the values of `--model-arg key=value`: JSON or TOML values where they parse, else the text itself."""
+    """Return the values of `--model-arg key=value`: of JSON, TOML or Python where they parse, else the text itself."""
     arguments: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -39,8 +40,8 @@ def parse_arguments(pairs: Sequence[str], option: str = "--model-arg") -> dict[s
 
 
 def _parse_value(text: str) -> Any:
-    for parse in (json.loads, lambda item: tomllib.loads(f"value = {item}")["value"]):
-        with contextlib.suppress(ValueError, KeyError):
+    for parse in (json.loads, lambda item: tomllib.loads(f"value = {item}")["value"], ast.literal_eval):
+        with contextlib.suppress(ValueError, KeyError, SyntaxError, RecursionError, MemoryError):
             return parse(text)
     return text
 
@@ -78,17 +79,17 @@ def settings_kept() -> Iterator[None]:
     import numpy as np
     import torch
 
+    here = Path.cwd()
     dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
-    folder = Path.cwd()
     try:
         with np.errstate(), warnings.catch_warnings():
             yield
     finally:
-        os.chdir(folder)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradients)
         if torch.get_default_device() != device:
             torch.set_default_device(device)
+        os.chdir(here)
 
 
 def run_as_written() -> None:
@@ -103,7 +104,7 @@ def run_as_written() -> None:
 def importing_from(file: Path | None) -> Iterator[None]:
     """Let a model file import its neighbours, and a module be found from the current folder; then forget the path.
 
-    What its code switches for all of torch is switched back.
+    What its code switches for everybody is switched back.
     """
     before = list(sys.path)
     sys.path.append(str(file.resolve().parent if file is not None else Path.cwd()))
@@ -147,7 +148,7 @@ def _import_file(file: Path, option: str) -> ModuleType:
 
 def _module_name(file: Path) -> str:
     """Return a name of its own, so that a file called like an installed package hides nothing."""
-    return f"hirelc_model_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    return f"hirelc_model_{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:12]}"
 
 
 def factory_modules(spec: str) -> list[ModuleType]:

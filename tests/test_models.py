@@ -204,8 +204,6 @@ def bad_weights(folder: Path, kind: str) -> Path:
         file = folder / "w.safetensors"
         safetensors.torch.save_file(state, file)
         file.write_bytes(file.read_bytes()[:-50])
-    elif kind == "whole module":
-        torch.save(small(), file)
     elif kind == "suffix":
         file = folder / "w.onnx"
         file.touch()
@@ -221,7 +219,6 @@ def bad_weights(folder: Path, kind: str) -> Path:
     ("kind", "sentence"),
     [
         ("cut short", "not a whole safetensors file"),
-        ("whole module", "save model.state_dict"),
         ("suffix", "read from .safetensors"),
         ("NaN", "0.weight holds NaN"),
         ("integers", "0.weight is torch.int8"),

@@ -235,12 +235,15 @@ def test_a_network_of_ultralytics_answers_with_its_boxes(tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("ultralytics")
-def test_what_ultralytics_pickles_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    torch.save({"model": FakeYolo()}, tmp_path / "yolov8n.pt")
-    with pytest.raises(
-        InputError, match=r"refused, it holds pickled classes.* ultralytics:yolov8n\.yaml with --weights"
-    ):
-        ModelSource(f"ultralytics:{tmp_path / 'yolov8n.pt'}").load()
+def test_what_ultralytics_pickles_is_read_as_tensors_averaged_ones_first(tmp_path: Path) -> None:
+    raw, averaged = FakeYolo(), FakeYolo().half()
+    nn.init.constant_(averaged.conv.bias, 0.5)
+    torch.save({"model": raw, "ema": averaged, "train_args": Path("x")}, tmp_path / "yolov8n.pt")
+    assert ModelSource(f"ultralytics:{tmp_path / 'yolov8n.pt'}").load().conv.bias[0].item() == 0.5
+
+
+@pytest.mark.usefixtures("ultralytics")
+def test_what_is_no_network_of_ultralytics_is_refused() -> None:
     for spec, said in {
         "ultralytics:yolov8n-seg.yaml": "its task is segment; give a network of detect or classify",
         "ultralytics:rocket.yaml": "rocket.yaml cannot be built",
@@ -604,7 +607,7 @@ def test_weights_come_from_another_file_or_a_state_dict_too_and_nothing_is_unpic
     (vit_folder / "model.safetensors").unlink()
     torch.save(dict(model.state_dict()), vit_folder / "pytorch_model.bin")
     assert torch.equal(source.load()(images), model(images))
-    torch.save({"model": nn.Linear(2, 2)}, vit_folder / "pytorch_model.bin")
+    torch.save({"model": SimpleNamespace(a=1)}, vit_folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model\.bin: refused, it holds more than plain tensors"):
         source.load()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import os
 import re
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from hirelc_deploy.errors import COMMAND, HirelcError, fullest, printable
+from hirelc_deploy.errors import COMMAND, HirelcError, InputError, fullest, printable
 from hirelc_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -47,8 +48,12 @@ INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended."""
 
 
-DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG})
 """What any write may meet at any time, and no check beforehand can rule out."""
+
+
+MUCH = 1_000_000_000
+"""Bytes that are free on a disk which is not the full one."""
 
 
 def main() -> None:
@@ -59,6 +64,8 @@ def main() -> None:
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries warn their own developers, between our lines
+    warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)  # at the end, as is meant
+    _open_streams()
     answers = sys.stdout
     try:
         encoding = "utf-8" if "--json" in sys.argv else answers.encoding
@@ -72,6 +79,23 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
         code = 0
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Have somewhere to print, whatever the caller closed, and print names of any alphabet in any locale.
+
+    A closed descriptor would be that of the next file which is opened, and what libraries print would go into it.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as we run
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(arguments: Sequence[str], answers: TextIO | None = None) -> int:
@@ -89,6 +113,7 @@ def run(arguments: Sequence[str], answers: TextIO | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
+        _check_text(arguments)
         code = app(list(arguments), prog_name=app.info.name, standalone_mode=False)
     except HirelcError as error:
         return fail(str(error), error.exit_code)
@@ -99,22 +124,56 @@ def _run(arguments: Sequence[str]) -> int:
         command = context.command_path if context else app.info.name
         return fail(f"{error.format_message().rstrip('.')}; `{command} --help` says what it takes.", 2)
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        if (trouble := _trouble(error, arguments)) is None:
             raise
-        return fail(f"{_trouble(error, arguments)}; what was finished is kept: make room, and run the same again.", 2)
+        return fail(trouble, 2)
+    except SystemExit:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # typer's, for a reader that has gone
+            raise BrokenPipeError from None
+        raise
     if code == INTERRUPTED:
         return fail("interrupted; what was finished is kept, and the same command resumes.", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 
-def _trouble(error: OSError, arguments: Sequence[str]) -> str:
-    """Return what is wrong with which disk. The file that an error names may be the one that was only read."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename2 or error.filename or 'the disk'}: {error.strerror}"
+def _check_text(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            raise InputError(
+                f"{printable(argument)}: holds bytes that are no text here, which runtimes do not take in names of "
+                "files; set LC_ALL=C.UTF-8, or give the file another name."
+            )
+
+
+def _trouble(error: OSError, arguments: Sequence[str]) -> str | None:
+    """Return what is wrong with which disk, and what to do; None where the error is of another kind.
+
+    The file that an error names may be the one that was only read.
+    """
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return "there is no folder for files that are needed for a while; TMPDIR names one to write to."
+    if error.errno not in DISK_TROUBLE:
+        return None
+    place = error.filename2 or error.filename
+    what_to_do = "what was finished is kept: make room, and run the same again."
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{str(place)[:80]}...: the name is too long; give a shorter --out."
+    if error.errno != errno.ENOSPC:
+        said = "your quota there is used up" if error.errno == errno.EDQUOT else error.strerror
+        return f"{place or 'the disk'}: {said}; {what_to_do}"
+    return f"{_full_disk(place, temporary, arguments)}; {what_to_do}"
+
+
+def _full_disk(place: object, temporary: Path, arguments: Sequence[str]) -> str:
     outs = [Path(value) for option, value in itertools.pairwise(arguments) if option == "--out"]
-    folder, free = fullest([*outs, Path(tempfile.gettempdir()), Path.cwd()])
+    folder, free = fullest([*outs, temporary, Path.cwd()])
+    if free > MUCH:
+        return f"{place or 'what is printed'}: its disk is full"
     what = " (files that are needed for a while; TMPDIR names another folder)" if folder not in outs else ""
-    return f"the disk of {folder}{what} is full, {free / 1e6:.1f} MB are free"
+    state = f"is full, {free / 1e6:.1f} MB are free" if free else "is full or takes no more files, 0.0 MB are free"
+    return f"the disk of {folder}{what} {state}"
 
 
 def fail(sentence: str, code: int) -> int:

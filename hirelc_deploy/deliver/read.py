@@ -172,7 +172,7 @@ def json_object(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():  # a pipe would keep us waiting
             raise InputError(f"{path}: no such file; is {path.parent} a bundle?")
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:

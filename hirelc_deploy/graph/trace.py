@@ -86,7 +86,11 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             f"model {type(model).__name__}: its forward pass fails on a {shape} image ({reason}). "
             "Give the image size the model was made for."
         ) from error
-    return Trace(tuple(recorder.ops), recorder.refs_in(output))
+    answers = recorder.refs_in(output)
+    shapes = [ref.shape for ref in refs(answers)]
+    if shapes and all(0 in shape for shape in shapes):
+        raise InputError(f"model {type(model).__name__}: its answer is empty (shape {shapes[0]}); give it outputs.")
+    return Trace(tuple(recorder.ops), answers)
 
 
 @contextmanager

@@ -42,8 +42,8 @@ def examine() -> list[dict[str, Any]]:
                 )
                 findings.append(_finding(f"backend {entry.name}, precision {precision.name}", True, says.strip()))
     model = hardware()["cpu_model"] or "of unknown model"
-    findings.append(_finding("processor", True, f"{model}, {os.cpu_count()} cores."))
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    findings.append(_finding("processor", True, f"{model}, {cores} {'core' if cores == 1 else 'cores'}."))
     findings.append(
         _finding(
             "quiet machine", load < 0.5 * cores, f"load average {load:.1f} on {cores} cores; timing wants little else."

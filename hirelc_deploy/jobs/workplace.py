@@ -22,7 +22,7 @@ from hirelc_deploy.config import LARGEST_INPUT, JobConfig
 from hirelc_deploy.deliver.race import metric_record
 from hirelc_deploy.deliver.read import load as load_bundle
 from hirelc_deploy.deliver.read import read_manifest
-from hirelc_deploy.errors import HirelcError, InputError
+from hirelc_deploy.errors import HirelcError, InputError, home
 from hirelc_deploy.evaluate.by_layer import ByLayer
 from hirelc_deploy.evaluate.effort import GRADIENT_VALUES, LEAST_BATCH, Effort
 from hirelc_deploy.evaluate.leading import take_up
@@ -285,7 +285,7 @@ def recovery_of(config: JobConfig, values: int) -> Recovery | None:
 
 def table_path() -> Path:
     """Return where layer times are kept: they belong to a machine and a runtime, not to a run."""
-    base = os.environ.get("HIRELC_DEPLOY_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    base = os.environ.get("HIRELC_DEPLOY_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(home() / ".cache")
     return Path(base) / "hirelc-deploy" / "layer-times.jsonl"
 
 

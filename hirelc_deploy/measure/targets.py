@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hirelc_deploy.config import toml_table
-from hirelc_deploy.errors import InputError, TargetUnavailable, printable
+from hirelc_deploy.errors import InputError, TargetUnavailable, home, printable
 from hirelc_deploy.measure import ray_pipe
 from hirelc_deploy.measure.backend import Backend, Portable, Precision
 from hirelc_deploy.measure.machine import describe, fingerprint
@@ -107,8 +107,8 @@ def targets_file(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the user's file: $HIRELC_DEPLOY_TARGETS, else hirelc-deploy/targets.toml in the folder for configs."""
     if ENVIRONMENT_VARIABLE in environ:
         return Path(environ[ENVIRONMENT_VARIABLE]).expanduser()
-    configs = environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(configs).expanduser() / "hirelc-deploy" / "targets.toml"
+    configs = environ.get("XDG_CONFIG_HOME")
+    return (Path(configs).expanduser() if configs else home() / ".config") / "hirelc-deploy" / "targets.toml"
 
 
 def known_targets(environ: Mapping[str, str] = os.environ) -> dict[str, Target]:
@@ -129,7 +129,7 @@ def find_target(name: str, environ: Mapping[str, str] = os.environ) -> Target:
     targets = known_targets(environ)
     if name in targets:
         return targets[name]
-    near = difflib.get_close_matches(name, targets, 1)
+    near = difflib.get_close_matches(name.lower(), targets, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise InputError(
         f"target {name!r} is unknown; known targets: {', '.join(targets)}.{hint} "
@@ -333,7 +333,7 @@ def add_target(path: Path, target: Target, *, replace: bool = False) -> None:
         InputError: The file has one of this name and `replace` is not set, or it cannot be read or written.
     """
     try:
-        text = path.read_text("utf-8") if path.exists() else ""
+        text = path.read_text("utf-8-sig") if path.exists() else ""
         known = read_targets(path) if text else {}
         if target.name in known and not replace:
             raise InputError(f"{path}: has a target {target.name!r} already; say --replace to write it anew.")
@@ -403,7 +403,7 @@ def read_targets(path: Path) -> dict[str, Target]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such targets file; create it or unset ${ENVIRONMENT_VARIABLE}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a targets file ({error}).") from None
+        raise InputError(f"{path}: cannot be read as a targets file ({error}); save it as UTF-8.") from None
     return {name: _target(name, table, path, text) for name, table in tables.items()}
 
 

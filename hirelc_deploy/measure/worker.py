@@ -194,9 +194,12 @@ def _cpu_model(root: str) -> str:
     for line in (slurp(os.path.join(root, "proc/cpuinfo")) or "").splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    if "model name" in fields:
+    # x86 and ARM, then MIPS, POWER and RISC-V; virtual machines may call a processor unknown
+    names = [fields.get(name) for name in ("model name", "cpu model", "cpu", "uarch")]
+    known = next((name for name in names if name and name.lower() not in ("unknown", "-")), None)
+    if known is not None:
         family = " ".join(f"{name} {fields[name]}" for name in ("cpu family", "model", "stepping") if name in fields)
-        return f"{fields['model name']} ({family})" if family else fields["model name"]
+        return f"{known} ({family})" if family else known
     board = (slurp(os.path.join(root, "proc/device-tree/model")) or "").strip("\0 ")
     part = " ".join(f"{name} {fields[name]}" for name in ("CPU implementer", "CPU part") if name in fields)
     return ", ".join(text for text in (board, part) if text) or platform.processor() or platform.machine()

@@ -96,7 +96,7 @@ def read_run(directory: Path) -> ReportInput:
 
     def read(name: str, parse: Callable[[str], Any], default: Any) -> Any:
         try:
-            value = parse((directory / name).read_text("utf-8"))
+            value = parse((directory / name).read_text("utf-8-sig"))
         except FileNotFoundError:
             absent.append(f"{name} is not there.")
         except (OSError, ValueError, RecursionError) as error:  # JSON, TOML and Unicode errors are all ValueErrors

@@ -244,7 +244,7 @@ def _config(transformers: Any, folder: Path, arguments: Mapping[str, Any]) -> An
     if not file.is_file():
         raise InputError(f"--model hf:{folder}: there is no {file}; give a folder that save_pretrained wrote.")
     try:
-        value = json.loads(file.read_text("utf-8"))
+        value = json.loads(file.read_text("utf-8-sig"))
     except ValueError as error:
         raise InputError(f"{file}: not JSON ({first_line(error)}).") from None
     if isinstance(value, dict) and "architecture" in value and "model_type" not in value:

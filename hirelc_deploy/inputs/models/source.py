@@ -40,7 +40,7 @@ from hirelc_deploy.inputs.models.ordinary import (
     with_plain_parts,
     with_plain_tensors,
 )
-from hirelc_deploy.inputs.models.weights import load_weights
+from hirelc_deploy.inputs.models.weights import SAFETENSORS, SUFFIXES, load_weights
 from hirelc_deploy.user_code import first_line, import_from, importing_from, near_names, place_of
 
 PREFIXES = ("hf", "torchvision", "ultralytics")
@@ -208,6 +208,7 @@ class ModelSource:
         if "pretrained" in self.arguments:
             raise InputError(f"--model {name}: pretrained is no --model-arg; give --pretrained, or --weights FILE.")
         if not elsewhere and not timm.is_model(name):
+            self._refuse_a_path()
             near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
             hint = (
                 f"did you mean {' or '.join(near)}?" if near else "give a timm name, file.py:factory or module:factory."
@@ -249,7 +250,34 @@ class ModelSource:
         model.__dict__["pretrained_cfg"] = _config_for(model, self.arguments)
         return model
 
+    def _refuse_a_path(self) -> None:
+        """Raise InputError where the spec is no name of a model but a place that weights may lie in."""
+        if Path(self.spec).suffix.lower() in (SAFETENSORS, *SUFFIXES):
+            raise InputError(
+                f"--model {self.spec}: that is a file of weights; give it with --weights, and its network as --model: "
+                "a timm name or FILE.py:FUNCTION."
+            )
+        if Path(self.spec).is_dir():
+            raise InputError(
+                f"--model {self.spec}: that is a folder; give hf:{self.spec} for one of transformers, "
+                f"local-dir:{self.spec} for one of timm."
+            )
+
+    def _refuse_a_prefix(self) -> None:
+        """Raise InputError where what stands before the colon was meant to be that of a library."""
+        before, _, name = self.spec.partition(":")
+        if before == "timm":
+            raise InputError(f"--model {self.spec}: names of timm stand alone; give --model {name}.")
+        near = difflib.get_close_matches(before.lower(), (*PREFIXES, "hf-hub", "local-dir"), n=1, cutoff=0.75)
+        if (
+            near
+            and not before.endswith(".py")
+            and (not before.isidentifier() or importlib.util.find_spec(before) is None)
+        ):
+            raise InputError(f"--model {self.spec}: there is no {before!r}; did you mean {near[0]}:{name}?")
+
     def _from_factory(self) -> nn.Module:
+        self._refuse_a_prefix()
         target, _, name = self.spec.rpartition(":")
         file = self._factory_file
         if not target or not name:
