@@ -33,6 +33,7 @@ unset APT_CONFIG
 root=$dir/root
 mkdir -p "$root/opt/site"
 for package in "$apt"/archives/*.deb; do dpkg-deb -x "$package" "$root"; done
+[ -e "$root/lib" ] || ln -s usr/lib "$root/lib" # packages since Debian 13 rely on a link that the base system has
 rm -rf "$apt" "$root/usr/share/doc"
 
 # The aarch64 wheels.

@@ -846,7 +846,7 @@ DATA_SETS = [
     Call("generator in place of a data set", done("two", lambda: {"train": iter([])}), ("train", "length")),
     Call("mapping without train", done("two", {"val": Items(label), "test": Items(label)}), ("no train",)),
     Call("mapping with val alone", done("two", {"val": Items(label)}), ("no train",)),
-    Call("unknown split", done("two", {"train": Items(label), "dev": Items(label)}), ("'dev'", "val")),
+    Call("unknown split", done("two", {"train": Items(label), "tset": Items(label)}), ("'tset'", "val")),
     Call("empty mapping", done("two", dict), ("train",)),
     Call("None in place of data", done("two", None), ("data", "ONNX file")),
     Call("data set that is a number", done("two", {"train": 7}), ("train", "int")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,6 +15,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from hirelc_deploy.errors import InputError
+
+
+DIES_WITH_RAY = (3, 13)
+"""From this Python on, copies of a process that has worked with Ray (2.60) end with SIGSEGV."""
 
 
 class Evaluators(Protocol):
@@ -38,12 +43,17 @@ class Ahead:
         jobs: Copies of this process.
 
     Raises:
-        InputError: This system cannot copy a process.
+        InputError: This system cannot copy a process, or not this one.
     """
 
     def __init__(self, answer: Callable[[str], str], jobs: int) -> None:
         if "fork" not in multiprocessing.get_all_start_methods():
             raise InputError(f"--jobs {jobs}: this system cannot copy a process; leave --jobs out.")
+        if "ray" in sys.modules and sys.version_info >= DIES_WITH_RAY:
+            raise InputError(
+                f"--jobs {jobs}: this process has worked with Ray, and copies of it would die in this Python; begin a "
+                "new process, or leave --jobs out."
+            )
         context = multiprocessing.get_context("fork")
         self._waiting: deque[str] = deque()
         self._asked: dict[Connection, str | None] = {}

@@ -152,7 +152,7 @@ def _trains_in_half_precision(model: nn.Module, image: Tensor) -> bool:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         try:
             model(image.clone())
-        except RuntimeError:  # torch's answer to operands of different types
+        except (RuntimeError, TypeError):  # torch's answer to operands of different types, and numpy's to bfloat16
             return False
     return True
 
