@@ -5,10 +5,15 @@ import hirelc_deploy
 result = hirelc_deploy.search(model, {"train": train, "test": test}, target="cpu", out="runs/a")
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hirelc_deploy.version import __version__
+
+# Since 1.29 ONNX Runtime tells Microsoft of models and machine, and MLflow tells its makers of calls.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 if TYPE_CHECKING:
     from hirelc_deploy.api import Inspection, Result, Why, apply, benchmark, inspect, load, search, verify, why

@@ -45,6 +45,8 @@ if sys.platform != "win32":  # a host may be anything; a board is Linux
 if TYPE_CHECKING:
     Frame = tuple[dict[str, Any], bytes]
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by ONNX Runtime when it is imported
+
 LARGEST_HEADER = 1 << 24
 LARGEST_BODY = 1 << 31
 """Of a frame: 150 answers a pixel for the images that travel at a time are 1.7 GB. Nobody makes us hold more."""

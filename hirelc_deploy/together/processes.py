@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from hirelc_deploy.errors import InputError
 
-
 DIES_WITH_RAY = (3, 13)
 """From this Python on, copies of a process that has worked with Ray (2.60) end with SIGSEGV."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def quantize_with_nncf(
         InputError: NNCF is not installed.
         ExportError: NNCF refuses the file.
     """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # NNCF would tell its makers of it
     try:
         import nncf
         from nncf.quantization.advanced_parameters import (

@@ -1,8 +1,11 @@
 """In: an ONNX file. Out: a function from a batch to the outputs by name. For Python 3.8, numpy and onnxruntime."""
 
+import os
 from collections.abc import Callable
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would tell its maker of model and machine
 import onnxruntime
 
 
