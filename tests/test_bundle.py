@@ -219,7 +219,7 @@ def test_the_script_is_short_and_needs_only_numpy_and_onnxruntime(made: Made) ->
     tree = ast.parse(source, feature_version=(3, 8))
     assert imported_by(tree) == {"json", "sys", "importlib", "pathlib", "numpy"}
     runtime = ast.parse((made.directory / "runtime.py").read_text(), feature_version=(3, 8))
-    assert imported_by(runtime) == {"collections.abc", "numpy", "onnxruntime"}
+    assert imported_by(runtime) == {"collections.abc", "os", "numpy", "onnxruntime"}
 
 
 def test_the_script_gives_the_accuracy_and_predictions_of_the_runner(made: Made, tmp_path: Path) -> None:
