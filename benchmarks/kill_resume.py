@@ -12,6 +12,7 @@ file of the same bytes. The result goes to benchmarks/results/kill_resume.json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import random
@@ -44,7 +45,12 @@ def replayed(store: Path, arguments: Sequence[str]) -> NoReturn:
         if not known.exists():
             write_atomic(known, json.dumps([timing.to_dict() for timing in compare(files, *args, **options)]))
         found = zip(json.loads(known.read_text("utf-8")), files, strict=True)
-        return [Timing(**{**timing, "file": file}, samples=np.empty((0, 0, 2), np.int64)) for timing, file in found]
+        nothing = np.empty((0, 0, 2), np.int64)
+        kept = {field.name for field in dataclasses.fields(Timing)} - {"file", "samples"}
+        return [
+            Timing(file=file, samples=nothing, **{key: timing[key] for key in kept & timing.keys()})
+            for timing, file in found
+        ]
 
     store.mkdir(parents=True, exist_ok=True)
     evaluated.compare = race.compare = compare_once
