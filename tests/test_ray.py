@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from hirelc_deploy.testing import loopback
 from hirelc_deploy.testing.backend_contract import random_images, write_model
 from hirelc_deploy.together import ray_evaluators as ray_ahead
 from hirelc_deploy.together.ray_cluster import connect
-from hirelc_deploy.together.ray_evaluators import RayAhead, default_evaluators
+from hirelc_deploy.together.ray_evaluators import Evaluator, RayAhead, default_evaluators
 from hirelc_deploy.user_code import factory_modules
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: the extra `ray`")
@@ -194,6 +195,34 @@ def test_a_host_with_other_versions_is_one_sentence(nodes: Nodes, monkeypatch: p
     monkeypatch.setattr(ray_ahead, "__version__", "0.0.7")
     with pytest.raises(InputError, match=r"has other versions.*hirelc-deploy 0\.1\.0, not 0\.0\.7"):
         RayAhead(answer, 1, nodes.ray, print)
+
+
+@needs_ray
+def test_a_host_with_another_processor_takes_part_and_it_is_said(nodes: Nodes, monkeypatch: pytest.MonkeyPatch):
+    here = ray_ahead.place()
+    monkeypatch.setattr(ray_ahead, "place", lambda: {**here, "processor": "abacus"})
+    said: list[str] = []
+    RayAhead(answer, 1, nodes.ray, said.append).close()
+    assert [sentence.partition(": ")[2] for sentence in said] == [
+        "losses may differ in their last digits from those of a search on this machine alone"
+    ]
+    assert "this machine with abacus" in said[0]
+
+
+def test_what_raises_is_no_answer():
+    assert Evaluator(str.upper).answer("a") == "A"
+    assert Evaluator(answer).answer("raise") == ""
+
+
+def test_a_machine_of_no_cluster_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    def alone(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance. Start one.")
+
+    errors = SimpleNamespace(RayError=ZeroDivisionError)
+    without = SimpleNamespace(is_initialized=lambda: False, init=alone, exceptions=errors)
+    monkeypatch.setattr("hirelc_deploy.together.ray_cluster.installed", lambda _: without)
+    with pytest.raises(TargetUnavailable, match="Could not find any running Ray instance"):
+        connect("auto", "--ray")
 
 
 @needs_ray

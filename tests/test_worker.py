@@ -278,6 +278,46 @@ def test_a_keeper_that_starts_is_not_taken_for_a_dead_one(tmp_path: Path, monkey
     assert not base.exists()
 
 
+class Left(BaseException):
+    """This process would have ended."""
+
+
+@pytest.mark.parametrize("trouble", [None, MemoryError("no memory for the keeper")])
+def test_a_keeper_of_its_own_process_cleans_up_and_never_comes_back(
+    trouble: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+
+    class Watched:
+        number = 0
+
+        def __init__(self, base: str, token: str, source: bytes, options: dict[str, Any]) -> None:
+            assert (base, token, source) == (str(tmp_path), TOKEN, SOURCE)
+
+        def run(self) -> None:
+            done.append("served")
+            if trouble is not None:
+                raise trouble
+
+        def clean_up(self) -> None:
+            done.append("cleaned up")
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    for name in ("setsid", "dup2", "closerange"):
+        monkeypatch.setattr(worker.os, name, lambda *_: None)
+    monkeypatch.setattr(worker.os, "fork", lambda: 0)
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "Keeper", Watched)
+    with pytest.raises(Left):
+        worker.detach(str(tmp_path), {"token": TOKEN}, SOURCE)
+    assert done == ["served", "cleaned up"]
+    assert ("no memory for the keeper" in capsys.readouterr().err) is (trouble is not None)
+    assert (tmp_path / "keeper.log").stat().st_mode & 0o777 == 0o600
+
+
 def test_nobody_listens_where_there_is_no_keeper(tmp_path: Path) -> None:
     before = os.getcwd()
     assert worker.connect(str(tmp_path)) is None
