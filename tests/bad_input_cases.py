@@ -830,7 +830,7 @@ OPTIONS = [
         ["search", "--model", "net.py:net", "--out", "found"],
         ("--data is missing", "only an ONNX file"),
     ),
-    Case("seed is no number", apply(seed="one"), ("--seed", "integer")),
+    Case("seed is no number", apply(seed="one"), ("--seed", "valid int")),
     Case("seed is negative", apply(seed="-1"), ("seed", "at least 0")),
     Case("seed is enormous", apply(seed="9" * 30), ("seed",)),
     Case("no threads", apply(threads="0"), ("--threads", "--help")),
