@@ -147,5 +147,5 @@ def _judge(out: Path, static: Path, images: Images, task: Task, max_drop: float 
             samples |= {f"{path.name}/{name}": values[:SAMPLES] for name, values in outputs.items()}
         else:
             path.unlink()
-    np.savez_compressed(out / "inputs.npz", allow_pickle=False, **samples)
+    np.savez_compressed(out / "inputs.npz", **samples)
     return records
