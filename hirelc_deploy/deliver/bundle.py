@@ -150,7 +150,7 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
     }
     if contents.sample_labels is not None:
         samples["labels"] = contents.sample_labels
-    np.savez_compressed(folder / SAMPLES, **samples)
+    np.savez_compressed(folder / SAMPLES, **samples)  # type: ignore[arg-type]  # a name may be `allow_pickle` to NumPy
     programs = resources.files("hirelc_deploy.deliver") / "bundle_template"
     for name in (SCRIPT, INPUTS):
         (folder / name).write_bytes((programs / name).read_bytes())
@@ -196,7 +196,7 @@ def _write_task(folder: Path, contents: BundleContents) -> tuple[str, ...]:
     files = (*files_of(SCHEMA_VERSION), RUNTIME)
     if not task.decoder_arrays:
         return files
-    np.savez_compressed(folder / ARRAYS, **dict(task.decoder_arrays))
+    np.savez_compressed(folder / ARRAYS, **dict(task.decoder_arrays))  # type: ignore[arg-type]
     return (*files, ARRAYS)
 
 
