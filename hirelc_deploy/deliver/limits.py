@@ -11,7 +11,7 @@ from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.tasks.paired import PairedDrop
+from hirelc_deploy.tasks.paired import PairedDrop, paired_drop
 
 TOLERANCE = 0.02
 """A file within this share of its latency budget meets it: below what a brief timing can tell."""
@@ -80,6 +80,26 @@ def keeps_memory(limits: Limits, memory: int | None) -> bool:
 def drop_error(drop: PairedDrop) -> float:
     """Return the standard error of a drop, from its 95 % interval."""
     return (drop.high - drop.low) / (2 * 1.96)
+
+
+def too_few_images(pipeline: Pipeline, max_drop: float | None) -> str:
+    """Return a sentence where the selection images are too few for any file to keep the limit on the drop, else ``.
+
+    Even a file that answers each of them as the uncut model does has an error: n right or wrong answers tell a drop to
+    1 / (n + 2) of the unit at best (see `paired_drop`), and with two answers changed to sqrt(3) times that.
+    """
+    parts, task = pipeline.uncut.parts, pipeline.task
+    if not max_drop or not parts or not task.mean_of_images:
+        return ""
+    error = drop_error(paired_drop(task, parts, parts))
+    if error <= max_drop:
+        return ""
+    enough = math.ceil(math.sqrt(3) * error * (len(parts) + 2) / max_drop)
+    return (
+        f"{len(parts)} selection images are too few for --max-drop {max_drop:g}: of a file that answers all of them as "
+        f"the uncut model does the drop is known to {error:.2f} {task.metric.unit}, and it must keep the limit by "
+        f"that. Give --selection-images {enough} or more, or allow a drop of more than {error:.1f}."
+    )
 
 
 def keeps_limits(

@@ -8,7 +8,7 @@ from typing import Any
 
 from hirelc_deploy.config import Limits
 from hirelc_deploy.deliver.finalists import Finalist, Search, no_more_finalists, planned
-from hirelc_deploy.deliver.limits import appetite, drop_error, keeps_limits
+from hirelc_deploy.deliver.limits import appetite, drop_error, keeps_limits, too_few_images
 from hirelc_deploy.deliver.race import Contender
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.leading import choose_runtime
@@ -28,8 +28,8 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
     if (run.directory / RESULT).exists():
         return finished(run.directory)
     started = time.monotonic()
-    if pipeline.uncut.doubt:
-        pipeline.progress.say(f"warning: {pipeline.uncut.doubt}")
+    for doubt in filter(None, (pipeline.uncut.doubt, too_few_images(pipeline, config.limits.max_drop))):
+        pipeline.progress.say(f"warning: {doubt}")
     keeps = unpruned_limits(pipeline, config.limits)
     if not pipeline.graph.units:
         no_more_finalists(pipeline, *planned(pipeline, config.limits, config.search))

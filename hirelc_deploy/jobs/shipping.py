@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hirelc_deploy.deliver.agenda import BUNDLE
 from hirelc_deploy.deliver.bundle import RUNTIMES, BundleContents, write_bundle
+from hirelc_deploy.deliver.limits import too_few_images
 from hirelc_deploy.deliver.race import (
     Contender,
     Delivery,
@@ -58,8 +59,7 @@ def deliver(
     candidate = Contender("ours", pipeline.files.file_of(plan, "F3"), plan) if plan is not None else None
     delivery = race(pipeline, candidate, always=always, max_drop=max_drop, keeps=keeps)
     shipped = delivery.shipped
-    doubt = pipeline.uncut.doubt
-    warnings = [*workplace.notes, *([doubt] if doubt else [])]
+    warnings = [*workplace.notes, *filter(None, (pipeline.uncut.doubt, too_few_images(pipeline, max_drop)))]
     warnings += [f"{name}: {timing.note}" for name, timing in delivery.timings.items() if timing.note]
     if not pipeline.data.labelled:
         warnings.append(UNKNOWN)

@@ -168,9 +168,9 @@ def guard(patterns: Sequence[str], layers: Sequence[str], trials: Trials, max_dr
                 found.append(_Candidate(path, pattern, steps, remains[pattern]))
     if not found:
         raise ConstraintError(
-            f"with all {len(layers)} layers float the drop is still {min(remains.values()):.2f} points, allowed are "
-            f"{max_drop:g}; what is left of it comes from the operators between the layers. Allow more, or use "
-            "precision float."
+            f"with all {len(layers)} layers float the drop, with one standard error, is still "
+            f"{min(remains.values()):.2f} points, allowed are {max_drop:g}; what is left comes from the operators "
+            "between the layers, or from too few selection images. Allow more, or use precision float."
         )
     first, *times = trials.milliseconds([trials.build(placed, NONE), *(candidate.path for candidate in found)])
     (ms, best), *rest = sorted(zip(times, found, strict=True), key=lambda pair: pair[0])
