@@ -19,6 +19,7 @@ from hirelc_backends.openvino_cpu import OpenvinoCpu
 from PIL import Image
 
 from hirelc_deploy.cli import application
+from hirelc_deploy.deliver.bundle import runtime_of
 from hirelc_deploy.deliver.race import race
 from hirelc_deploy.deliver.verify import verify
 from hirelc_deploy.evaluate.effort import Effort
@@ -160,8 +161,16 @@ def test_without_openvino_a_cpu_has_the_files_of_one_runtime(tmp_path: Path, mon
 
 
 def test_doctor_says_how_to_get_openvino_and_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OpenvinoCpu, "availability", lambda self: "OpenVINO cannot be imported.")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    reason = openvino_program.availability()
+    monkeypatch.setattr(OpenvinoCpu, "availability", lambda self: reason)
     (found,) = (one for one in doctor.examine() if one["what"] == "backend openvino_cpu")
     assert not found["ok"]
     assert "may be faster" in found["says"]
-    assert "pip install 'hirelc-deploy[openvino]'" in found["says"]
+    assert "`pip install openvino`" in found["says"]
+
+
+def test_a_bundle_needs_the_package_whose_version_its_backend_tells_and_else_onnxruntime() -> None:
+    assert runtime_of({"openvino": "2026.4.1", "numpy": "2.4"}) == "openvino"
+    assert runtime_of({"onnxruntime": "1.31.1", "numpy": "2.4"}) == "onnxruntime"
+    assert runtime_of({"tensorrt": "10.9", "cuda": "13"}) == "onnxruntime"
