@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from hirelc_backends import openvino_program
+from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from hirelc_backends.openvino_cpu import OpenvinoCpu
 from PIL import Image
 
@@ -146,7 +147,13 @@ def test_the_last_race_of_a_cpu_has_the_files_of_both_runtimes(tmp_path: Path, m
     assert result["latency"]["ratio"] == 0.01
     assert result["latency"]["reference"] == "uncut-float.onnx"
     assert "ours, openvino_cpu" in (out / "report.html").read_text("utf-8")
-    assert verify(out / "bundle", None, OpenvinoCpu()).problems == ()
+    ours, theirs = OnnxRuntimeCpu(), OpenvinoCpu()
+    float_file = out / "files/uncut-float.onnx"
+    checked = verify(out / "bundle", None, ours, others=[theirs], reference=float_file, limits=BRIEF)
+    assert (checked.problems, checked.machine["backend"]) == ((), "openvino_cpu")  # type: ignore[index]
+    assert checked.latency is not None
+    (remark,) = (one for one in verify(out / "bundle", None, ours).remarks if "bundle is for" in one)
+    assert remark == "The bundle is for 'openvino'; it was run in onnxruntime."
     assert script(out / "bundle", "--check").stdout.splitlines()[-1] == "samples reproduced: True"
 
 
