@@ -1,12 +1,14 @@
-"""Question: how fast is what we make of an uncut model, beside FP32 and what ONNX Runtime and NNCF make of it?
+"""Question: how fast is what we make of an uncut network, beside FP32 and what others make of it, in any runtime?
 
-    python benchmarks/placement.py --folder runs/placement files resnet18 deit_tiny_patch16_224
-    python benchmarks/placement.py --folder runs/placement time resnet18 deit_tiny_patch16_224 --name placement
+    python benchmarks/placement.py resnet18 deit_tiny_patch16_224 --threads 1 2
+    python benchmarks/placement.py ssd_coco --shared ../shared/tasks --sets sets --graph frozen_inference_graph.pb
 
-`files` writes each model's float file, the same rewritten (what FP32 gains by that alone), ONNX Runtime's own static
-quantization (pattern `all`, which a test pins to `quantize_static`) and NNCF's, as it is and as we configure it
-(`pip install nncf`; left out where it is not there). `time` places the precision by measurement and times all files of
-a model in one interleaved run. Weights and images are random: nothing here is about accuracy, and no layer is cut.
+For each network and number of threads: `ours` is what `--target cpu` places, in each runtime that is installed, with
+the seconds that it took; the others are ONNX Runtime's static quantization, NNCF in ONNX Runtime, OpenVINO in float32
+and with bfloat16, and NNCF's two presets in OpenVINO, likewise (see rivals.py; OpenVINO and NNCF are extras). All files
+of a network are timed in one interleaved run. `torch.compile` is timed alone, for information. Nothing is cut, and the
+classifiers have random weights and inputs: nothing here is about accuracy, see integer_accuracy.py. products.py tells
+what its bound is. Rows that the record has stay.
 """
 
 from __future__ import annotations
@@ -14,174 +16,184 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
-from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
-from numpy.typing import NDArray
+from products import examined
 from record import RESULTS, provenance
+from rivals import in_onnxruntime, in_openvino
 
-from hirelc_deploy.compress.integer import calibration, quantize
-from hirelc_deploy.compress.integer.nncf_engine import quantize_with_nncf
-from hirelc_deploy.compress.integer.placement import changes, place
-from hirelc_deploy.compress.onnx_file import export, rewrite
-from hirelc_deploy.errors import ExportError, InputError
-from hirelc_deploy.evaluate.cutting import divergence, tensors
-from hirelc_deploy.graph.answers import Answers
-from hirelc_deploy.inputs.models.source import ModelSource
-from hirelc_deploy.measure.backend import Precision
-from hirelc_deploy.measure.protocol import QUICK, Timing, TimingLimits, compare
-from hirelc_deploy.tasks.classification import CLASSIFICATION
+from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
+from hirelc_deploy.errors import HirelcError
+from hirelc_deploy.evaluate.files import Files
+from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.workplace import open_workplace
+from hirelc_deploy.measure.backend import Backend
+from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
+from hirelc_deploy.measure.runtimes import SideBySide
+from hirelc_deploy.progress import Progress
 
-MODELS = (
+CLASSIFIERS = (
     *("resnet50", "resnet18", "efficientnet_lite0", "mobilenetv2_100", "deit_small_patch16_224"),
     *("swin_tiny_patch4_window7_224", "deit_tiny_patch16_224", "convnext_atto", "mobilevit_xxs"),
     "mobilenetv3_small_100",
 )
-IMAGES = 8
-OTHERS = ("fp32", "fp32 rewritten", "onnxruntime static", "nncf", "nncf configured")
+OTHER_TASKS = ("ssd_coco", "ssd_bccd", "camvid")
+COMPILED_RUNS = 100
+MEANS = ("ours_over_best", "bound")
 
 
-def integer_precision() -> Precision:
-    """Return the integer precision of this machine."""
-    return next(precision for precision in OnnxRuntimeCpu().precisions() if precision.name == "int8")
+def job_of(name: str, threads: int, options: argparse.Namespace) -> JobConfig:
+    """Return what `apply` with everything whole is told of a network."""
+    model, data = ModelConfig(name), DataConfig("synthetic:64")
+    if name in OTHER_TASKS:
+        arguments = {"shared": str(options.shared)} | ({"graph": str(options.graph)} if name == "ssd_coco" else {})
+        weights = {"ssd_bccd": "ssd_bccd.safetensors", "camvid": "seg_camvid.safetensors"}
+        file = str(options.shared / weights[name]) if name in weights else None
+        sets = {"ssd_coco": "yolo:{}/coco128", "ssd_bccd": "voc:{}/bccd,classes=RBC;WBC;Platelets"}
+        model = ModelConfig(f"{Path(__file__).with_name('task_networks.py')}:{name}", file, arguments)
+        data = DataConfig(sets.get(name, "masks:{}/camvid,void=11").format(options.sets))
+    return JobConfig(model, data, plan="uniform:keep=1,precision=auto", threads=threads)
 
 
-def make_files(name: str, folder: Path) -> None:
-    """Write everything about a model that needs no clock; files that are there stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    dynamic, static = folder / "dynamic.onnx", folder / "fp32.onnx"
-    if not static.exists():
-        torch.manual_seed(0)
-        model = ModelSource(name).build()
-        size = model.pretrained_cfg["input_size"]
-        export.export_onnx(model, torch.randn((2, *size)), dynamic)
-        export.set_static_batch(dynamic, static)
-    images = random_images(static)
-    if not (folder / "ranges.json").exists():
-        calibration.calibrate(dynamic, [images]).write(folder / "ranges.json")
-    ranges = calibration.Ranges.read(folder / "ranges.json")
-    proto = onnx.load(str(static))
-    rewrite.rewrite(proto)
-    (folder / "fp32 rewritten.onnx").write_bytes(proto.SerializeToString())
-    target = integer_precision()
-    blanket = folder / "onnxruntime static.onnx"
-    quantize.quantize(static, blanket, ranges, lambda _: "int8", target=target, pattern=quantize.BLANKET)
-    for engine, configured in (("nncf", False), ("nncf configured", True)):
-        out = folder / f"{engine}.onnx"
-        if out.exists():
-            continue
-        try:
-            quantize_with_nncf(static, out, list(images[:, None]), for_onnxruntime=configured)
-            OnnxRuntimeCpu().build(out).infer(images[:1])
-        except InputError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-        except ExportError as error:
-            refused(folder, engine, str(error))
-        except Exception as error:  # what the runtime raises while it runs shares no base below Exception
-            refused(folder, engine, f"ONNX Runtime does not run it ({str(error).splitlines()[0][-160:]})")
+@contextmanager
+def opened(config: JobConfig) -> Iterator[tuple[Pipeline, Path]]:
+    """Give the pipeline of a network and a folder for files; both are gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        workplace = open_workplace(config, Path(folder) / "run", "", Progress(quiet=True))
+        with workplace.run:
+            yield workplace.pipeline, Path(folder)
 
 
-def refused(folder: Path, engine: str, reason: str) -> None:
-    """Note that a file cannot be had or does not run, and why."""
-    (folder / f"{engine}.onnx").unlink(missing_ok=True)
-    (folder / f"{engine}.refused").write_text(reason, "utf-8")
-
-
-def random_images(static: Path) -> NDArray[np.float32]:
-    """Return (IMAGES, channels, height, width) standard normal values for a file of batch one."""
-    shape = [d.dim_value for d in onnx.load(str(static)).graph.input[0].type.tensor_type.shape.dim]
-    return np.random.default_rng(0).standard_normal((IMAGES, *shape[1:]), np.float32)
-
-
-def time_model(folder: Path, limits: TimingLimits) -> dict[str, Any]:
-    """Place the precision, then time all files of a model side by side; return the model's record."""
-    backend, static = OnnxRuntimeCpu(), folder / "fp32.onnx"
-    ranges, target = calibration.Ranges.read(folder / "ranges.json"), integer_precision()
-
-    def build(pattern: str, floats: frozenset[str]) -> Path:
-        path = folder / "trials" / f"{pattern}-{abs(hash(floats)):x}.onnx"
-        path.parent.mkdir(exist_ok=True)
-        quantize.quantize(
-            static, path, ranges, lambda n: "float" if n in floats else "int8", target=target, pattern=pattern
-        )
-        return path
-
-    def quick(files: Sequence[Path]) -> list[Timing]:
-        return compare(files, backend, limits=QUICK)
-
-    images = random_images(static)
-
-    def answers(path: Path) -> Answers:
-        return tensors(backend.build(path, 1).infer(images))
-
-    exact = answers(static)
+def placed(files: Files) -> tuple[Path, dict[str, Any]]:
+    """Return our file for one runtime, and what it cost to find."""
+    _ = files.reference, files.blanket
     started = time.monotonic()
-    tried = changes(onnx.load(str(static)))
-    placed = place(
-        static, tried, build, quick, divergence=lambda path: divergence(CLASSIFICATION, exact, answers(path))
-    )
-    seconds = time.monotonic() - started
-    (folder / "placed.onnx").write_bytes(build(placed.pattern, frozenset(placed.float_layers)).read_bytes())
-    names = [name for name in (*OTHERS, "placed") if (folder / f"{name}.onnx").exists()]
-    timings = dict(zip(names, compare([folder / f"{n}.onnx" for n in names], backend, limits=limits), strict=True))
-    best = min((name for name in names if name != "placed"), key=lambda name: timings[name].ratio)
-    # The interval of a ratio of two ratios, each taken round by round against the same FP32 runs.
-    pair = compare([folder / f"{best}.onnx", folder / "placed.onnx"], backend, limits=limits)[1]
-    return {
-        "ms": {name: round(timing.median_ms, 3) for name, timing in timings.items()},
-        "speedup_over_fp32": {name: round(1 / timing.ratio, 3) for name, timing in timings.items()},
-        "refused": {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("*.refused"))},
-        "best_of_the_others": best,
-        "ours_over_best": round(1 / pair.ratio, 3),
-        "ours_over_best_interval": [round(1 / pair.ratio_high, 3), round(1 / pair.ratio_low, 3)],
-        "verdict": pair.verdict,
-        "contended": any(timing.contended for timing in timings.values()),
-        "rounds": timings["placed"].rounds,
-        "placement_seconds": round(seconds, 1),
-        "placement": placed.to_dict(),
+    path, placement = files.placed, files.placement
+    row = {
+        "placement_seconds": round(time.monotonic() - started, 1),
+        "files_timed": len(placement.candidates),
+        "pattern": placement.pattern,
+        "float_layers": len(placement.float_layers),
     }
+    return path, row
+
+
+def compiled_ms(pipeline: Pipeline, threads: int) -> float | None:
+    """Return the median of `torch.compile` on one image, alone on the machine; None where it fails."""
+    image, before = pipeline.uncut.example[:1], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        run = torch.compile(pipeline.model)
+        with torch.inference_mode():
+            for _ in range(COMPILED_RUNS // 10):
+                run(image)
+            seconds = []
+            for _ in range(COMPILED_RUNS):
+                started = time.perf_counter()
+                run(image)
+                seconds.append(time.perf_counter() - started)
+    except Exception as error:  # a compiler of C++ may be missing, or torch refuse the network
+        print(f"torch.compile: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    finally:
+        torch.set_num_threads(before)
+    return 1000 * statistics.median(seconds)
+
+
+def row(config: JobConfig, limits: TimingLimits, *, compiled: bool) -> dict[str, Any]:
+    """Return the record of one network with one number of threads."""
+    with opened(config) as (pipeline, folder):
+        backend = pipeline.files.backend
+        ours: dict[str, tuple[Path, Backend]] = {}
+        costs: dict[str, dict[str, Any]] = {}
+        for files in (pipeline.files, *pipeline.others):
+            path, costs[files.backend.name] = placed(files)
+            ours[f"ours in {files.backend.name}"] = path, files.backend
+        images = [one[None] for batch in pipeline.uncut.calibration_batches() for one in batch.numpy()]
+        others = {"onnxruntime static": (pipeline.files.blanket, backend)}
+        refused: dict[str, str] = {}
+        for found, missing in (
+            in_onnxruntime(pipeline.files.reference, images, folder),
+            in_openvino(pipeline.files.reference, images, folder),
+        ):
+            others |= found
+            refused |= missing
+        every = {"fp32": (pipeline.files.reference, backend), **others, **ours}
+        runtimes = SideBySide(dict(every.values()))
+        timed = compare([path for path, _ in every.values()], runtimes, threads=pipeline.threads, limits=limits)
+        timings: dict[str, Timing] = dict(zip(every, timed, strict=True))
+        best = min(("fp32", *others), key=lambda name: timings[name].ratio)
+        mine = min(ours, key=lambda name: timings[name].ratio)
+        # The interval of a ratio of two ratios, each taken round by round against the same FP32 runs.
+        pair = compare([every[best][0], every[mine][0]], runtimes, threads=pipeline.threads, limits=limits)[1]
+        return {
+            "speedup_over_fp32": {name: round(1 / timing.ratio, 3) for name, timing in timings.items()},
+            "fp32_ms": round(timings["fp32"].median_ms, 3),
+            "torch_compile_ms": compiled_ms(pipeline, pipeline.threads) if compiled else None,
+            "refused": refused,
+            "best_of_the_others": best,
+            "ours": mine,
+            "ours_over_best": round(1 / pair.ratio, 3),
+            "ours_over_best_interval": [round(1 / pair.ratio_high, 3), round(1 / pair.ratio_low, 3)],
+            "verdict": pair.verdict,
+            **examined(every[mine], every[best], 1 / pair.ratio, images[0], pipeline.threads),
+            "contended": any(timing.contended for timing in timings.values()),
+            "placement": costs,
+        }
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Return exp of the mean of the logarithms, rounded to thousandths."""
+    return round(math.exp(statistics.fmean(map(math.log, values))), 3)
 
 
 def main() -> int:
-    """Write files, or time them and write the record."""
+    """Place and time each network, and write the record after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("files", "time"))
-    parser.add_argument("models", nargs="*", default=list(MODELS))
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("networks", nargs="*", default=[*CLASSIFIERS, *OTHER_TASKS])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shared", type=Path, default=Path("../shared/tasks"), help="see task_networks.py")
     parser.add_argument(
-        "--name", help="of the record; models that it holds stay, with the commit and processor of theirs"
+        "--sets", type=Path, default=Path("sets"), help="folder with coco128, bccd and camvid, unpacked"
     )
-    parser.add_argument("--seconds", type=float, default=30.0, help="at most, for each of a model's two final timings")
+    parser.add_argument("--graph", type=Path, default=Path("frozen_inference_graph.pb"), help="see task_networks.py")
+    parser.add_argument("--seconds", type=float, default=40.0, help="at most, for each of a row's two timings")
+    parser.add_argument("--compiled", action="store_true", help="time torch.compile too, which takes minutes")
+    parser.add_argument("--name", default="placement", help="of the record")
     options = parser.parse_args()
     target = RESULTS / f"{options.name}.json"
-    record: dict[str, Any] = json.loads(target.read_text("utf-8")) if options.name and target.exists() else {}
-    for name in options.models:
-        folder = options.folder / name
-        if options.step == "files":
-            make_files(name, folder)
-            print(name, flush=True)
-            continue
-        taken = provenance("python " + " ".join(sys.argv))
-        found = time_model(folder, TimingLimits(processes=3, min_rounds=60, max_rounds=300, seconds=options.seconds))
-        found |= {"commit": taken["commit"], "date": taken["date"], "cpu": taken["machine"]["cpu_model"]}
-        models = {**record.get("models", {}), name: found}
-        gains = [model["ours_over_best"] for model in models.values()]
-        record = {
-            **taken,
-            "versions": OnnxRuntimeCpu().versions(),
-            "geometric_mean_over_best": round(math.exp(sum(map(math.log, gains)) / len(gains)), 3),
-            "models": models,
-        }
-        if options.name:
+    record: dict[str, Any] = json.loads(target.read_text("utf-8")) if target.exists() else {}
+    limits = TimingLimits(processes=3, min_rounds=60, max_rounds=300, seconds=options.seconds)
+    for name in options.networks:
+        for threads in options.threads:
+            rows = record.get("rows", {})
+            if name in rows.get(str(threads), {}):
+                continue
+            try:
+                found = row(job_of(name, threads, options), limits, compiled=options.compiled)
+            except HirelcError as error:
+                print(f"{name}, {threads} threads: {error}", file=sys.stderr)
+                continue
+            taken = provenance("python " + " ".join(sys.argv))
+            found |= {"commit": taken["commit"], "date": taken["date"]}
+            rows = {**rows, str(threads): {**rows.get(str(threads), {}), name: found}}
+            means = {
+                number: {
+                    what: geometric_mean(one[what] for one in each.values()) for what in ("ours_over_best", "bound")
+                }
+                for number, each in rows.items()
+            }
+            record = {**taken, "geometric_means": means, "rows": rows}
             target.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        print(json.dumps({name: {k: v for k, v in found.items() if k != "placement"}}), flush=True)
+            print(json.dumps({name: threads, **found}), flush=True)
     return 0
 
 

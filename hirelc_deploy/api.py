@@ -50,7 +50,7 @@ from hirelc_deploy.jobs.workplace import Given, Workplace, open_workplace
 from hirelc_deploy.measure.batch import at_batch
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
-from hirelc_deploy.measure.targets import find_target, open_target
+from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
 from hirelc_deploy.returned import Inspection, Result, Why
@@ -331,6 +331,8 @@ def verify(
 ) -> VerifyResult:
     """Check a bundle: hashes, integer operators, sample outputs, and with data the metric again on its test split.
 
+    Of a target's runtimes the one is taken that the bundle is made for.
+
     Args:
         reference: The uncut float file, to time the bundle against.
         against: A baseline: an older bundle, timed side by side, or a file that `verify --json` wrote of one.
@@ -345,15 +347,17 @@ def verify(
             judged.
     """
     given = _data(data, JobOptions(data_dir=data_dir)) if data is not None else None
-    path, backend = Path(reference) if reference else None, open_target(find_target(target))
+    path, profile = Path(reference) if reference else None, find_target(target)
+    backend, others = open_target(profile), open_others(profile)
     check_limits(None if against is None else Path(against), max_drop, max_slowdown)
     if against is None:
-        return verify_bundle(Path(bundle), data=given, backend=backend, reference=path)
+        return verify_bundle(Path(bundle), data=given, backend=backend, others=others, reference=path)
     return verify_against(
         Path(bundle),
         Path(against),
         given,
         backend,
+        others=others,
         max_drop=max_drop,
         max_slowdown=max_slowdown,
         reference=path,

@@ -1,12 +1,14 @@
 """Everything that is known to go wrong between a host and a board, each with what must come of it.
 
 The board is a real sshd on loopback with a home of its own. Where the runtime itself is to misbehave, it is a toy whose
-"models" are texts that say how; everything else is real ONNX Runtime. A case returns what the user saw, in words.
+"models" are texts that say how; everything else is real: ONNX Runtime, and OpenVINO where it is installed. A case
+returns what the user saw, in words.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -26,6 +28,7 @@ import numpy as np
 import onnx
 import pytest
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
+from hirelc_backends.openvino_cpu import OpenvinoCpu
 
 from hirelc_deploy.errors import COMMAND, ExportError, HirelcError, TargetUnavailable
 from hirelc_deploy.measure import program, remote
@@ -66,6 +69,10 @@ class Session:
 """
 
 
+Runtime = OnnxRuntimeCpu | OpenvinoCpu
+RUNTIMES: dict[str, Runtime] = {"ONNX Runtime": OnnxRuntimeCpu(), "OpenVINO": OpenvinoCpu()}
+
+
 class Bench:
     """One board for one case, and a clock for how long the recovery took."""
 
@@ -95,9 +102,8 @@ class Bench:
 
         return ProgramBackend("toy", self.toy, precisions, device or self.connect(**options))
 
-    def ort(self, **options: Any) -> ProgramBackend:
-        real = OnnxRuntimeCpu()
-        return ProgramBackend(real.name, real.program, real.precisions_on, self.connect(**options))
+    def real(self, runtime: Runtime, **options: Any) -> ProgramBackend:
+        return ProgramBackend(runtime.name, runtime.program, runtime.precisions_on, self.connect(**options))
 
     def model(self, text: str = "fine", name: str = "model") -> Path:
         path = self.folder / f"{name}.toy"
@@ -109,6 +115,11 @@ class Bench:
 
     def recovered(self) -> None:
         self.recovery_s = time.monotonic() - self._fault_at
+
+    def kill_runtime(self) -> None:
+        for pid in self.board.keepers():
+            if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
 
     def later(self, seconds: float, act: Callable[[], object]) -> None:
         def run() -> None:
@@ -139,6 +150,7 @@ class Case:
     run: Callable[[Bench], str]
     needs_root: bool = False
     seconds: float = 3.0
+    missing: Callable[[], str | None] = lambda: None
 
 
 CASES: list[Case] = []
@@ -147,6 +159,22 @@ CASES: list[Case] = []
 def case(what: str, *, needs_root: bool = False, seconds: float = 3.0) -> Callable[[Callable[[Bench], str]], object]:
     def add(function: Callable[[Bench], str]) -> object:
         CASES.append(Case(function.__name__, what, function, needs_root, seconds))
+        return function
+
+    return add
+
+
+def case_of_each_runtime(
+    what: str, *, seconds: float = 3.0, installed: bool = True
+) -> Callable[[Callable[[Bench, Runtime], str]], object]:
+    """Add a case for each runtime; with `installed` it skips where the runtime is not there."""
+
+    def add(function: Callable[[Bench, Runtime], str]) -> object:
+        for words, runtime in RUNTIMES.items():
+            missing = runtime.availability if installed else lambda: None
+            run = functools.partial(function, runtime=runtime)
+            name = f"{function.__name__}_{runtime.name}"
+            CASES.append(Case(name, what.format(words), run, seconds=seconds, missing=missing))
         return function
 
     return add
@@ -381,30 +409,42 @@ def python_too_old(bench: Bench) -> str:
     return error.sentence
 
 
-@case("there is no ONNX Runtime on the board")
-def no_runtime(bench: Bench) -> str:
-    with refused(TargetUnavailable, "pip install onnxruntime") as error:
-        bench.ort(python=f"{sys.executable} -S").connect()
+@case_of_each_runtime("there is no {} on the board", installed=False)
+def no_runtime(bench: Bench, runtime: Runtime) -> str:
+    package = {"onnxruntime_cpu": "onnxruntime", "openvino_cpu": "openvino"}[runtime.name]
+    with refused(TargetUnavailable, f"pip install {package}") as error:
+        bench.real(runtime, python=f"{sys.executable} -S").connect()
     return error.sentence
 
 
-@case("the file has an operator set that the runtime does not know")
+@case("the file has an operator set that ONNX Runtime does not know")
 def opset_too_new(bench: Bench) -> str:
     path = write_model(bench.folder / "new.onnx")
     model = onnx.load(path)
     model.opset_import[0].version = 99
     path.write_bytes(model.SerializeToString())
     with refused(ExportError, "new.onnx", "refuses it", "99") as error:
-        bench.ort().build(path)
+        bench.real(RUNTIMES["ONNX Runtime"]).build(path)
     return error.sentence
 
 
-@case("the file is no model", seconds=4)
-def not_a_model(bench: Bench) -> str:
+@case_of_each_runtime("the file has an operator that {} does not know")
+def unknown_operator(bench: Bench, runtime: Runtime) -> str:
+    path = write_model(bench.folder / "odd.onnx")
+    model = onnx.load(path)
+    model.graph.node[0].op_type = "Frobnicate"
+    path.write_bytes(model.SerializeToString())
+    with refused(ExportError, "odd.onnx", "refuses it", "Frobnicate") as error:
+        bench.real(runtime).build(path)
+    return error.sentence
+
+
+@case_of_each_runtime("the file is no model for {}", seconds=4)
+def not_a_model(bench: Bench, runtime: Runtime) -> str:
     path = bench.folder / "text.onnx"
     path.write_text("not a model")
     with refused(ExportError, "text.onnx", "refuses it") as error:
-        bench.ort().build(path)
+        bench.real(runtime).build(path)
     return error.sentence
 
 
@@ -500,15 +540,10 @@ def stored_file_damaged(bench: Bench) -> str:
 
 @case("the timing process is killed once (out of memory)")
 def killed_once(bench: Bench) -> str:
-    def kill() -> None:
-        for pid in bench.board.keepers():
-            if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
-
     backend = bench.toys()
     with backend.open_timing([bench.model()], 1, seed=0) as timing:
         timing.rounds(5)
-        bench.later(0.1, kill)
+        bench.later(0.1, bench.kill_runtime)
         assert len(timing.rounds(300)) == 300
         bench.recovered()
         assert timing.restarts == 1
@@ -864,17 +899,30 @@ def unequal_pool(bench: Bench) -> str:
     return reason
 
 
-@case("ONNX Runtime's answers come over a line that drops twice", seconds=5)
-def onnxruntime_over_a_bad_line(bench: Bench) -> str:
-    backend = bench.ort()
+@case_of_each_runtime("{}'s answers come over a line that drops twice", seconds=5)
+def answers_over_a_bad_line(bench: Bench, runtime: Runtime) -> str:
+    backend = bench.real(runtime)
     path = write_model(bench.folder / "model.onnx", integer=True)
     images = random_images(6)
-    expected = only(OnnxRuntimeCpu().build(path).infer(images))
+    expected = only(runtime.build(path).infer(images))
     runner = backend.build(path)
     for _ in range(2):
         bench.board.drop_connections()
         np.testing.assert_array_equal(only(runner.infer(images)), expected)
     return " / ".join(bench.said)
+
+
+@case_of_each_runtime("the process that times {}'s files is killed in mid-run", seconds=5)
+def timing_of_a_runtime_is_killed(bench: Bench, runtime: Runtime) -> str:
+    model = write_model(bench.folder / "model.onnx", integer=True)
+    with bench.real(runtime).open_timing([model], 1, seed=0) as timing:
+        timing.rounds(3)
+        bench.fault()
+        bench.kill_runtime()
+        assert timing.rounds(3).shape == (3, 1, 2)
+        bench.recovered()
+        assert timing.restarts == 1
+    return "nothing; it was timed in a new process"
 
 
 def run_case(one: Case, folder: Path) -> dict[str, Any]:
@@ -905,4 +953,5 @@ def why_not(one: Case) -> str | None:
             if os.geteuid() == 0 and subprocess.run(["mount"], capture_output=True, check=False).returncode == 0:
                 return None
         return "mounting a small disk needs root"
-    return None
+    reason = one.missing()
+    return None if reason is None else "needs the extra openvino"

@@ -12,7 +12,7 @@ from hirelc_deploy.measure.backend import OperatorTime
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import arm_apply
 import verdict
-from placement_bound import bound, fastest, largest_others, share_of_products
+from products import bound, fastest, largest_others, share_of_products
 
 
 def row(**changes):

@@ -151,6 +151,19 @@ def test_what_is_much_slower_in_float_is_decided_unless_it_costs_next_to_nothing
     assert undecided({"large and near": tried["large and near"]}, layers, Times({400: 0.9, 900: 0.9})) != {}
 
 
+def test_small_changes_of_one_kind_are_tried_together_if_float_is_faster_in_all_of_them_or_in_none():
+    layers = [layer("large", 900), *(layer(f"small {size}", size) for size in (1, 2, 3, 4)), layer("gate", 2, "linear")]
+    tried = {one.name: frozenset({one.name}) for one in layers}
+    found = undecided(tried, layers, Times({3: 1.5, 4: 1.5, 900: 0.9}))
+    assert found == {
+        "small 3 and 1 small of its kind": frozenset({"small 3", "small 4"}),
+        "small 1 and 1 small of its kind": frozenset({"small 1", "small 2"}),
+        "gate": frozenset({"gate"}),
+        "large": frozenset({"large"}),
+    }
+    assert next(iter(found)) == "small 3 and 1 small of its kind"
+
+
 def test_a_placement_comes_back_from_its_json():
     placement = Placement("weights", ("a", "b"), 0.5, {"all": {"ratio": 0.6}})
     assert Placement.from_dict(placement.to_dict()) == placement

@@ -15,10 +15,12 @@ import numpy as np
 import onnx
 import pytest
 from hirelc_backends import openvino_program
+from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from hirelc_backends.openvino_cpu import OpenvinoCpu
 from PIL import Image
 
 from hirelc_deploy.cli import application
+from hirelc_deploy.deliver.bundle import runtime_of
 from hirelc_deploy.deliver.race import race
 from hirelc_deploy.deliver.verify import verify
 from hirelc_deploy.evaluate.effort import Effort
@@ -145,7 +147,13 @@ def test_the_last_race_of_a_cpu_has_the_files_of_both_runtimes(tmp_path: Path, m
     assert result["latency"]["ratio"] == 0.01
     assert result["latency"]["reference"] == "uncut-float.onnx"
     assert "ours, openvino_cpu" in (out / "report.html").read_text("utf-8")
-    assert verify(out / "bundle", None, OpenvinoCpu()).problems == ()
+    ours, theirs = OnnxRuntimeCpu(), OpenvinoCpu()
+    float_file = out / "files/uncut-float.onnx"
+    checked = verify(out / "bundle", None, ours, others=[theirs], reference=float_file, limits=BRIEF)
+    assert (checked.problems, checked.machine["backend"]) == ((), "openvino_cpu")  # type: ignore[index]
+    assert checked.latency is not None
+    (remark,) = (one for one in verify(out / "bundle", None, ours).remarks if "bundle is for" in one)
+    assert remark == "The bundle is for 'openvino'; it was run in onnxruntime."
     assert script(out / "bundle", "--check").stdout.splitlines()[-1] == "samples reproduced: True"
 
 
@@ -160,8 +168,16 @@ def test_without_openvino_a_cpu_has_the_files_of_one_runtime(tmp_path: Path, mon
 
 
 def test_doctor_says_how_to_get_openvino_and_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OpenvinoCpu, "availability", lambda self: "OpenVINO cannot be imported.")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    reason = openvino_program.availability()
+    monkeypatch.setattr(OpenvinoCpu, "availability", lambda self: reason)
     (found,) = (one for one in doctor.examine() if one["what"] == "backend openvino_cpu")
     assert not found["ok"]
     assert "may be faster" in found["says"]
-    assert "pip install 'hirelc-deploy[openvino]'" in found["says"]
+    assert "`pip install openvino`" in found["says"]
+
+
+def test_a_bundle_needs_the_package_whose_version_its_backend_tells_and_else_onnxruntime() -> None:
+    assert runtime_of({"openvino": "2026.4.1", "numpy": "2.4"}) == "openvino"
+    assert runtime_of({"onnxruntime": "1.31.1", "numpy": "2.4"}) == "onnxruntime"
+    assert runtime_of({"tensorrt": "10.9", "cuda": "13"}) == "onnxruntime"

@@ -65,7 +65,11 @@ def availability() -> str | None:
     try:
         ov = imported()
     except ImportError as error:
-        return f"OpenVINO cannot be imported ({error}); install it with `pip install openvino`."
+        return (
+            f"OpenVINO cannot be imported ({error}); install it with `pip install openvino`. It may be faster than "
+            "ONNX Runtime on this CPU: then the last race of --target cpu has its files, and --target openvino "
+            "searches in it."
+        )
     if "CPU" not in ov.Core().available_devices:
         return "this OpenVINO has no CPU plugin; install it with `pip install openvino`."
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hirelc_deploy.measure.backend import Backend
 from hirelc_deploy.measure.batch import at_batch
 from hirelc_deploy.measure.machine import fingerprint
 from hirelc_deploy.measure.protocol import FULL, TimingLimits, compare
+from hirelc_deploy.measure.runtimes import SideBySide
 from hirelc_deploy.tasks.contract import Metric
 
 MAX_DROP = 1.0
@@ -158,12 +159,13 @@ def latency_change(new: Mapping[str, Any], old: Mapping[str, Any], max_slowdown:
 
 
 def latency_side_by_side(
-    new: Path, old: Path, backend: Backend, max_slowdown: float | None, limits: TimingLimits = FULL
+    new: Path, old: Path, runtimes: Sequence[Backend], max_slowdown: float | None, limits: TimingLimits = FULL
 ) -> Change:
-    """Time the files of two bundles in turns on this device."""
+    """Time the files of two bundles in turns on this device, each in its runtime: that of the new one is first."""
     with tempfile.TemporaryDirectory() as folder:
         files, batch = at_batch([old / MODEL, new / MODEL], None, Path(folder))
-        timing = compare(files, backend, batch=batch, limits=limits)[1]
+        clock = SideBySide(dict(zip(files, reversed(runtimes), strict=True)))
+        timing = compare(files, clock, batch=batch, limits=limits)[1]
     allowed = MAX_SLOWDOWN if max_slowdown is None else max_slowdown
     return _slowdown(timing.ratio, timing.ratio_low, timing.ratio_high, allowed)
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,6 @@ from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.decoding import decoder_options
 from hirelc_deploy.version import __version__
 
-RUNTIMES = {"openvino_cpu": "openvino"}
-"""Backend to the runtime that its bundles need beside numpy; for all others that is ONNX Runtime, on any CPU."""
 NO_OPTIONS = 'OPTIONS: "dict[str, object]" = {}'
 """The line of a runtime's file that becomes the options of the bundle."""
 
@@ -73,8 +72,7 @@ class BundleContents:
         sample_labels: (n,) classes of the samples, or None.
         test: Number and digest of the test images behind `measurements["accuracy"]`, or None: lets `verify` tell
             whether it was given the same images.
-        runtime: The package that runs `model_onnx`; bundle_template has a file for it.
-        options: What that runtime was told when the file was timed; see `measure.backend.Configured`.
+        options: What the runtime was told when the file was timed; see `measure.backend.Configured`.
         batch: Images that `model_onnx` takes at a time.
     """
 
@@ -95,10 +93,21 @@ class BundleContents:
     test: Mapping[str, Any] | None = None
     task: Task = CLASSIFICATION
     task_record: Mapping[str, Any] = field(default_factory=dict)
-    runtime: str = "onnxruntime"
     options: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 1
     created: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+
+
+def runtime_of(versions: Mapping[str, str]) -> str:
+    """Return the package that a bundle needs beside numpy, by what a backend says of its versions.
+
+    It is the one for which bundle_template has a file, else ONNX Runtime, which runs the file on any CPU.
+    """
+    return next((package for package in versions if _program_of(package).is_file()), "onnxruntime")
+
+
+def _program_of(package: str) -> Traversable:
+    return resources.files("hirelc_deploy.deliver") / "bundle_template" / f"runtime_{package}.py"
 
 
 # Writing
@@ -154,7 +163,8 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
     programs = resources.files("hirelc_deploy.deliver") / "bundle_template"
     for name in (SCRIPT, INPUTS):
         (folder / name).write_bytes((programs / name).read_bytes())
-    runtime = (programs / f"runtime_{contents.runtime}.py").read_text("utf-8")
+    package = runtime_of(contents.versions)
+    runtime = _program_of(package).read_text("utf-8")
     (folder / RUNTIME).write_text(runtime.replace(NO_OPTIONS, f"OPTIONS = {dict(contents.options)!r}"), "utf-8")
     files = _write_task(folder, contents)
     manifest = {
@@ -171,7 +181,7 @@ def _write_files(folder: Path, contents: BundleContents) -> None:
         },
         "machine": dict(contents.machine),
         "versions": dict(contents.versions),
-        "runtime": {"name": contents.runtime, "options": dict(contents.options)},
+        "runtime": {"name": package, "options": dict(contents.options)},
         "batch": contents.batch,
         "files": {
             name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in files

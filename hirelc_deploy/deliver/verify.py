@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hirelc_deploy.deliver.against import (
     latency_side_by_side,
     read_baseline,
 )
-from hirelc_deploy.deliver.bundle import targets_record
+from hirelc_deploy.deliver.bundle import runtime_of, targets_record
 from hirelc_deploy.deliver.race import parts_of
 from hirelc_deploy.deliver.read import (
     MANIFEST,
@@ -53,6 +53,7 @@ from hirelc_deploy.measure.backend import Backend, Outputs, Runner
 from hirelc_deploy.measure.batch import at_batch, filled, fixed_batch
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, TimingLimits, compare
+from hirelc_deploy.measure.runtimes import SideBySide
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.tasks.contract import Metric
 
@@ -165,6 +166,7 @@ def verify(
     data: Data | None,
     backend: Backend,
     *,
+    others: Sequence[Backend] = (),
     reference: Path | None = None,
     limits: TimingLimits = FULL,
 ) -> VerifyResult:
@@ -172,6 +174,8 @@ def verify(
 
     Args:
         data: Its test split is taken for the accuracy; None leaves that out.
+        backend: Runs the reference, and the bundle where no other runtime is the one that it is made for.
+        others: Further runtimes of the device.
         reference: The uncut FP32 file, to time the bundle's file against; without it nothing is timed.
 
     Raises:
@@ -196,8 +200,11 @@ def verify(
         _check_weights(bundle)
         _check_self_contained(bundle / MODEL)
         batch = _batch_of(bundle, manifest, math.prod(preprocess.input_size))
-        runner = backend.build(bundle / MODEL)
-        findings.machine = describe(backend)
+        own = runtime_for(manifest, backend, others)
+        if (name := record(manifest, "runtime").get("name")) not in (None, here := runtime_of(own.versions())):
+            findings.remarks.append(f"The bundle is for {name!r:.60}; it was run in {here}.")
+        runner = own.build(bundle / MODEL)
+        findings.machine = describe(own)
         findings.problems += _check_samples(runner.infer(inputs), expected)
         findings.count = operators(runner, filled(inputs, batch))
         findings.problems += _check_operators(findings.count, record(measurements, "operators"))
@@ -207,8 +214,15 @@ def verify(
     if data is not None:
         _accuracy_again(findings, runner, data.preprocessed(preprocess), bundle, measurements)
     if reference is not None:
-        _latency_again(findings, bundle / MODEL, backend, reference, manifest, limits=limits)
+        runtimes = {bundle / MODEL: own, reference: backend}
+        _latency_again(findings, bundle / MODEL, reference, runtimes, manifest, limits=limits)
     return findings.result()
+
+
+def runtime_for(manifest: Mapping[str, Any], backend: Backend, others: Sequence[Backend]) -> Backend:
+    """Return which of a device's runtimes a bundle is made for; the first where it is none of them, or tells none."""
+    name = record(manifest, "runtime").get("name")
+    return next((one for one in (backend, *others) if runtime_of(one.versions()) == name), backend)
 
 
 def verify_against(
@@ -217,6 +231,7 @@ def verify_against(
     data: Data | None,
     backend: Backend,
     *,
+    others: Sequence[Backend] = (),
     max_drop: float | None = None,
     max_slowdown: float | None = None,
     reference: Path | None = None,
@@ -227,6 +242,7 @@ def verify_against(
     An older bundle is verified too and timed side by side with the new one, so `reference` is not needed.
 
     Args:
+        backend, others: As for `verify`: each of the two bundles is run in the runtime that it is made for.
         max_drop: Points of the metric (or its unit) that may be lost; None allows 1.0 where both are known.
         max_slowdown: Per cent that it may be slower; None allows 10 where both are known.
 
@@ -235,17 +251,18 @@ def verify_against(
     """
     check_limits(baseline, max_drop, max_slowdown)
     old = None if baseline.is_dir() else read_baseline(baseline)
-    new = verify(bundle, data, backend, reference=reference, limits=limits)
+    new = verify(bundle, data, backend, others=others, reference=reference, limits=limits)
     if not new.ok:
         return new
     if old is not None:
         latency = latency_change(new.to_dict(), old, max_slowdown)
     else:
-        older = verify(baseline, data, backend)
+        older = verify(baseline, data, backend, others=others)
         if not older.ok:
             raise InputError(f"{baseline}: the baseline is not what it says: {older.problems[0]}")
         old = older.to_dict()
-        latency = latency_side_by_side(bundle, baseline, backend, max_slowdown, limits)
+        runtimes = [runtime_for(read_manifest(one), backend, others) for one in (bundle, baseline)]
+        latency = latency_side_by_side(bundle, baseline, runtimes, max_slowdown, limits)
     return replace(new, changes=(accuracy_change(new.to_dict(), old, max_drop), latency))
 
 
@@ -381,8 +398,8 @@ def _accuracy_again(
 def _latency_again(
     findings: _Findings,
     model: Path,
-    backend: Backend,
     reference: Path,
+    runtimes: Mapping[Path, Backend],
     manifest: Mapping[str, Any],
     *,
     limits: TimingLimits,
@@ -390,7 +407,8 @@ def _latency_again(
     """Time the file against the reference; another machine's ratio may differ, this machine's may not."""
     with tempfile.TemporaryDirectory() as folder:
         files, batch = at_batch([model, reference], None, Path(folder))
-        timing = compare(files[::-1], backend, batch=batch, limits=limits)[1]
+        clock = SideBySide(dict(zip(files, (runtimes[model], runtimes[reference]), strict=True)))
+        timing = compare(files[::-1], clock, batch=batch, limits=limits)[1]
     findings.reference_sha256 = sha256_of(reference)
     keys = ("median_ms", "ratio", "ratio_low", "ratio_high", "verdict")
     findings.latency = {key: getattr(timing, key) for key in keys}
@@ -401,8 +419,10 @@ def _latency_again(
     if low is None or high is None:
         findings.remarks.append("The manifest claims no interval of the latency.")
         return
-    here = findings.machine or describe(backend)
-    if any(here[key] != manifest["machine"].get(key) for key in ("cpu_model", "versions")):
+    here = findings.machine or describe(runtimes[model])
+    if runtimes[model] is not runtimes[reference]:
+        findings.remarks.append("The reference ran in another runtime than the file; the claim may be of its own.")
+    elif any(here[key] != manifest["machine"].get(key) for key in ("cpu_model", "versions")):
         findings.remarks.append("The latency was claimed on another machine or runtime; its ratio may differ here.")
     elif timing.ratio_low > high * LATENCY_TOLERANCE:
         findings.problems.append(

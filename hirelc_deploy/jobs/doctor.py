@@ -14,12 +14,6 @@ from hirelc_deploy.measure.worker import hardware
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
-WHAT_FOR = {
-    "openvino_cpu": "It may be faster than ONNX Runtime on this CPU: pip install 'hirelc-deploy[openvino]', and the "
-    "last race of --target cpu has its files; --target openvino searches in it."
-}
-"""What a person whose machine lacks the runtime of a backend would have of it."""
-
 
 def examine() -> list[dict[str, Any]]:
     """Return findings with the keys `what`, `ok` and `says`."""
@@ -33,8 +27,7 @@ def examine() -> list[dict[str, Any]]:
             findings.append(_finding(package, False, f"is not installed; `pip install {package}`."))
     for entry in installed_backends():
         problem = entry.problem if entry.backend is None else entry.backend.availability()
-        missing = " ".join(filter(None, (problem, WHAT_FOR.get(entry.name))))
-        findings.append(_finding(f"backend {entry.name}", problem is None, missing if problem else "can run here."))
+        findings.append(_finding(f"backend {entry.name}", problem is None, problem or "can run here."))
         if entry.backend is not None and problem is None:
             for precision in entry.backend.precisions():
                 says = (

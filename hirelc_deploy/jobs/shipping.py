@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.deliver.agenda import BUNDLE
-from hirelc_deploy.deliver.bundle import RUNTIMES, BundleContents, write_bundle
+from hirelc_deploy.deliver.bundle import BundleContents, write_bundle
 from hirelc_deploy.deliver.limits import too_few_images
 from hirelc_deploy.deliver.race import (
     Contender,
@@ -103,7 +103,6 @@ def deliver(
                 batch=pipeline.batch,
                 machine=run.machine if shipped.files is None else describe(home.backend),
                 versions=home.backend.versions(),
-                runtime=RUNTIMES.get(home.backend.name, "onnxruntime"),
                 options=runner.options() if isinstance(runner, Configured) else {},
                 command=workplace.command,
             ),

@@ -13,7 +13,7 @@ from typing import Any
 from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.guard import Guarded
 from hirelc_deploy.config import JobConfig
-from hirelc_deploy.deliver.bundle import RUNTIMES
+from hirelc_deploy.deliver.bundle import runtime_of
 from hirelc_deploy.deliver.race import metric_record
 from hirelc_deploy.deliver.read import MANIFEST, MODEL, read_manifest
 from hirelc_deploy.errors import InputError
@@ -169,7 +169,7 @@ def losses_of(workplace: Workplace) -> tuple[LayerLosses, bool, list[str]]:
         if files.pattern_of(plan) not in (FLOAT, files.writer.form.half_pattern):
             losses = LayerLosses(pipeline, model, plan)
             runtime = manifest.get("runtime")
-            here = RUNTIMES.get(pipeline.backend.name, "onnxruntime")
+            here = runtime_of(pipeline.backend.versions())
             if isinstance(runtime, dict) and runtime.get("name") not in (None, here):
                 notes.append(f"the bundle is for {runtime['name']}; explained is the same plan in {here}.")
             elif (apart := losses.apart(bundle / MODEL)) > SAME_ANSWERS:
