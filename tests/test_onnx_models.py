@@ -366,3 +366,22 @@ def test_the_whole_path_from_a_file_to_a_bundle(tmp_path: Path) -> None:
     graph = onnx.load(str(result.bundle / "model.onnx")).graph
     assert [value.name for value in graph.output] == ["y"]
     assert manifest["plan"]["keep"]
+
+
+def test_a_file_that_ends_in_a_softmax_is_compared_by_its_probabilities(tmp_path: Path) -> None:
+    import hirelc_deploy
+
+    model = small_net()
+    model.graph.node[-1].output[0] = "logits"
+    model.graph.node.append(node("Softmax", ["logits"], axis=1))
+    path = saved(model, tmp_path / "net.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(120) % 5
+    arrays = {"x_train": pixels[:90], "y_train": labels[:90], "x_test": pixels[90:], "y_test": labels[90:]}
+    np.savez(tmp_path / "d.npz", **arrays)
+    job = ("uniform:keep=1,precision=float", f"npz:{tmp_path}/d.npz")
+    for name, told in (("run", {}), ("other", {"scores": "logits"})):
+        result = hirelc_deploy.apply(str(path), job[1], job[0], out=tmp_path / name, task_options=told)
+        task = json.loads((result.bundle / "task.json").read_text("utf-8"))
+        assert task["options"]["scores"] == told.get("scores", "probabilities")
+        assert any("ends in a softmax" in text for text in result.record["warnings"]) == (not told)
