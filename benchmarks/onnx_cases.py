@@ -36,14 +36,14 @@ from torch import nn
 
 from hirelc_deploy.inputs.data.datasets import data_from_datasets
 from hirelc_deploy.inputs.data.load import load_data
-from hirelc_deploy.inputs.data.splits import Data, SplitSizes
+from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models.source import ModelSource, preprocess_of
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 CELLS = "classes=RBC;WBC;Platelets"
 SET_ASIDE = 64
-"""Drawn pictures for calibration, as many for selection and a quarter of both beside them."""
+"""Drawn pictures for calibration, and as many for selection."""
 LONGEST = 40
 """Characters of a drawn line, at most."""
 
@@ -278,8 +278,8 @@ def _with(factory: Callable[[], nn.Module], weights: Path) -> Callable[[], nn.Mo
 def _drawn(
     assets: Assets, draw: rendered.Draw, most: int = 300, classes: tuple[str, ...] | None = None
 ) -> Callable[[], Data]:
-    sets = rendered.splits(draw, SET_ASIDE * 5 // 2, min(most, assets.pictures))
-    return lambda: data_from_datasets(sets, SplitSizes(SET_ASIDE, SET_ASIDE), name="rendered", classes=classes)
+    sets = rendered.splits(draw, SET_ASIDE, min(most, assets.pictures))
+    return lambda: data_from_datasets(sets, name="rendered", classes=classes)
 
 
 def _written_in(file: Path) -> list[str]:

@@ -5,11 +5,11 @@
     python benchmarks/onnx_files.py "text angle" --pictures 40 ...         a row, on few pictures
     python benchmarks/onnx_files.py --structure ...                        reading and cutting alone
 
-`onnx_cases.py` says what the files are, what judges them, and where all of it comes from. A row has what is read against
-ONNX Runtime on random images; units, proven, and the plan that keeps half of each against its masked twin, all outputs
-by their names; and beside the file as it came: what was read of it in float, ONNX Runtime's static quantization as it
-comes and with a scale per channel, NNCF's as we configure it, and what `apply` placed, guarded and shipped. All are
-calibrated on the same pictures, answer the same test pictures, and are timed side by side.
+`onnx_cases.py` says what the files are, what judges them, and where all of it comes from. A row has what is read
+against ONNX Runtime on random images; units, proven, and the plan that keeps half of each against its masked twin, all
+outputs by their names; and beside the file as it came: what was read of it in float, ONNX Runtime's static quantization
+as it comes and with a scale per channel, NNCF's as we configure it, and what `apply` placed, guarded and shipped. All
+are calibrated on the same pictures, answer the same test pictures, and are timed side by side.
 
 Rows are kept as they come. A row that is there is not made again; one that was killed goes on from its run.
 """
@@ -173,11 +173,9 @@ def line(name: str, found: dict[str, Any]) -> str:
         text = f"whole: {found['why'][:60]}"
     if "forms" in found:
         came, ours, best = found["forms"]["as it came"], found["forms"][SHIPPED], found["beside_best_peer"]
-        drop = ours["drop"]
-        text += (
-            f"; {found['metric']} {100 * came['accuracy']:.2f}, ours {100 * ours['accuracy']:.2f} (drop {drop['points']:+.2f}, "
-            f"{drop['low']:+.2f} to {drop['high']:+.2f}), {ours['speedup']:.2f} times FP32"
-        )
+        drop, both = ours["drop"], [100 * form["accuracy"] for form in (came, ours)]
+        text += f"; {found['metric']} {both[0]:.2f}, ours {both[1]:.2f} (drop {drop['points']:+.2f}, "
+        text += f"{drop['low']:+.2f} to {drop['high']:+.2f}), {ours['speedup']:.2f} times FP32"
         if best:
             text += f", {best['times_as_fast']:.2f} times {best['best_peer']} (drop {best['its_drop']:+.2f})"
     return f"{name:<30} {text}"

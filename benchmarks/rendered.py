@@ -55,9 +55,11 @@ class Drawn:
         return self._draw(np.random.default_rng([7, self._first + row]))
 
 
-def splits(draw: Draw, train: int, test: int) -> dict[str, Drawn]:
-    """Return two sets without a picture in common; calibration and selection come out of `train`."""
-    return {"train": Drawn(draw, train, 0), "test": Drawn(draw, test, 1_000_000)}
+def splits(draw: Draw, aside: int, test: int) -> dict[str, Drawn]:
+    """Return four sets without a picture in common: as many as are set aside for each use, and those of the test."""
+    names = ("train", "calibration", "selection")
+    sets = {name: Drawn(draw, aside, number * aside) for number, name in enumerate(names)}
+    return {**sets, "test": Drawn(draw, test, 1_000_000)}
 
 
 @dataclass(frozen=True)

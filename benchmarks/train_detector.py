@@ -5,10 +5,10 @@
     python benchmarks/train_detector.py --shape detr --begin weights/yolo_bccd.safetensors --shared ../shared/tasks \\
         --data "voc:bccd,classes=RBC;WBC;Platelets" --epochs 50 --learning-rate 1e-3 --out weights/detr_bccd.safetensors
 
-YOLO shape: its backbone begins with the SSD's weights. A cell learns a box where it lies in the box and near its middle;
-of several boxes the smallest. Losses: focal (Lin et al. 2017) for the classes, generalised overlap (Rezatofighi et al.
-2019) and the cross-entropy of the two nearest bins (Li et al. 2020) for the sides. The backbone's batch norms keep their
-statistics: the pictures are all of one colour.
+YOLO shape: its backbone begins with the SSD's weights. A cell learns a box where it lies in the box and near its
+middle; of several boxes the smallest. Losses: focal (Lin et al. 2017) for the classes, generalised overlap (Rezatofighi
+et al. 2019) and the cross-entropy of the two nearest bins (Li et al. 2020) for the sides. The backbone's batch norms
+keep their statistics: the pictures are all of one colour.
 
 DETR shape: the trained cells stay as they are. The decoder behind them learns, after each of its layers, from the loss
 of the detection task: one query a box, focal loss, distances.
@@ -102,7 +102,7 @@ Loss = Callable[[Tensor, Sequence[Mapping[str, Tensor]]], Tensor]
 
 
 def yolo_shape(shared: str) -> tuple[nn.Module, list[dict[str, Any]], list[nn.Module], Loss]:
-    """Return the network, the parameters that learn with their share of the rate, what stays in eval mode, and its loss."""
+    """Return the network, what learns with its share of the rate, what stays in eval mode, and the loss."""
     model = task_networks.yolo_bccd(shared)
     assert isinstance(model, task_networks.DflDetector)
     weights = load_file(str(Path(shared) / "ssd_bccd.safetensors"))
