@@ -2,8 +2,9 @@
 
     python benchmarks/train_detector.py --shared ../shared/tasks --data "voc:bccd,classes=RBC;WBC;Platelets" \\
         --out weights/yolo_bccd.safetensors
-    python benchmarks/train_detector.py --shape detr --begin weights/yolo_bccd.safetensors --shared ../shared/tasks \\
-        --data "voc:bccd,classes=RBC;WBC;Platelets" --epochs 50 --learning-rate 1e-3 --out weights/detr_bccd.safetensors
+    python benchmarks/train_detector.py --shape detr --begin weights/yolo_bccd.safetensors --epochs 100 \\
+        --learning-rate 1e-3 --shared ../shared/tasks --data "voc:bccd,classes=RBC;WBC;Platelets" \\
+        --out weights/detr_bccd.safetensors
 
 YOLO shape: its backbone begins with the SSD's weights. A cell learns a box where it lies in the box and near its
 middle; of several boxes the smallest. Losses: focal (Lin et al. 2017) for the classes, generalised overlap (Rezatofighi

@@ -178,7 +178,7 @@ def test_answers_that_no_task_knows_are_judged_by_a_metric_of_ones_own(tmp_path:
     job = {"task": "none", "metric": right_sign, "recovery_epochs": 0.0}
     result = hirelc_deploy.apply(str(path), sets, "uniform:precision=auto", out=tmp_path / "run", **job)
     assert result.record["metric"]["name"] == "right_sign"
-    assert 0 <= result.record["accuracy"]["shipped"] <= 1
+    assert 0 <= result.record["accuracy"]["test"] <= 1
     with pytest.raises(InputError, match="judges nothing; name the task of these labels"):
         hirelc_deploy.apply(str(path), sets, "uniform:precision=auto", out=tmp_path / "other", task="none")
 
