@@ -43,7 +43,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 CELLS = "classes=RBC;WBC;Platelets"
 SET_ASIDE = 64
-"""Drawn pictures for calibration, and as many for selection."""
+"""Drawn pictures for calibration, and as many for selection; fewer where fewer are asked for."""
 LONGEST = 40
 """Characters of a drawn line, at most."""
 
@@ -58,7 +58,7 @@ class Assets:
 
     Attributes:
         shared: Folder of tasks/README.md: sources and weights of networks that are not kept here.
-        pictures: Drawn test pictures, at most.
+        pictures: Drawn pictures of a split, at most.
     """
 
     root: Path
@@ -278,7 +278,7 @@ def _with(factory: Callable[[], nn.Module], weights: Path) -> Callable[[], nn.Mo
 def _drawn(
     assets: Assets, draw: rendered.Draw, most: int = 300, classes: tuple[str, ...] | None = None
 ) -> Callable[[], Data]:
-    sets = rendered.splits(draw, SET_ASIDE, min(most, assets.pictures))
+    sets = rendered.splits(draw, min(SET_ASIDE, assets.pictures), min(most, assets.pictures))
     return lambda: data_from_datasets(sets, name="rendered", classes=classes)
 
 

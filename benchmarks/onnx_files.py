@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows; all if none: {'; '.join(CASES)}")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--shared", type=Path, default=Path("../shared/tasks"))
-    parser.add_argument("--pictures", type=int, default=300, help="drawn test pictures of a row, at most")
+    parser.add_argument("--pictures", type=int, default=300, help="drawn pictures of a split, at most")
     parser.add_argument("--structure", action="store_true", help="read and cut; judge and time nothing")
     parser.add_argument("--runs", type=Path, default=Path("runs/onnx_files"))
     parser.add_argument("--again", action="store_true", help="make rows that are there anew")

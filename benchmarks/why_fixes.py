@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.layer_losses import Won
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.inputs.data.batches import batches
+from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.jobs.workplace import reopened
 from hirelc_deploy.measure.protocol import compare
@@ -39,6 +40,7 @@ from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks.paired import mean_drop, paired_drop
 
+Record = dict[str, Any]
 MEASURES = ("divergence", "points", "ms")
 
 
@@ -69,59 +71,64 @@ def written(pipeline: Pipeline, plan: CompressionPlan, wish: ByLayer, folder: st
     return files.build(pipeline.cut(plan), plan, "F2")
 
 
+def made(
+    pipeline: Pipeline, told: Mapping[str, Any], fixes: Sequence[Mapping[str, Any]], test: Images
+) -> dict[str, Any]:
+    """Return what changes that were suggested bring on images that `why` did not see, one after the other.
+
+    Args:
+        told: What `why` said.
+        fixes: Of `suggestions`.
+    """
+    plan, task = CompressionPlan.from_dict(told["plan"]), pipeline.task
+    wish, paths = AS_USUAL, [written(pipeline, plan, AS_USUAL, "why-fixes")]
+    for number, fix in enumerate(fixes, 1):
+        wish |= wish_of(fix["layer"], fix["what"])
+        paths.append(written(pipeline, plan, wish, f"why-fixes-{number}"))
+    pictures, targets = torch.cat(list(batches(test, 32))).numpy(), task.collate(test.targets(np.arange(len(test))))
+    outputs = [
+        pipeline.backend.build(path, torch.get_num_threads()).infer(pictures)
+        for path in (pipeline.files.reference, *paths)
+    ]
+    exact, *found = [tensors(each) for each in outputs]
+    apart = [divergences(task, exact, each) for each in found]
+    parts = [task.parts(each, targets) for each in outputs[1:]]
+    rows = []
+    for number, fix in enumerate(fixes):
+        before, timing = compare(paths[number : number + 2], pipeline.backend, threads=pipeline.threads, limits=LIMITS)
+        shares = (timing.ratio, timing.ratio_high, timing.ratio_low)
+        now = {
+            "divergence": asdict(Won.back(mean_drop(apart[number + 1] - apart[number]))),
+            "points": asdict(Won.back(paired_drop(task, parts[number], parts[number + 1]))),
+            "ms": asdict(Won(*(before.median_ms * (1 - share) for share in shares))),
+        }
+        said = {name: fix[name] for name in MEASURES}
+        rows.append({
+            "layer": fix["layer"], "what": fix["what"], "how": fix["how"], "said": said, "measured": now,
+            "within": {name: within(said[name], now[name]) for name in MEASURES},
+            "meet": {name: meet(said[name], now[name]) for name in MEASURES},
+        })  # fmt: skip
+    return {
+        "said_on": told["images"],
+        "measured_on": len(test),
+        "pattern": told["pattern"],
+        "divergence": [float(np.mean(each)) for each in apart],
+        "metric": [task.value(task.parts(outputs[0], targets)), *map(task.value, parts)],
+        "fixes": rows,
+    }
+
+
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Return what was said and what came of it."""
     job: api.JobOptions = {"weights": options.weights, "recovery_epochs": 0.0, "progress": print}
-    data = lambda: load_data(options.data)  # noqa: E731
     api.apply(options.model, options.data, "uniform:keep=1,precision=auto", out=options.run, **job)
     told = api.why(options.run, fixes=options.layers, progress=print).record
-    fixes = suggestions(told)[: options.fixes]
     workplace = reopened(options.run, Progress(quiet=True))
     with workplace.run:
         pipeline = workplace.pipeline
-        plan = CompressionPlan.from_dict(told["plan"])
-        wish, paths = AS_USUAL, [written(pipeline, plan, AS_USUAL, "why-fixes")]
-        for number, fix in enumerate(fixes, 1):
-            wish |= wish_of(fix["layer"], fix["what"])
-            paths.append(written(pipeline, plan, wish, f"why-fixes-{number}"))
-        test = data().preprocessed(pipeline.data.preprocess).take_test()
-        pictures, targets = torch.cat(list(batches(test, 32))).numpy(), test.targets(np.arange(len(test)))
-        task = pipeline.task
-        outputs = [
-            pipeline.backend.build(path, torch.get_num_threads()).infer(pictures)
-            for path in (pipeline.files.reference, *paths)
-        ]
-        exact, *found = [tensors(each) for each in outputs]
-        apart = [divergences(task, exact, each) for each in found]
-        parts = [task.parts(each, task.collate(targets)) for each in outputs[1:]]
-        rows = []
-        for number, fix in enumerate(fixes):
-            _, timing = compare(paths[number : number + 2], pipeline.backend, threads=pipeline.threads, limits=LIMITS)
-            before_ms = timing.median_ms / timing.ratio
-            shares = (timing.ratio, timing.ratio_high, timing.ratio_low)
-            now = {
-                "divergence": asdict(Won.back(mean_drop(apart[number + 1] - apart[number]))),
-                "points": asdict(Won.back(paired_drop(task, parts[number], parts[number + 1]))),
-                "ms": asdict(Won(*(before_ms * (1 - share) for share in shares))),
-            }
-            said = {name: fix[name] for name in MEASURES}
-            rows.append({
-                "layer": fix["layer"], "what": fix["what"], "how": fix["how"], "said": said, "measured": now,
-                "within": {name: within(said[name], now[name]) for name in MEASURES},
-                "meet": {name: meet(said[name], now[name]) for name in MEASURES},
-            })  # fmt: skip
-        return {
-            **provenance("python " + " ".join(sys.argv)),
-            "model": options.model,
-            "said_on": told["images"],
-            "measured_on": len(test),
-            "pattern": told["pattern"],
-            "rounding_said": told["rounding"],
-            "divergence_before": float(np.mean(apart[0])),
-            "accuracy": {"float": task.value(task.parts(outputs[0], task.collate(targets))),
-                         "integer": [task.value(each) for each in parts]},
-            "fixes": rows,
-        }  # fmt: skip
+        test = load_data(options.data).preprocessed(pipeline.data.preprocess).take_test()
+        found = made(pipeline, told, suggestions(told)[: options.fixes], test)
+        return {**provenance("python " + " ".join(sys.argv)), "model": options.model, **found}
 
 
 def within(said: Mapping[str, float] | None, now: Mapping[str, float]) -> bool | None:
