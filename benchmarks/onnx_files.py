@@ -62,7 +62,8 @@ def row(name: str, assets: Assets, runs: Path | None) -> dict[str, Any]:
     told: dict[str, Any] = {"file": case.file.name, "bytes": case.file.stat().st_size}
     try:
         told |= structure(case)
-        return told | (measured(case, runs / name.replace(" ", "_").replace(",", "")) if runs else {})
+        run = f"{name.replace(' ', '_').replace(',', '')}-{assets.pictures}"  # a run stays with its pictures
+        return told | (measured(case, runs / run) if runs else {})
     except zoo.HirelcError as error:
         return told | {"refused": str(error).replace(f"{case.file.parent}/", "")}
 
