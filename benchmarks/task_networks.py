@@ -147,7 +147,9 @@ class DetrDetector(nn.Module):
 
     cells: Tensor
 
-    def __init__(self, first: DflDetector, queries: int = 150, width: int = 96, heads: int = 4, layers: int = 2) -> None:
+    def __init__(
+        self, first: DflDetector, queries: int = 150, width: int = 96, heads: int = 4, layers: int = 2
+    ) -> None:
         super().__init__()
         self.first, self.queries = first, queries
         self.memory = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
