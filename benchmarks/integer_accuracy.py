@@ -4,7 +4,7 @@
         --weights weights/cifar_resnet56.safetensors --data npz:cifar10.npz --name resnet56
 
 Forms: the float file; ONNX Runtime's static quantization, as it comes (one scale for the whole weight of a layer) and
-with a scale per channel (plain ranges, everything integer); NNCF's as we configure it (`pip install nncf`; left out
+with a scale per channel (plain ranges, everything integer); NNCF's as we configure it (`pip install nncf`; its row says
 where it is not there); ours, placed by measurement; and with --guard POINTS ours with the layers turned back to float
 that the accuracy guard finds. Forms are calibrated on the same images, answer all test images, and are timed side by
 side. Records of several models are kept in one file.
@@ -19,21 +19,20 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from forms import judged, opened
+from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from record import RESULTS, provenance
 
 from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.compress.integer.nncf_engine import quantize_with_nncf
-from hirelc_deploy.compress.onnx_file import export
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig, PreprocessConfig
-from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.evaluate.guarded import guarded, guarded_file
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
@@ -54,26 +53,35 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has n
 def peers(pipeline: Pipeline, folder: Path) -> dict[str, Path | str]:
     """Return name to the file that another tool makes of the uncut model, or to the reason why there is none."""
     batched, static = folder / "batched.onnx", folder / "static.onnx"
-    export.export_onnx(pipeline.model, pipeline.uncut.example, batched)
-    export.set_static_batch(batched, static)
+    pipeline.files.writer.exporter.write(pipeline.model, batched, static)
     images = [batch.numpy() for batch in pipeline.uncut.calibration_batches()]
-    ranges = dataclasses.replace(calibration.calibrate(batched, images, "minmax"), means={})
-    blanket, theirs = folder / "blanket.onnx", folder / "nncf.onnx"
-    quantize.quantize(
-        static, blanket, ranges, lambda _: "int8", target=pipeline.files.writer.integer, pattern=quantize.BLANKET
-    )
-    defaults = folder / "defaults.onnx"
-    reader = Reader([image[None] for batch in images for image in batch])
-    quantize_static(str(static), str(defaults), reader)
-    found: dict[str, Path | str] = {"onnxruntime static, its defaults": defaults, "onnxruntime static": blanket}
+    singles = [image[None] for batch in images for image in batch]
+
+    def blanket(path: Path) -> None:
+        ranges = dataclasses.replace(calibration.calibrate(batched, images, "minmax"), means={})
+        integer = pipeline.files.writer.integer
+        quantize.quantize(static, path, ranges, lambda _: "int8", target=integer, pattern=quantize.BLANKET)
+
+    makers: dict[str, tuple[str, Callable[[Path], None]]] = {
+        "onnxruntime static, its defaults": ("defaults", lambda path: _defaults(static, path, singles)),
+        "onnxruntime static": ("blanket", blanket),
+        "nncf configured": ("nncf", lambda path: quantize_with_nncf(static, path, singles)),
+    }
+    return {name: _made(folder / f"{file}.onnx", make) for name, (file, make) in makers.items()}
+
+
+def _defaults(static: Path, path: Path, images: Sequence[NDArray[np.float32]]) -> None:
+    quantize_static(str(static), str(path), Reader(images))
+
+
+def _made(path: Path, make: Callable[[Path], None]) -> Path | str:
+    """Return a file that ONNX Runtime opens, or the first line of why there is none."""
     try:
-        quantize_with_nncf(static, theirs, [image[None] for batch in images for image in batch])
-        found["nncf configured"] = theirs
-    except InputError as error:
-        print(error, file=sys.stderr)
-    except HirelcError as error:
-        found["nncf configured"] = str(error)
-    return found
+        make(path)
+        OnnxRuntimeCpu().build(path)
+    except Exception as error:  # other people's tools: anything can come out of them
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return path
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:

@@ -93,15 +93,16 @@ def row(name: str) -> dict[str, Any]:
 
 
 class Answer(zoo.nn.Module):
-    """A network of one named output, as zoo's functions take it: its tensor."""
+    """One named output of a network, as zoo's functions take it: its tensor. The first where no name is given."""
 
-    def __init__(self, network: zoo.nn.Module) -> None:
+    def __init__(self, network: zoo.nn.Module, name: str | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.name = network, name
 
     def forward(self, images: zoo.Tensor) -> zoo.Tensor:
         """Return the tensor."""
-        found: zoo.Tensor = next(iter(self.network(images).values()))
+        answer = self.network(images)
+        found: zoo.Tensor = answer[self.name or next(iter(answer))]
         return found
 
 

@@ -1,11 +1,18 @@
-"""Trains the YOLO-shaped detector of task_networks.py on blood cells; its backbone begins with the SSD's weights.
+"""Trains the YOLO-shaped and the DETR-shaped detector of task_networks.py on blood cells, one after the other.
 
     python benchmarks/train_detector.py --shared ../shared/tasks --data "voc:bccd,classes=RBC;WBC;Platelets" \\
         --out weights/yolo_bccd.safetensors
+    python benchmarks/train_detector.py --shape detr --begin weights/yolo_bccd.safetensors --epochs 100 \\
+        --learning-rate 1e-3 --shared ../shared/tasks --data "voc:bccd,classes=RBC;WBC;Platelets" \\
+        --out weights/detr_bccd.safetensors
 
-A cell learns a box where it lies in the box and near its middle; of several boxes the smallest. Losses: focal (Lin et
-al. 2017) for the classes, generalised overlap (Rezatofighi et al. 2019) and the cross-entropy of the two nearest bins
-(Li et al. 2020) for the sides. The backbone's batch norms keep their statistics: the pictures are all of one colour.
+YOLO shape: its backbone begins with the SSD's weights. A cell learns a box where it lies in the box and near its
+middle; of several boxes the smallest. Losses: focal (Lin et al. 2017) for the classes, generalised overlap (Rezatofighi
+et al. 2019) and the cross-entropy of the two nearest bins (Li et al. 2020) for the sides. The backbone's batch norms
+keep their statistics: the pictures are all of one colour.
+
+DETR shape: the trained cells stay as they are. The decoder behind them learns, after each of its layers, from the loss
+of the detection task: one query a box, focal loss, distances.
 """
 
 from __future__ import annotations
@@ -13,8 +20,10 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import task_networks
@@ -26,6 +35,7 @@ from torch import Tensor, nn
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.inputs.data.loader import Wanted, loaded
 from hirelc_deploy.inputs.data.preprocess import Preprocess
+from hirelc_deploy.tasks.detection import Detection
 
 NEAR_MIDDLE = 1.5
 """Cells from the middle of a box within which cells learn it."""
@@ -89,20 +99,14 @@ def two_bins(logits: Tensor, distances: Tensor) -> Tensor:
     return -((1 - share) * near + share * next_one).mean()
 
 
-def main() -> None:
-    """Train and write the weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    model = task_networks.yolo_bccd(options.shared)
+Loss = Callable[[Tensor, Sequence[Mapping[str, Tensor]]], Tensor]
+
+
+def yolo_shape(shared: str) -> tuple[nn.Module, list[dict[str, Any]], list[nn.Module], Loss]:
+    """Return the network, what learns with its share of the rate, what stays in eval mode, and the loss."""
+    model = task_networks.yolo_bccd(shared)
     assert isinstance(model, task_networks.DflDetector)
-    weights = load_file(str(Path(options.shared) / "ssd_bccd.safetensors"))
+    weights = load_file(str(Path(shared) / "ssd_bccd.safetensors"))
     begun = {
         name.replace("head.", "last.", 1): value
         for name, value in weights.items()
@@ -118,6 +122,50 @@ def main() -> None:
         {"params": [p for p in model.parameters() if p.requires_grad and id(p) in known], "lr": 0.1},
         {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in known], "lr": 1.0},
     ]
+    norms = [module for part in backbone for module in part.modules() if isinstance(module, nn.BatchNorm2d)]
+    return model, groups, norms, partial(losses, model)
+
+
+def detr_shape(shared: str, cells: Path) -> tuple[nn.Module, list[dict[str, Any]], list[nn.Module], Loss]:
+    """Return the same of the other shape.
+
+    Args:
+        cells: Weights of the YOLO shape.
+    """
+    model = task_networks.detr_bccd(shared)
+    assert isinstance(model, task_networks.DetrDetector)
+    model.first.load_state_dict(load_file(str(cells)))
+    model.first.requires_grad_(False)
+    says = {name: value for name, value in vars(model)["task_options"].items() if name != "task"}
+    task = Detection(
+        tuple(vars(model)["class_names"]), {**says, "input_size": [3, task_networks.SIDE, task_networks.SIDE]}
+    )
+
+    def loss(pictures: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        found = [task.answers(answer) for answer in model.steps(pictures)]
+        return torch.stack([task.loss(each, task.collate(targets)).mean() for each in found]).sum()
+
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1.0}]
+    return model, groups, [model.first], loss
+
+
+def main() -> None:
+    """Train and write the weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("yolo", "detr"), default="yolo")
+    parser.add_argument("--begin", type=Path, help="for detr: weights of the other shape")
+    parser.add_argument("--shared", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    options = parser.parse_args()
+    if options.shape == "detr" and options.begin is None:
+        parser.error("--shape detr needs --begin, the weights of the other shape")
+    torch.manual_seed(0)
+    made = yolo_shape(options.shared) if options.shape == "yolo" else detr_shape(options.shared, options.begin)
+    model, groups, still, loss_of = made
     peaks = [options.learning_rate * group.pop("lr") for group in groups]
     optimizer = torch.optim.AdamW(groups, options.learning_rate, weight_decay=1e-3)
     data = load_data(options.data).preprocessed(Preprocess(**task_networks.SSD_INPUT))
@@ -131,15 +179,14 @@ def main() -> None:
     ]
     started = time.monotonic()
     model.train()
-    for part in backbone:
-        for norm in (module for module in part.modules() if isinstance(module, nn.BatchNorm2d)):
-            norm.eval()
+    for part in still:
+        part.eval()
     for step, batch in enumerate(loaded(images, order, targets=True)):
         scale = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / len(order)))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * scale
         assert batch.targets is not None
-        loss = losses(model, batch.pictures, list(batch.targets))
+        loss = loss_of(batch.pictures, list(batch.targets))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)

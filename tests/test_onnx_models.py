@@ -306,6 +306,18 @@ OPERATORS: dict[str, Any] = {
     ),
     "gather_many": one("Gather", {"i": ints(2, 0, 0, 1)}, axis=1),
     "gather_matrix": one("Gather", {"i": np.array([[2, 0], [1, 1]])}, axis=1),
+    "top_k": model_of(
+        [
+            node("TopK", ["x", "k"], ["v", "i"], axis=2),
+            node("GatherElements", ["x", "i"], ["g"], axis=2),
+            node("Sub", ["g", "v"], ["d"]),
+            node("Add", ["d", "v"]),
+        ],
+        {"k": ints(5)},
+    ),
+    "top_k_smallest": model_of(
+        [node("TopK", ["x", "k"], ["v", "i"], axis=3, largest=0), node("Relu", ["v"])], {"k": ints(16)}
+    ),
     "expand": model_of([node("GlobalMaxPool", ["x"], ["g"]), node("Expand", ["g", "s"])], {"s": ints(1, 3, 5, 7)}),
     "tile": one("Tile", {"t": ints(1, 2, 1, 3)}),
     "scalar_first": model_of(
@@ -329,6 +341,16 @@ def test_an_operator_equals_the_runtime(tmp_path: Path, name: str) -> None:
     network = build(saved(OPERATORS[name], tmp_path / "net.onnx"))
     assert isinstance(network, OnnxNetwork)  # else it would be the runtime's own answer
     assert network(IMAGES)["y"].isfinite().all()
+
+
+def test_a_choice_that_no_network_of_pictures_makes_is_not_read(tmp_path: Path) -> None:
+    def file_of(count: int, axis: int) -> Path:
+        nodes = [node("TopK", ["x", "k"], ["v", "i"], axis=axis), node("Relu", ["v"])]
+        return saved(model_of(nodes, {"k": ints(count)}), tmp_path / f"{axis}.onnx")
+
+    assert "chooses among the images" in build(file_of(1, 0)).file.reason
+    with pytest.raises(InputError, match="takes 9 of 3"):
+        build(file_of(9, 1))
 
 
 def test_files_of_another_kind_of_number_are_named(tmp_path: Path) -> None:
@@ -366,3 +388,22 @@ def test_the_whole_path_from_a_file_to_a_bundle(tmp_path: Path) -> None:
     graph = onnx.load(str(result.bundle / "model.onnx")).graph
     assert [value.name for value in graph.output] == ["y"]
     assert manifest["plan"]["keep"]
+
+
+def test_a_file_that_ends_in_a_softmax_is_compared_by_its_probabilities(tmp_path: Path) -> None:
+    import hirelc_deploy
+
+    model = small_net()
+    model.graph.node[-1].output[0] = "logits"
+    model.graph.node.append(node("Softmax", ["logits"], axis=1))
+    path = saved(model, tmp_path / "net.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(120) % 5
+    arrays = {"x_train": pixels[:90], "y_train": labels[:90], "x_test": pixels[90:], "y_test": labels[90:]}
+    np.savez(tmp_path / "d.npz", **arrays)
+    job = ("uniform:keep=1,precision=float", f"npz:{tmp_path}/d.npz")
+    for name, told in (("run", {}), ("other", {"scores": "logits"})):
+        result = hirelc_deploy.apply(str(path), job[1], job[0], out=tmp_path / name, task_options=told)
+        task = json.loads((result.bundle / "task.json").read_text("utf-8"))
+        assert task["made_of"]["options"]["scores"] == told.get("scores", "probabilities")
+        assert any("ends in a softmax" in text for text in result.record["warnings"]) == (not told)

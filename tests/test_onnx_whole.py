@@ -158,6 +158,31 @@ def test_without_data_two_outputs_are_placed_and_accuracy_is_said_to_be_unknown(
     assert [value.name for value in found.graph.output] == ["y", "z"]
 
 
+def test_answers_that_no_task_knows_are_judged_by_a_metric_of_ones_own(tmp_path: Path) -> None:
+    path = saved(branched_net(), tmp_path / "two.onnx")
+
+    def right_sign(outputs: Any, targets: Any) -> Any:
+        return ((outputs["y"].flatten(1).sum(1) > 0) == (targets[:, 0] > 0)).float()
+
+    class Rows:
+        """Model inputs, and three numbers that have the form of no output."""
+
+        def __len__(self) -> int:
+            return 150
+
+        def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+            drawn = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(row))
+            return drawn, drawn[:, 0, 0].clone()
+
+    sets = {"train": Rows(), "test": Rows()}
+    job = {"task": "none", "metric": right_sign, "recovery_epochs": 0.0}
+    result = hirelc_deploy.apply(str(path), sets, "uniform:precision=auto", out=tmp_path / "run", **job)
+    assert result.record["metric"]["name"] == "right_sign"
+    assert 0 <= result.record["accuracy"]["test"] <= 1
+    with pytest.raises(InputError, match="judges nothing; name the task of these labels"):
+        hirelc_deploy.apply(str(path), sets, "uniform:precision=auto", out=tmp_path / "other", task="none")
+
+
 @pytest.mark.parametrize("opset", [9, 11, 13, 20])
 def test_files_of_any_opset_answer_as_before_in_the_form_that_is_placed(tmp_path: Path, opset: int) -> None:
     network = whole(branched_net(opset), tmp_path)
@@ -247,7 +272,10 @@ def test_answers_of_unequal_size_are_filled_with_zeros_and_compared() -> None:
     expected = float((wanted["y"][:, 3] ** 2).sum() / 8 / wanted["y"].var(correction=0))
     assert float(task.divergence(wanted, found)) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(InputError, match="judges nothing"):
-        task.check(wanted, [0])
+        task.parts({"y": long}, [0])
+    assert task.loss(wanted, [0]).tolist() == [0.0]
+    assert task.collate([1, 2]).tolist() == [1, 2]
+    assert len(task.collate([torch.zeros(2), torch.zeros(3)])) == 2
 
 
 def test_an_archive_of_inputs_alone_has_no_labels(tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ class TestClassification(TaskContract):
         return {"output": 9.0 * F.one_hot(torch.tensor(targets), 3)}
 
 
+class TestClassificationOfProbabilities(TestClassification):
+    def make(self):
+        return Classification(("cat", "dog", "eel"), {"scores": "probabilities"})
+
+    def answers(self, count, seed):
+        return {"output": drawn(seed, count, 3).softmax(1)}
+
+    def perfect(self, targets):
+        return {"output": (9.0 * F.one_hot(torch.tensor(targets), 3)).softmax(1)}
+
+
 class TestMultiLabel(TaskContract):
     def make(self):
         return MultiLabel(("a", "b", "c", "d"), {})
@@ -142,6 +153,18 @@ class TestEmbedding(TaskContract):
 
 
 # Classification
+
+
+def test_probabilities_are_as_far_apart_as_the_logits_that_they_come_from():
+    logits = [{"output": drawn(1, 20, 5)}, {"output": 2 * drawn(2, 20, 5)}]
+    chances = [{"output": each["output"].softmax(1)} for each in logits]
+    plain, other = Classification((), {}), Classification((), {"scores": "probabilities"})
+    torch.testing.assert_close(other.divergence(*chances, 3.0), plain.divergence(*logits, 3.0))
+    labels = torch.tensor([2] * 20)
+    torch.testing.assert_close(other.loss(chances[0], labels), plain.loss(logits[0], labels))
+    assert other.divergence({"output": torch.tensor([[1.0, 0]])}, {"output": torch.tensor([[0.0, 1]])}).isfinite()
+    said = classification.decode({"output": np.array([[0.25, 0.75]])}, {"classes": (), **other.decoder_options}, {})
+    assert said == [{"index": 1, "class": 1, "score": 0.75}]
 
 
 def test_the_divergence_of_classes_is_todays_numpy_code_and_todays_distillation():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,10 @@ from hirelc_deploy.compress.integer.guard import Guarded, Other
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
 from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.layer_losses import Effect, Fix, Won, suggested
+from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.jobs.why import training_record
+from hirelc_deploy.jobs.workplace import reopened
+from hirelc_deploy.progress import Progress
 from hirelc_deploy.results.layer_text import why_text
 from hirelc_deploy.runs import Run
 
@@ -114,6 +118,30 @@ def test_the_spoiled_layer_comes_first_and_its_fix_brings_what_was_said(kind: st
     assert [layer for layer in precision if precision[layer] == "float"] == (
         [SPOILED[kind]] if "float" in options else []
     )
+
+
+def test_the_benchmark_makes_a_suggested_change_and_finds_what_was_said(place: Place) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import why_fixes
+
+    place.apply("wide_channel", "benchmark", WHOLE)
+    told = hirelc_deploy.why(place.folder / "benchmark", fixes=1).record
+    fixes = why_fixes.suggestions(told)
+    assert [(fix["layer"], fix["what"]) for fix in fixes] == [("mixed", "float")]
+    assert why_fixes.wish_of("a", "ranges mse").options == "--ranges a=mse"
+    assert why_fixes.wish_of("a", "equalise").options == "--equalise a"
+    workplace = reopened(place.folder / "benchmark", Progress(quiet=True))
+    with workplace.run:
+        test = (
+            load_data(f"npz:{place.folder / 'data.npz'}").preprocessed(workplace.pipeline.data.preprocess).take_test()
+        )
+        found = why_fixes.made(workplace.pipeline, told, fixes, test)
+    (row,) = found["fixes"]
+    assert found["measured_on"] == 200
+    assert found["divergence"][1] < 0.2 * found["divergence"][0]
+    assert row["measured"]["divergence"]["won"] == pytest.approx(-np.diff(found["divergence"])[0])
+    assert row["said"]["divergence"] == fixes[0]["divergence"]
+    assert row["meet"]["divergence"]
 
 
 def test_layers_that_stay_float_are_in_the_plan_of_the_bundle(place: Place) -> None:

@@ -18,10 +18,13 @@ from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.splits import Data, empty_classes, spread_order
 from hirelc_deploy.inputs.models.checks import check_output
 from hirelc_deploy.inputs.models.given import Source
+from hirelc_deploy.inputs.models.ordinary import note
 from hirelc_deploy.inputs.models.source import preprocess_of
 from hirelc_deploy.inputs.rehearsal import check_functions, check_targets
+from hirelc_deploy.tasks.classification import PROBABILITIES, is_distribution, only
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.custom import WithLoss, WithMetric, load_function
+from hirelc_deploy.tasks.none import UNJUDGED, NoTask
 from hirelc_deploy.tasks.registry import make_task
 
 TASK_OF_KIND = {
@@ -114,6 +117,17 @@ def fit(
         answer = check_output(model, data.calibration.batch(rows), task, targets)
     except WidthError as error:
         raise _of_classes(error, data) from None
+    if (
+        task.name == "classification"
+        and "scores" not in record["options"]
+        and is_distribution(only(task.answers(answer)))
+    ):
+        wanted = replace(wanted, options={**wanted.options, "scores": PROBABILITIES})
+        task, record = task_for(model, data, wanted, metric, loss)
+        note(
+            model,
+            "the model ends in a softmax: its answers are compared as probabilities (--task-arg scores=logits if not)",
+        )
     answering(model, task, answer)
     check_targets(data, task, task.answers(answer))
     if record["metric"] or record["loss"]:
@@ -246,6 +260,8 @@ def task_for(
         )
     classes = data.classes or own
     task = make_task(name, classes, options)
+    if isinstance(task, NoTask) and data.labelled and metric is None and wanted.metric is None:
+        raise InputError(f"{data.name}: {UNJUDGED}")
     record = {"name": name, "classes": list(classes), "options": plain(options)}
     record |= {"metric": wanted.metric or name_of(metric), "loss": wanted.loss or name_of(loss)}
     if wanted.metric is not None and metric is None:

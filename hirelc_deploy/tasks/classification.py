@@ -23,13 +23,21 @@ from hirelc_deploy.tasks.decoders import classification as decoder
 INPUT_SIZE = "input_size"
 """Option that every task is given: [channels, height, width] of the model's input."""
 
+PROBABILITIES = "probabilities"
+"""What `scores` of a classifier are that ends in a softmax."""
+
+LEAST_PROBABILITY = 1e-7
+"""Smaller ones count as this, so that those that round to 0 have a logarithm; float32 has steps of 6e-8 at 1."""
+
 Value = TypeVar("Value")
 
 
 class Classification:
     """One class an image: answers are (n, classes) logits, targets (n,) class numbers from 0.
 
-    Option `outputs`: name of the output that holds the logits, in a list of one.
+    Options:
+        outputs: Name of the output that holds the logits, in a list of one.
+        scores: `probabilities` where the model ends in a softmax; else `logits`.
     """
 
     name = "classification"
@@ -40,13 +48,19 @@ class Classification:
 
     def __init__(self, classes: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self.classes = tuple(classes)
-        self.output = output_option(self.name, options, known=("outputs",))
-        self.decoder_options: Mapping[str, Any] = {}
+        self.output = output_option(self.name, options, known=("outputs", "scores"))
+        self.scores = choice_option(self.name, options, "scores", ("logits", PROBABILITIES))
+        self.decoder_options: Mapping[str, Any] = {} if self.scores == "logits" else {"scores": self.scores}
         self.decoder_arrays: Mapping[str, NDArray[Any]] = {}
 
     def answers(self, answer: Any) -> Answers:
         """Return the logits by the name of their output."""
         return one_output(answer, self.output, "(batch, classes)")
+
+    def _logits(self, answers: Answers) -> Tensor:
+        """Return (n, classes) logits; those of probabilities are their logarithms."""
+        found = only(answers)
+        return found if self.scores == "logits" else found.clamp(min=LEAST_PROBABILITY).log()
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
         """Raise InputError unless answers are finite (n, classes) logits, and targets numbers of their classes."""
@@ -67,7 +81,7 @@ class Classification:
 
     def divergence(self, wanted: Answers, found: Answers, temperature: float = 1.0) -> Tensor:
         """Return (n,) T^2 * KL(wanted || found at temperature T), in nats (Hinton et al. 2015)."""
-        log_p, log_q = (F.log_softmax(only(logits) / temperature, 1) for logits in (wanted, found))
+        log_p, log_q = (F.log_softmax(self._logits(each) / temperature, 1) for each in (wanted, found))
         return temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
     def surprise(self, answers: Answers, generator: torch.Generator) -> Tensor:
@@ -76,12 +90,12 @@ class Classification:
         It is not a drawn label, which the Fisher information would ask for: importance without labels was measured
         with the first choice, and every figure of this project that needs it stands on that.
         """
-        logits = only(answers)
+        logits = self._logits(answers)
         return F.cross_entropy(logits, logits.detach().argmax(1), reduction="none")
 
     def loss(self, answers: Answers, targets: Targets) -> Tensor:
         """Return (n,) cross-entropies in nats."""
-        logits = only(answers)
+        logits = self._logits(answers)
         return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
     def parts(self, answers: Arrays, targets: Targets) -> list[float]:
@@ -201,6 +215,13 @@ def check_width(outputs: int, classes: Sequence[str], words: str = "classes") ->
             f"the model has {outputs} outputs, but the data has {len(classes)} {words}; "
             f"use a model and weights for {len(classes)} {words} (timm: --model-arg num_classes={len(classes)})."
         )
+
+
+def is_distribution(answer: Tensor) -> bool:
+    """Return whether each row of (n, classes) answers is a distribution, as a softmax makes them."""
+    if answer.ndim != 2 or answer.shape[1] < 2:
+        return False
+    return bool((answer >= 0).all()) and bool(((answer.double().sum(1) - 1).abs() < 1e-3).all())
 
 
 def check_count(answers: int, targets: int) -> None:

@@ -1,4 +1,4 @@
-"""In: answers of any shape, of which nobody said what they mean. Out: how far two are apart; nothing is judged."""
+"""In: answers of any shape, of which nobody said what they mean. Out: how far two are apart; a user's metric judges."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,11 +20,18 @@ from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import none as decoder
 from hirelc_deploy.tasks.regression import drawn_error
 
+UNJUDGED = (
+    "task none judges nothing; name the task of these labels with --task, give a metric of your own with --metric, or "
+    "leave the labels out."
+)
+
 
 class NoTask:
-    """Any number of outputs of any shape, without labels: for structure and speed alone.
+    """Any number of outputs of any shape, without labels for structure and speed alone.
 
-    Where sizes of answers depend on the image, a shorter one counts as if it ended in zeros.
+    With labels it needs a metric of the user's own, which is given all outputs and the targets as they are. Training
+    follows the uncut model alone, unless there is a loss of the user's own too. Where sizes of answers depend on the
+    image, a shorter one counts as if it ended in zeros.
     """
 
     name = "none"
@@ -43,16 +51,18 @@ class NoTask:
         return named(answer)
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
-        """Raise InputError where there are labels, or answers that are not finite."""
-        if targets is not None:
-            _unjudged()
+        """Raise InputError for answers that are not finite; nobody knows what targets must be like."""
         for name, values in answers.items():
             if not values.isfinite().all():
                 raise InputError(f"the model answers {name} with NaN or infinity; check its weights and preprocessing.")
 
-    def collate(self, targets: Sequence[Any]) -> NoReturn:
-        """Raise InputError: there is nothing to be true."""
-        _unjudged()
+    def collate(self, targets: Sequence[Any]) -> Any:
+        """Return one tensor of targets that are tensors of one shape or numbers, else the targets in a list."""
+        if all(isinstance(target, int | float | np.number) for target in targets):
+            return torch.tensor(targets)
+        if all(isinstance(target, Tensor) for target in targets) and len({target.shape for target in targets}) == 1:
+            return torch.stack(list(targets))
+        return list(targets)
 
     def divergence(self, wanted: Answers, found: Answers, temperature: float = 1.0) -> Tensor:
         """Return (n,) mean squared differences relative to the variance of what is wanted, the mean over outputs.
@@ -71,12 +81,12 @@ class NoTask:
         each = [drawn_error(values, scales[name], generator) for name, values in answers.items()]
         return torch.stack(each).mean(0)
 
-    def loss(self, answers: Answers, targets: Targets) -> NoReturn:
-        """Raise InputError: there is nothing to be true."""
-        _unjudged()
+    def loss(self, answers: Answers, targets: Targets) -> Tensor:
+        """Return (n,) zeros: nothing says how the outputs learn from targets, so training follows the uncut model."""
+        return torch.stack([answer.flatten(1).sum(1) * 0.0 for answer in answers.values()]).sum(0)
 
     def parts(self, answers: Arrays, targets: Targets) -> NoReturn:
-        """Raise InputError: there is nothing to be true."""
+        """Raise InputError: there is no metric."""
         _unjudged()
 
     def value(self, parts: Sequence[Any]) -> NoReturn:
@@ -93,7 +103,7 @@ class NoTask:
 
 
 def _unjudged() -> NoReturn:
-    raise InputError("task none judges nothing; name the task of these labels with --task, or leave the labels out.")
+    raise InputError(UNJUDGED)
 
 
 def _same_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,14 @@ def decode(outputs: dict[str, Any], options: dict[str, Any], arrays: dict[str, A
 
     Args:
         outputs: Name to the (n, classes) logits.
-        options: `classes`, which may be empty.
+        options: `classes`, which may be empty; `scores`, which is `probabilities` where these are no logits.
         arrays: Nothing is needed.
     """
     logits, names = next(iter(outputs.values())), options["classes"]
     results = []
     for row in logits.astype(np.float64):
         best = int(row.argmax())
-        score = 1 / np.exp(row - row[best]).sum()  # softmax
+        score = row[best] if options.get("scores") == "probabilities" else 1 / np.exp(row - row[best]).sum()  # softmax
         results.append({"index": best, "class": names[best] if names else best, "score": round(float(score), 6)})
     return results
 

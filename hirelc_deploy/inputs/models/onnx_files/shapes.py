@@ -274,6 +274,39 @@ def _gather(node: Node) -> Call:
     return Call(nn.Sequential(picked, Reshape(_growing([shape, *others]))), [x])
 
 
+@reads("GatherElements")
+def _gather_elements(node: Node) -> Call:
+    x, index = node.value(0), node.value(1)
+    dim = int(node.attributes.get("axis", 0)) % x.rank
+    _check_along(node, x, dim)
+    if any(bool((index.run(run) < 0).any()) for run in range(len(index.runs))):
+        raise NotReadError("it counts from the end")
+    return Call(Function(gathered, dim=dim), [x, index])
+
+
+def gathered(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Return the elements of one dimension that whole numbers name, at each place others."""
+    return x.gather(dim, index.long())
+
+
+@reads("TopK")
+def _top(node: Node) -> Call:
+    x, dim = node.value(0), int(node.attributes.get("axis", -1))
+    count = int(np.ravel(node.setting("k", 1))[0])
+    dim %= x.rank
+    _check_along(node, x, dim)
+    if len(node.outputs) != 2 or not 0 < count <= x.shape[dim]:
+        raise NotReadError(f"it takes {count} of {x.shape[dim]}, as {len(node.outputs)} of its two results")
+    largest, in_order = (bool(node.attributes.get(name, 1)) for name in ("largest", "sorted"))
+    return Call(Function(torch.topk, k=count, dim=dim, largest=largest, sorted=in_order), [x])
+
+
+def _check_along(node: Node, x: Value, dim: int) -> None:
+    """Raise NotReadError where a dimension holds the images."""
+    if any(shape[dim] != x.shape[dim] for shape in _shapes(node, x)):
+        raise NotReadError("it chooses among the images")
+
+
 @reads("Expand", "Tile")
 def _expand(node: Node) -> Call:
     x, target = node.value(0), node.value(1)
