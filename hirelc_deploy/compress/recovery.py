@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from hirelc_deploy.compress.kept_answers import KeptAnswers
 from hirelc_deploy.compress.norms import NORM, norms_of
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named
@@ -140,48 +142,39 @@ class Recovery:
     weights_ema: float = 0.0
 
 
-KEPT_ANSWERS = 2**30
-"""Bytes of a teacher's answers that are kept; beyond them it is asked again. CIFAR-10's in eight views are 16 MB, one
-view of 367 pictures of 180 x 240 pixels and 11 classes 700 MB."""
-
-
 class Teacher:
     """The uncut model's answers to augmented pictures, computed once per picture: it costs more than its student."""
 
     def __init__(
-        self, model: nn.Module, images: Images, views: int, device: torch.device, task: Task = CLASSIFICATION
+        self,
+        model: nn.Module,
+        images: Images,
+        views: int,
+        device: torch.device,
+        task: Task = CLASSIFICATION,
+        folder: Path | None = None,
     ) -> None:
+        """Args: `folder` is where answers are kept; see `KeptAnswers`."""
         self.model = laid_out(copy.deepcopy(model).eval().requires_grad_(False), device)
         self.images = images
         self.views = views
         self.device = device
         self.task = task
-        self._answers: dict[int, Answers] = {}
-        self._kept_bytes = 0
+        self._kept = KeptAnswers(len(images), folder)
 
-    def answers(self, indices: Tensor, view: int, pictures: Tensor, *, afresh: bool = False) -> Answers:
-        """Return the answers to `pictures`, which are view `view` of the images at `indices`.
+    def answers(self, rows: NDArray[np.int64], view: int, pictures: Tensor, *, afresh: bool = False) -> Answers:
+        """Return the answers to `pictures`, which are view `view` of the images at `rows`.
 
         Args:
             afresh: Run the model even where its answer is known, and keep nothing.
         """
-        table = self._answers.get(view)
-        known = {} if table is None else {name: values[indices] for name, values in table.items()}
-        if not afresh and known and not any(bool(values.isnan().any()) for values in known.values()):
+        known = None if afresh else self._kept.get(rows, view)
+        if known is not None:
             return {name: values.to(self.device) for name, values in known.items()}
         with torch.no_grad(), half_precision(self.device):
             fresh = _answers(self.model, pictures)
-        if afresh:
-            return fresh
-        if table is None:
-            wanted = sum(values[:1].nbytes for values in fresh.values()) * len(self.images)
-            if self._kept_bytes + wanted > KEPT_ANSWERS:
-                return fresh
-            self._kept_bytes += wanted
-            shapes = {name: (len(self.images), *values.shape[1:]) for name, values in fresh.items()}
-            table = self._answers[view] = {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
-        for name, values in fresh.items():
-            table[name][indices] = values.cpu()
+        if not afresh:
+            self._kept.keep(rows, view, fresh)
         return fresh
 
     @property
@@ -295,7 +288,7 @@ def fine_tune(
     counted = progress.track(range(first, last), name, max(0, last - first), kind=TRAINING_STEP)
     with contextlib.closing(teacher.batches(itertools.islice(order, first, max(first, last)))) as arriving:
         for step, (wanted, pictures, targets) in zip(counted, arriving, strict=True):
-            answers = teacher.answers(torch.from_numpy(wanted.rows), wanted.view, pictures, afresh=afresh)
+            answers = teacher.answers(wanted.rows, wanted.view, pictures, afresh=afresh)
             scale = min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale
@@ -357,12 +350,12 @@ def norms_stand_still(student: nn.Module, teacher: Teacher, batch_size: int) -> 
     by_batch = copy.deepcopy(teacher.model)
     for norm in norms_of(by_batch):
         norm.train()
-    order = torch.randperm(len(teacher.images), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(teacher.images), generator=torch.Generator().manual_seed(0)).numpy()
     moved = cut = 0.0
     whole = len(order) // batch_size * batch_size
-    for indices in order[:whole].split(batch_size)[:LIKE_BATCHES]:
-        pictures = teacher.images.views(indices.numpy(), 0).to(teacher.device, memory_format=torch.channels_last)
-        wanted = teacher.answers(indices, 0, pictures, afresh=True)
+    for rows in order[:whole].reshape(-1, batch_size)[:LIKE_BATCHES]:
+        pictures = teacher.images.views(rows, 0).to(teacher.device, memory_format=torch.channels_last)
+        wanted = teacher.answers(rows, 0, pictures, afresh=True)
         moved += float(teacher.task.divergence(wanted, _answers(by_batch, pictures)).sum())
         cut += float(teacher.task.divergence(wanted, _answers(student.eval(), pictures)).sum())
     return moved > LIKE * cut

@@ -60,7 +60,8 @@ class Training:
     def teacher(self) -> recovery.Teacher:
         """The uncut model as a teacher on the training split."""
         views = self.effort.recovery.views if self.effort.recovery else 1
-        return recovery.Teacher(self._uncut.model, self._uncut.sensitivity_split, views, self.device, self._uncut.task)
+        uncut = self._uncut
+        return recovery.Teacher(uncut.model, uncut.sensitivity_split, views, self.device, uncut.task, self.files.folder)
 
     def recovered(self, model: nn.Module, plan: CompressionPlan, until: float = 1.0) -> nn.Module:
         """Return the model cut to a plan after its recovery, or after a share of it; see `trained`."""
