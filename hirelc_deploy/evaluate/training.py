@@ -16,9 +16,10 @@ from torch import nn
 from hirelc_deploy.compress import recovery, slicing
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError
-from hirelc_deploy.evaluate.cutting import cut, forward, judged, round_as_asked
+from hirelc_deploy.evaluate.cutting import cut, forward, round_as_asked
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
+from hirelc_deploy.evaluate.selection import loss_of
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
@@ -148,10 +149,9 @@ class Training:
 
         On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
         """
-        images, targets = self._uncut.selection
         round_as_asked(model, self._roundings(), plan)
         with recovery.half_precision(torch.device("cpu")):
-            return judged(self._uncut.task, forward(model, images), self._uncut.answers, targets)[0]
+            return loss_of(self._uncut.task, self._uncut.selection.shown(), partial(forward, model))
 
     def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
         """Return what a cut model loses on the selection split after a recovery of so many epochs; journaled."""
