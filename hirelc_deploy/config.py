@@ -187,6 +187,7 @@ class JobConfig:
         recovery_epochs: Passes over the training split for a finalist, and for the uncut integer file where that loses
             more than is allowed; 0 for no training.
         learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
+        sync_norms: Batch norms see a recovery's whole batch where several processes share it.
         exclude: Patterns of units and layers that stay whole.
         include: Patterns of units and layers; when given, only these may be cut.
         float_layers: Patterns of layers that stay float in every integer file.
@@ -203,6 +204,7 @@ class JobConfig:
     batch: int | None = None
     recovery_epochs: float = 1.0
     learning_rate: float = 0.01
+    sync_norms: bool = False
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     float_layers: tuple[str, ...] = ()

@@ -10,16 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hirelc_deploy.compress import kept_answers, recovery
+from hirelc_deploy.compress.features import FeatureMatch, kept_inputs
 from hirelc_deploy.compress.norms import correct_norms, reestimate_norms
 from hirelc_deploy.compress.recovery import (
-    FeatureMatch,
     Pause,
     Recovery,
     Teacher,
     compensate,
     distillation_loss,
     fine_tune,
-    kept_inputs,
     norms_stand_still,
 )
 from hirelc_deploy.compress.slicing import slice_model

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from hirelc_deploy.compress import recovery, slicing
+from hirelc_deploy.compress.features import kept_inputs
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError
 from hirelc_deploy.evaluate.cutting import cut, forward, round_as_asked
@@ -25,6 +26,7 @@ from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import TRIAL_LOSS, write_atomic
 from hirelc_deploy.time_left import CUT, TRAINING_STEP
+from hirelc_deploy.together import ranks
 
 REHEARSED, LONG = 4, 10
 """Steps of a rehearsal, and how many times as many a recovery has that is worth one."""
@@ -54,15 +56,12 @@ class Training:
         self.effort, self.seed, self.progress, self.start = effort, seed, progress, start
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self.scalars: Callable[[str, int, Mapping[str, float]], None] = lambda training, step, values: None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.files, self._uncut, self._roundings = files, uncut, roundings
 
     @cached_property
     def teacher(self) -> recovery.Teacher:
         """The uncut model as a teacher on the training split."""
-        views = self.effort.recovery.views if self.effort.recovery else 1
-        uncut = self._uncut
-        return recovery.Teacher(uncut.model, uncut.sensitivity_split, views, self.device, uncut.task, self.files.folder)
+        return teacher_of(self._uncut, self.effort, self.files.folder)
 
     def recovered(self, model: nn.Module, plan: CompressionPlan, until: float = 1.0) -> nn.Module:
         """Return the model cut to a plan after its recovery, or after a share of it; see `trained`."""
@@ -73,7 +72,7 @@ class Training:
                 raise ExportError(f"{self.start}: these are not weights of this model cut to this plan.") from error
             model.eval()
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores) if self.effort.recovery else {}
-        return self.trained(model, plan, recovery.kept_inputs(self._uncut.graph, kept), until)
+        return self.trained(model, plan, kept_inputs(self._uncut.graph, kept), until)
 
     def trained(
         self, model: nn.Module, plan: CompressionPlan, reads: Mapping[str, NDArray[np.int64]], until: float = 1.0
@@ -194,7 +193,7 @@ class Training:
         with self.progress.left.step(CUT):
             model = cut(self._uncut, plan)
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores)
-        reads = recovery.kept_inputs(self._uncut.graph, kept)
+        reads = kept_inputs(self._uncut.graph, kept)
         return recovery.fine_tune(
             model,
             self.teacher,
@@ -205,6 +204,12 @@ class Training:
             reads=reads,
             watch=partial(self.scalars, name),
         )
+
+
+def teacher_of(uncut: UncutModel, effort: Effort, folder: Path | None = None) -> recovery.Teacher:
+    """Return an uncut model as a teacher on its training split, where this process computes."""
+    views = effort.recovery.views if effort.recovery else 1
+    return recovery.Teacher(uncut.model, uncut.sensitivity_split, views, ranks.device(), uncut.task, folder)
 
 
 def weights_of_model(model: nn.Module) -> bytes:
