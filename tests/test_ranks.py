@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +22,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.recovery import Recovery, Teacher, fine_tune
+from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
+from hirelc_deploy.demo.model import DemoNet
+from hirelc_deploy.evaluate.effort import Effort
+from hirelc_deploy.evaluate.training import teacher_of, weights_of_model
+from hirelc_deploy.evaluate.uncut import UncutModel
+from hirelc_deploy.jobs.assist import assist, check_others
+from hirelc_deploy.jobs.workplace import Given, fitted_of
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import write_atomic
 from hirelc_deploy.together import ranks
@@ -182,6 +191,61 @@ def test_one_process_has_nobody_to_ask():
     assert torch.equal(values, before)
     assert ranks.variance(values) == values.var()
     assert (ranks.count(), ranks.number(), ranks.here(), ranks.told("x")) == (1, 0, 1, "x")
+
+
+# A whole job
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
+    """A small network with seeded weights, and 64 small pictures to train on."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "net.py").write_text(
+        "from hirelc_deploy.demo.model import DemoNet\n"
+        "def make():\n    return DemoNet((8,), blocks_per_stage=1, num_classes=2)\n"
+    )
+    torch.manual_seed(0)
+    (folder / "w.safetensors").write_bytes(weights_of_model(DemoNet((8,), blocks_per_stage=1, num_classes=2)))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3)).astype(np.uint8)
+    for name, first in (("data", 0), ("other", 1)):
+        splits = {"train": 64, "calibration": 8, "selection": 8, "test": 8}
+        arrays = {f"x_{split}": pixels[:count] + np.uint8(first) for split, count in splits.items()}
+        np.savez(folder / name, **arrays, **{f"y_{split}": np.arange(count) % 2 for split, count in splits.items()})
+    model = ModelConfig(f"{folder / 'net.py'}:make", str(folder / "w.safetensors"))
+    return JobConfig(model, DataConfig(f"npz:{folder / 'data.npz'}"), sync_norms=True)
+
+
+def job(config: JobConfig) -> dict[str, np.ndarray] | None:
+    """Do what a job does about its recovery: the first process leads, the others assist."""
+    if ranks.number():
+        return assist(config, Given())
+    fitted = fitted_of(config, Given())
+    check_others(fitted.source, fitted.data)
+    uncut = UncutModel(fitted.model, fitted.data, fitted.task, Effort(), QUIET)
+    recipe = Recovery(2, 16, sync_norms=True)
+    with torch.no_grad():
+        found = copy.deepcopy(fitted.model)
+        found.fc.weight.mul_(0.5)
+    found = fine_tune(found, teacher_of(uncut, uncut.effort), recipe, seed=0, progress=QUIET)
+    recovery.dismiss()
+    return {name: values.numpy() for name, values in found.state_dict().items()}
+
+
+def test_an_assisting_process_needs_the_configuration_alone(config: JobConfig):
+    alone, (found, nothing) = job(config), in_each(partial(job, config))
+    assert nothing is None
+    assert alone is not None
+    assert alone.keys() == found.keys()
+    assert max(np.abs(alone[name] - values).max() for name, values in found.items()) < 1e-3
+
+
+def test_a_process_that_finds_other_images_says_so(config: JobConfig):
+    def work() -> Any:
+        others = DataConfig(config.data.spec.replace("data.npz", "other.npz"))
+        return job(replace(config, data=others) if ranks.number() else config)
+
+    said = "InputError: torchrun: process 1 finds other images than process 0 under the same name; give all"
+    assert in_each(work)[1] == f"{said} hosts the same files."
 
 
 # What goes wrong

@@ -11,7 +11,7 @@ import datetime
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -41,30 +44,38 @@ def join() -> None:
         InputError: There are more processes on this machine than GPUs.
     """
     global _joined
-    if _joined or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if _joined or not _by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         return
+    from torch.distributed.rendezvous import rendezvous  # which not every build of torch has
+
     gpus, here = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
     if gpus and here > gpus:
         raise InputError(f"torchrun: {here} processes on a machine of {gpus} GPUs; give --nproc-per-node={gpus}.")
     if gpus:
         torch.cuda.set_device(device())
-    store, rank, world = next(dist.rendezvous("env://", timeout=WAIT))
+    store, rank, world = next(rendezvous("env://", timeout=WAIT))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=_own_part(store, rank, world), rank=rank, world_size=world, timeout=WAIT)
     _joined = True
 
 
-def _own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
+def _by_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def _own_part(store: Store, rank: int, world: int) -> Store:
     """Return a part of a store that no earlier start of these processes has used.
 
     Torchrun (torch 2.13) keeps one store through its restarts, and with it addresses of processes that are gone.
     """
+    from torch.distributed.distributed_c10d import PrefixStore
+
     own = uuid.uuid4().hex
     if rank:
         store.set(f"number {rank}", own)
         leading = store.get(f"seen {own}").decode()
         store.set(f"heard {own} {leading}", "")
-        return dist.PrefixStore(leading, store)
+        return PrefixStore(leading, store)
     for other in range(1, world):
         while True:
             found = store.get(f"number {other}").decode()
@@ -74,7 +85,7 @@ def _own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
                 break
             except dist.DistStoreError:  # of one that is gone, or slow
                 continue
-    return dist.PrefixStore(own, store)
+    return PrefixStore(own, store)
 
 
 def leave() -> None:
@@ -104,8 +115,7 @@ def device() -> torch.device:
     """Return where this process computes: its own GPU, where there are any."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    own = os.environ.get("LOCAL_RANK", "") if dist.is_torchelastic_launched() else ""
-    return torch.device("cuda", int(own)) if own else torch.device("cuda")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _by_torchrun() else torch.device("cuda")
 
 
 def share(rows: NDArray[np.int64]) -> NDArray[np.int64]:
