@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import numbers
 import re
@@ -15,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import tomlkit
 
 from hirelc_deploy.errors import InputError
 
@@ -226,10 +227,11 @@ class JobConfig:
 
     def to_toml(self) -> str:
         """Return the canonical text: equal for equal jobs, entries in the order of the fields, unset ones left out."""
-        plain = _plain(self)
+        plain = {"schema_version": SCHEMA_VERSION, **_plain(self)}
         if self.ranges:
             plain["ranges"] = dict(self.ranges)  # in their order: the last pattern that fits counts
-        return f"schema_version = {SCHEMA_VERSION}\n" + "\n".join(_toml_lines(plain, ())) + "\n"
+        _check_written(plain)
+        return tomlkit.dumps(plain)
 
     @classmethod
     def from_toml(cls, text: str, where: str = "config.toml") -> JobConfig:
@@ -325,31 +327,15 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> typing.Iterator[str]:
-    for name, value in table.items():
-        if not isinstance(value, Mapping):
-            yield f"{_toml_key(name)} = {_toml_value(value)}"
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield f"\n[{'.'.join(map(_toml_key, (*path, name)))}]"
-            yield from _toml_lines(value, (*path, name))
-
-
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
-
-
-def _toml_value(value: Any) -> str:
+def _check_written(value: Any) -> None:
+    """Raise InputError for what a run's config.toml cannot hold: every option is a text, a number or a list of such."""
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{value} cannot be an option.")
-    if isinstance(value, str):
-        # JSON strings are TOML strings, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool | int | float):
-        return json.dumps(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    raise InputError(f"option value {value!r}: a {type(value).__name__} cannot be written to a run's config.toml.")
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _check_written(inner)
+    elif not isinstance(value, str | bool | int | float):
+        raise InputError(f"option value {value!r}: a {type(value).__name__} cannot be written to a run's config.toml.")
 
 
 def _typed(value: Any, hint: Any, where: str, name: str) -> Any:
