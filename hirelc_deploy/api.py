@@ -432,6 +432,7 @@ def _finished(workplace: Workplace) -> Result:
 def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Result:
     if ranks.number():
         assist(config, given)
+        ranks.leave()
         raise SystemExit(0)
     progress = _told(job.get("progress"))
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
@@ -440,6 +441,7 @@ def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by
     check_others(workplace.source, workplace.pipeline.data)
     result = _finished(workplace)
     recovery.dismiss()
+    ranks.leave()
     return result
 
 

@@ -224,6 +224,8 @@ class JobConfig:
         _at_least("batch", self.batch, 1, whole=True)
         _at_least("recovery_epochs", self.recovery_epochs, 0)
         _above_zero("learning_rate", self.learning_rate)
+        if not isinstance(self.sync_norms, bool):
+            raise InputError(f"sync_norms = {_shown(self.sync_norms)}: give true or false.")
 
     def to_toml(self) -> str:
         """Return the canonical text: equal for equal jobs, entries in the order of the fields, unset ones left out."""

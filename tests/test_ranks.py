@@ -72,6 +72,8 @@ def _answer(work: Callable[[], Any], connection: Any, told: dict[str, Any]) -> N
     try:
         ranks.join()
         connection.send(work())
+        ranks.leave()
+        assert ranks.count() == 1
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
     connection.close()

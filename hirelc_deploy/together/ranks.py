@@ -89,7 +89,7 @@ def _own_part(store: Store, rank: int, world: int) -> Store:
 
 
 def leave() -> None:
-    """Let the others go."""
+    """Be one process again."""
     global _joined
     if _joined:
         dist.destroy_process_group()
