@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import kept_answers, recovery
+from hirelc_deploy.compress import recovery, row_file
 from hirelc_deploy.compress.features import FeatureMatch, kept_inputs
 from hirelc_deploy.compress.norms import correct_norms, reestimate_norms
 from hirelc_deploy.compress.recovery import (
@@ -173,7 +173,7 @@ def test_a_training_is_the_same_whether_the_teachers_answers_were_kept_or_it_was
         return fine_tune(small_net(), teacher, recipe, seed=1, progress=QUIET).state_dict()
 
     kept = trained()
-    monkeypatch.setattr(kept_answers, "SHARE_OF_DISK", 0.0)
+    monkeypatch.setattr(row_file, "SHARE_OF_DISK", 0.0)
     for name, values in trained().items():
         assert torch.equal(values, kept[name])
 

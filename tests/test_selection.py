@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import kept_answers
+from hirelc_deploy.compress import row_file
 from hirelc_deploy.evaluate import selection as module
 from hirelc_deploy.evaluate.cutting import forward
 from hirelc_deploy.evaluate.effort import SMALL_BATCH
@@ -84,6 +84,7 @@ def test_more_images_than_fit_are_never_held_whole(in_parts: None):
     figures(selection)
     assert selection._kept is None
     assert max(images.asked) == SMALL_BATCH
+    assert sum(images.asked) == 2 + 1 + COUNT  # three by which sizes are known; the others come back from a file
 
 
 def test_the_uncut_model_answers_once_to_each_image_that_is_not_held(in_parts: None):
@@ -96,7 +97,7 @@ def test_the_uncut_model_answers_once_to_each_image_that_is_not_held(in_parts: N
 
 def test_without_room_for_its_answers_the_uncut_model_is_asked_again(in_parts: None, monkeypatch: pytest.MonkeyPatch):
     expected = figures(Selection(Watched(), CLASSIFICATION, Counted(), QUIET))
-    monkeypatch.setattr(kept_answers, "SHARE_OF_DISK", 0.0)
+    monkeypatch.setattr(row_file, "SHARE_OF_DISK", 0.0)
     counted = Counted()
     assert figures(Selection(Watched(), CLASSIFICATION, counted, QUIET)) == expected
     assert counted.images > 2 * COUNT

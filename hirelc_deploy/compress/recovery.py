@@ -24,8 +24,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hirelc_deploy.compress.features import FeatureMatch
-from hirelc_deploy.compress.kept_answers import KeptAnswers
 from hirelc_deploy.compress.norms import NORM, norms_of
+from hirelc_deploy.compress.row_file import RowFile
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -155,13 +155,13 @@ class Teacher:
         task: Task = CLASSIFICATION,
         folder: Path | None = None,
     ) -> None:
-        """Args: `folder` is where answers are kept; see `KeptAnswers`."""
+        """Args: `folder` is where answers are kept; see `RowFile`."""
         self.model = laid_out(copy.deepcopy(model).eval().requires_grad_(False), device)
         self.images = images
         self.views = views
         self.device = device
         self.task = task
-        self._kept = KeptAnswers(len(images), folder)
+        self._kept = RowFile(len(images), folder)
 
     def answers(self, rows: NDArray[np.int64], view: int, pictures: Tensor, *, afresh: bool = False) -> Answers:
         """Return the answers to `pictures`, which are view `view` of the images at `rows`.

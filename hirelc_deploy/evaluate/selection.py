@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hirelc_deploy.compress.kept_answers import KeptAnswers
+from hirelc_deploy.compress.row_file import RowFile
 from hirelc_deploy.evaluate.cutting import arrays, divergence_by_batch, mean_divergence
 from hirelc_deploy.evaluate.effort import BATCH, KEPT_BYTES, SMALL_BATCH
 from hirelc_deploy.graph.answers import Answers
@@ -56,17 +56,17 @@ class Shown:
 class Selection:
     """The images by which choices are made, with what the uncut model answers to them.
 
-    All of it is kept in memory where that takes up to KEPT_BYTES. More of it comes in parts: pictures and targets from
-    the data set each time, answers from a file.
+    All of it is kept in memory where that takes up to KEPT_BYTES. More of it comes in parts, pictures and answers from
+    files where there is room for them; else pictures are decoded, and the uncut model is asked, each time.
     """
 
     def __init__(
         self, images: Images, task: Task, answer: Answering, progress: Progress, folder: Path | None = None
     ) -> None:
-        """Args: `answer` is that of the uncut model; `folder` holds what it answers, see `KeptAnswers`."""
+        """Args: `answer` is that of the uncut model; `folder` holds what memory does not, see `RowFile`."""
         self.images, self.task = images, task
         self._answer, self._progress = answer, progress
-        self._answers = KeptAnswers(len(images), folder)
+        self._answers, self._pictures = RowFile(len(images), folder), RowFile(len(images), folder)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -97,7 +97,7 @@ class Selection:
     def _bytes(self) -> int:
         """Of one image with all that belongs to it, but for boxes and the like."""
         first = np.arange(1)
-        targets = self.task.collate(self.images.targets(first)) if self.images.labelled else None
+        targets = self._targets(first)
         target_bytes = targets.nbytes if isinstance(targets, Tensor) else 0
         return self.images.batch(first).nbytes + self.answer_bytes + target_bytes
 
@@ -107,35 +107,41 @@ class Selection:
 
     @cached_property
     def _kept(self) -> list[Shown] | None:
-        """All images where they fit, else None; the uncut model has then answered to every one of them."""
+        """All images where they fit, else None; each has then been decoded and answered to."""
         with self._progress.stage(FORWARD):
             kept = [part for part in self._read(len(self)) if self._all_fit]
-        if not kept:
-            return None
-        if self.images.canvases is not None:
+        if self.images.canvases is not None and (kept or self._pictures.knows(np.arange(len(self)), JUDGED)):
             self.images.canvases.forget()
-        return kept
+        return kept or None
 
     def _read(self, count: int) -> Iterator[Shown]:
         """Yield the first images; all at once where they are kept."""
         if self._all_fit:
-            arriving = iter([torch.cat(list(batches(self.images, BATCH, count)))])
-        else:  # whole small batches, by which models answer
-            size = max(SMALL_BATCH, min(BATCH, KEPT_BYTES // self._bytes // SMALL_BATCH * SMALL_BATCH))
-            arriving = batches(self.images, size, count)
-        start = 0
-        for pictures in arriving:
-            yield self._part(np.arange(start, start + len(pictures)), pictures)
-            start += len(pictures)
-
-    def _part(self, rows: NDArray[np.int64], pictures: Tensor) -> Shown:
-        answers = self._answers.get(rows, JUDGED)
-        if answers is None:
-            answers = self._answer(pictures)
-            if not self._all_fit:
+            pictures = torch.cat(list(batches(self.images, BATCH, count)))
+            yield Shown(pictures, self._targets(np.arange(count)), self._answer(pictures))
+            return
+        # Whole small batches, by which models answer.
+        size = max(SMALL_BATCH, min(BATCH, KEPT_BYTES // self._bytes // SMALL_BATCH * SMALL_BATCH))
+        parts = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+        for rows, pictures in zip(parts, self._pictures_of(parts), strict=True):
+            answers = self._answers.get(rows, JUDGED)
+            if answers is None:
+                answers = self._answer(pictures)
                 self._answers.keep(rows, JUDGED, answers)
-        targets = self.task.collate(self.images.targets(rows)) if self.images.labelled else None
-        return Shown(pictures, targets, answers)
+            yield Shown(pictures, self._targets(rows), answers)
+
+    def _pictures_of(self, parts: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+        if all(self._pictures.knows(rows, JUDGED) for rows in parts):
+            for rows in parts:
+                yield from (self._pictures.get(rows, JUDGED) or {}).values()
+            return
+        arriving = batches(self.images, len(parts[0]), int(parts[-1][-1]) + 1)
+        for rows, pictures in zip(parts, arriving, strict=True):
+            self._pictures.keep(rows, JUDGED, {"pictures": pictures})
+            yield pictures
+
+    def _targets(self, rows: NDArray[np.int64]) -> Targets | None:
+        return self.task.collate(self.images.targets(rows)) if self.images.labelled else None
 
 
 @dataclass(frozen=True)

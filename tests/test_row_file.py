@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from hirelc_deploy.compress import kept_answers
-from hirelc_deploy.compress.kept_answers import KeptAnswers
+from hirelc_deploy.compress import row_file
+from hirelc_deploy.compress.row_file import RowFile
 from hirelc_deploy.graph.answers import Answers
 
 ROWS = np.array([5, 0, 3])
@@ -22,7 +22,7 @@ def answers(count: int = 3, seed: int = 0) -> Answers:
 
 
 def test_answers_come_back_to_the_bit_in_any_order():
-    kept, given = KeptAnswers(8), answers()
+    kept, given = RowFile(8), answers()
     kept.keep(ROWS, 2, given)
     found = kept.get(ROWS[::-1].copy(), 2)
     assert found is not None
@@ -30,7 +30,7 @@ def test_answers_come_back_to_the_bit_in_any_order():
 
 
 def test_answers_of_other_images_and_views_are_not_known():
-    kept = KeptAnswers(8)
+    kept = RowFile(8)
     assert kept.get(ROWS, 0) is None
     kept.keep(ROWS, 0, answers())
     assert kept.get(np.array([5, 1]), 0) is None
@@ -38,7 +38,7 @@ def test_answers_of_other_images_and_views_are_not_known():
 
 
 def test_views_have_places_of_their_own():
-    kept = KeptAnswers(8)
+    kept = RowFile(8)
     for view in (7, 0):
         kept.keep(ROWS, view, answers(seed=view))
     for view in (7, 0):
@@ -50,21 +50,21 @@ def test_views_have_places_of_their_own():
 def test_the_first_views_are_kept_as_far_as_the_room_goes(monkeypatch: pytest.MonkeyPatch):
     free = 2 * 2.5 * 8 * 4 * (4 + 18 + 1)  # half of it holds two views of eight images and a half
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, int(free)))
-    kept = KeptAnswers(8)
+    kept = RowFile(8)
     for view in range(4):
         kept.keep(ROWS, view, answers())
     assert [kept.get(ROWS, view) is not None for view in range(4)] == [True, True, False, False]
 
 
 def test_a_disk_that_is_full_keeps_what_was_written_and_no_more(monkeypatch: pytest.MonkeyPatch):
-    kept = KeptAnswers(8)
+    kept = RowFile(8)
     kept.keep(ROWS, 0, answers())
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kept_answers.os, "pwrite", full)
+        patch.setattr(row_file.os, "pwritev", full)
         kept.keep(np.array([1, 2, 4]), 0, answers())
         kept.keep(ROWS, 1, answers())
     kept.keep(ROWS, 2, answers())
@@ -74,18 +74,18 @@ def test_a_disk_that_is_full_keeps_what_was_written_and_no_more(monkeypatch: pyt
 
 
 def test_answers_of_another_size_are_not_kept():
-    kept = KeptAnswers(8)
+    kept = RowFile(8)
     kept.keep(ROWS, 0, {"boxes": torch.zeros(3, 5, 4)})
     kept.keep(np.array([1]), 0, {"boxes": torch.zeros(1, 6, 4)})
     assert kept.get(np.array([1]), 0) is None
 
 
 def test_nothing_is_left_in_the_folder(tmp_path: Path):
-    KeptAnswers(8, tmp_path).keep(ROWS, 0, answers())
+    RowFile(8, tmp_path).keep(ROWS, 0, answers())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing():
-    kept = KeptAnswers(8, Path("/nowhere"))
+    kept = RowFile(8, Path("/nowhere"))
     kept.keep(ROWS, 0, answers())
     assert kept.get(ROWS, 0) is None
