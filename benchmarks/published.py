@@ -44,7 +44,7 @@ from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.evaluate import network_time, tables
-from hirelc_deploy.evaluate.cutting import forward
+from hirelc_deploy.evaluate.cutting import forward_half
 from hirelc_deploy.evaluate.network_time import NetworkTime
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.evaluate.selection import parts_of
@@ -154,8 +154,7 @@ def watch_epochs(pipeline: Pipeline) -> None:
     selection, task = pipeline.uncut.selection, pipeline.task
 
     def after_epoch(plan: CompressionPlan, epoch: int, model: nn.Module) -> None:
-        with recovery.half_precision(torch.device("cpu")):
-            accuracy = task.value(parts_of(task, selection.shown(), partial(forward, model)))
+        accuracy = task.value(parts_of(task, selection.shown(), partial(forward_half, model)))
         pipeline.run.remember(epoch_key(plan, epoch), lambda: accuracy)
         pipeline.progress.say(f"{plan.digest} after epoch {epoch}: {100 * accuracy:.2f} % of the selection split")
 

@@ -12,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import SliceError
 from hirelc_deploy.evaluate.clock import clocked
-from hirelc_deploy.evaluate.cutting import cut, forward, round_as_asked
+from hirelc_deploy.evaluate.cutting import cut, forward_half, round_as_asked
 from hirelc_deploy.evaluate.selection import Shown, judged
 from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -62,6 +61,5 @@ class Judge:
             return Failed(plan.digest, "F1", "slice", str(error), seconds)
         with clocked(seconds, "judge"):
             round_as_asked(model, self.roundings, plan)
-            with recovery.half_precision(torch.device("cpu")):
-                loss, value = judged(self.task, self.shown, partial(forward, model))
+            loss, value = judged(self.task, self.shown, partial(forward_half, model))
         return Measured(plan.digest, "F1", loss, value, cost.params, cost.macs, seconds=seconds)

@@ -17,7 +17,7 @@ from hirelc_deploy.compress import recovery, slicing
 from hirelc_deploy.compress.features import kept_inputs
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError
-from hirelc_deploy.evaluate.cutting import cut, forward, round_as_asked
+from hirelc_deploy.evaluate.cutting import cut, forward_half, round_as_asked
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.selection import loss_of
@@ -149,8 +149,7 @@ class Training:
         On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
         """
         round_as_asked(model, self._roundings(), plan)
-        with recovery.half_precision(torch.device("cpu")):
-            return loss_of(self._uncut.task, self._uncut.selection.shown(), partial(forward, model))
+        return loss_of(self._uncut.task, self._uncut.selection.shown(), partial(forward_half, model))
 
     def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
         """Return what a cut model loses on the selection split after a recovery of so many epochs; journaled."""
