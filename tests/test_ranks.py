@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.compress.recovery import Recovery, Teacher, fine_tune
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
 from hirelc_deploy.demo.model import DemoNet
@@ -145,6 +146,15 @@ def test_two_processes_with_half_a_batch_each_learn_as_one_with_the_whole(norm, 
         assert np.abs(np.array(losses) - np.array(alone)).max() < 1e-5
         for name, values in own.items():
             assert np.abs(values - weights[name]).max() < 1e-3
+
+
+def test_a_network_that_rounds_while_it_is_trained_is_sent_without_its_rounding():
+    prepare = partial(qat.install, rounding=qat.Rounding({"3": 7, "7": 7}, {}))
+    work = partial(trained, Recovery(2, 16, 0.05), True, as_exported=True, prepare=prepare)
+    (alone, _), ((found, _), _) = work(), in_each(work)
+    assert np.abs(np.array(found) - np.array(alone)).max() < 1e-5
+    (plain, _) = trained(Recovery(2, 16, 0.05), True, as_exported=True)
+    assert np.abs(np.array(plain) - np.array(alone)).max() > 1e-4
 
 
 def test_batch_norms_that_see_their_own_part_end_alike_in_all_processes():

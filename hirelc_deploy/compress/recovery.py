@@ -238,8 +238,8 @@ class Pause:
 def assist(teacher: Teacher) -> None:
     """Take part in every training that process 0 begins, until it calls `dismiss`."""
     while (asked := ranks.told(None)) is not None:
-        given, options = asked
-        fine_tune(given[0], teacher, *given[1:], progress=Progress(quiet=True), **options)
+        student, recovery, options = asked
+        fine_tune(student, teacher, recovery, progress=Progress(quiet=True), **options)
 
 
 def dismiss() -> None:
@@ -247,19 +247,22 @@ def dismiss() -> None:
     ranks.told(None)
 
 
-def _tell(*given: Any, **options: Any) -> None:
-    """Have the other processes train the same, where this is the one that leads."""
-    if ranks.number():
-        return
-    try:
-        ranks.told((given, options))
-    except InputError:
-        raise
-    except Exception as error:  # of somebody's own class: anything can come out of it
-        raise InputError(
-            f"{type(given[0]).__name__} cannot be sent to the other processes of torchrun ({error}); define what it is "
-            "made of at the top of a module, or run without torchrun."
-        ) from None
+def _begin(student: nn.Module, recovery: Recovery, batch_size: int, pause: Pause | None, **options: Any) -> None:
+    """Have the other processes train the same, where this is the one that leads, and prepare the student in each."""
+    if ranks.number() == 0:
+        try:
+            ranks.told((student, recovery, {**options, "pause": pause and Pause(pause.share)}))
+        except InputError:
+            raise
+        except Exception as error:  # of somebody's own class: anything can come out of it
+            raise InputError(
+                f"{type(student).__name__} cannot be sent to the other processes of torchrun ({error}); define what it "
+                "is made of at the top of a module, or run without torchrun."
+            ) from None
+    if batch_size < ranks.count():
+        raise InputError(f"recovery: {ranks.count()} processes cannot share a batch of {batch_size}; start fewer.")
+    if options["prepare"] is not None:
+        options["prepare"](student)
 
 
 def fine_tune(
@@ -272,6 +275,7 @@ def fine_tune(
     name: str = "recovery",
     reads: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
     as_exported: bool = False,
+    prepare: Callable[[nn.Module], object] | None = None,
     begun: bytes = b"",
     after_epoch: AfterEpoch = lambda epoch, student, standing: None,
     watch: Watch = lambda step, scalars: None,
@@ -290,6 +294,7 @@ def fine_tune(
     Args:
         reads: Layer name to the features of its uncut input that the student still has (`kept_inputs`).
         as_exported: Let batch norm compute with the statistics that it has, and all in float32, as the file will.
+        prepare: Changes the student in place before it is trained, wherever that is: what cannot be sent to others.
         begun: What `after_epoch` was last given of an interrupted training of this kind; the result is that of an
             undisturbed one.
         after_epoch: Called after every whole epoch with its number from 1, the student in eval mode, and all that is
@@ -301,10 +306,8 @@ def fine_tune(
     if len(images) < 2:
         raise InputError(f"recovery: the training split has {len(images)} images; fine-tuning needs at least 2.")
     batch_size, per_epoch = batches_of(teacher, recovery)
-    halt = pause and Pause(pause.share)
-    _tell(student, recovery, seed=seed, reads=dict(reads), as_exported=as_exported, begun=begun, pause=halt)
-    if batch_size < ranks.count():
-        raise InputError(f"recovery: {ranks.count()} processes cannot share a batch of {batch_size}; start fewer.")
+    options = {"seed": seed, "reads": dict(reads), "as_exported": as_exported, "prepare": prepare, "begun": begun}
+    _begin(student, recovery, batch_size, pause, **options)
     steps = steps_of(recovery, per_epoch)
     student = laid_out(student, device)
     still_norms = as_exported or ranks.decided(lambda: norms_stand_still(student, teacher, batch_size))

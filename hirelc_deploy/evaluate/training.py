@@ -100,8 +100,7 @@ class Training:
         if self.effort.recovery is not None:
             name = f"recovery of {plan.digest}"
             self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
-            if plan.trained_rounding:
-                qat.install(model, *self.files.roundings_of(model, [plan]))
+            rounding = self.files.roundings_of(model, [plan])[0] if plan.trained_rounding else qat.Rounding({}, {})
             model = recovery.fine_tune(
                 model,
                 self.teacher,
@@ -112,6 +111,7 @@ class Training:
                 # Features beyond the ends of their grids would not learn: they have no gradient, and drift further out.
                 reads={} if plan.trained_rounding else reads,
                 as_exported=plan.trained_rounding,
+                prepare=partial(qat.install, rounding=rounding),
                 begun=training.read_bytes() if training.exists() else b"",
                 after_epoch=after_epoch,
                 watch=partial(self.scalars, name),
