@@ -18,6 +18,7 @@ def answers(count: int = 3, seed: int = 0) -> Answers:
         "scores": torch.randn(count, 4, generator=drawn),
         "map": torch.randn(count, 2, 3, 3, generator=drawn),
         "angle": torch.randn(count, generator=drawn),
+        "nothing": torch.empty(count, 0, 2),
     }
 
 

@@ -50,7 +50,8 @@ class RowFile:
         for place, row in zip(self._places(rows, view), values.numpy(), strict=True):
             os.preadv(self._file.fileno(), [row.data], place)
         parts = values.split([shape.numel() for shape in self._shapes.values()], 1)
-        return {name: part.reshape(-1, *self._shapes[name]) for name, part in zip(self._shapes, parts, strict=True)}
+        found = zip(self._shapes.items(), parts, strict=True)
+        return {name: part.reshape(len(rows), *shape) for (name, shape), part in found}
 
     def keep(self, rows: NDArray[np.int64], view: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep (n, ...) float32 tensors of the images at these rows, if there is room."""
@@ -63,7 +64,7 @@ class RowFile:
             if len(self._known) == self._views:
                 return
             self._known[view] = np.zeros(self._images, np.bool_)
-        columns = [values.detach().cpu().reshape(len(rows), -1) for values in tensors.values()]
+        columns = [tensors[name].detach().cpu().reshape(len(rows), shape.numel()) for name, shape in shapes.items()]
         try:
             for place, *row in zip(self._places(rows, view), *(column.numpy() for column in columns), strict=True):
                 os.pwritev(self._file.fileno(), [part.data for part in row], place)
