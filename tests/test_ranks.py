@@ -298,7 +298,7 @@ def test_where_another_process_ends_one_sentence_says_so():
     said, nothing = in_each(work)
     assert nothing is None
     assert said.startswith("InputError: torchrun: another of its processes ended; what was finished")
-    assert "--max-restarts=N torchrun goes on by itself" in said
+    assert "--max-restarts=N torchrun goes on by itself from there" in said
 
 
 def kept_training(folder: str, dies: bool) -> None:

@@ -178,8 +178,8 @@ def _while_all_are_there() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # whose errors have no type of their own
             raise
         raise InputError(
-            "torchrun: another of its processes ended; what was finished is kept. With --max-restarts=N torchrun goes on "
-            "by itself from what is kept; else run the same again."
+            "torchrun: another of its processes ended; what was finished is kept. With --max-restarts=N torchrun goes "
+            "on by itself from there; else run the same again."
         ) from error
 
 
