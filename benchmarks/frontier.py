@@ -48,7 +48,7 @@ from peers_resnet18 import cut_globally, gradients, write_files
 from record import RESULTS, provenance
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress.features import kept_inputs
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.deliver.finalists import settled_depth
 from hirelc_deploy.evaluate import network_time, tables
@@ -151,7 +151,7 @@ class Peer:
         plan, predicted_ms = self.plan_of(model), self.predicted_ms(model)
         usual, usual_plan = copy.deepcopy(model), replace(plan, default_precision="int8")  # another name on the disk
         if pipeline.effort.recovery is not None:
-            model = pipeline.training.trained(model, plan, {**recovery.kept_inputs(pipeline.graph, {}), **lost})
+            model = pipeline.training.trained(model, plan, {**kept_inputs(pipeline.graph, {}), **lost})
             usual = pipeline.training.trained(usual, usual_plan, {})
         answers = pipeline.files.folder / f"{usual_plan.digest}-runtime-int8.onnx"
         write_runtime_file(pipeline, usual, answers)

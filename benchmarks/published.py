@@ -29,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -43,9 +44,10 @@ from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.evaluate import network_time, tables
-from hirelc_deploy.evaluate.cutting import arrays, forward
+from hirelc_deploy.evaluate.cutting import forward_half
 from hirelc_deploy.evaluate.network_time import NetworkTime
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.evaluate.selection import parts_of
 from hirelc_deploy.graph.costs import Cost
 from hirelc_deploy.graph.model_graph import LayerShape
 from hirelc_deploy.jobs.export import STORED, Storage, best_bits
@@ -149,12 +151,10 @@ def check_budget(cost: Cost, whole: Cost, study: Study) -> None:
 
 def watch_epochs(pipeline: Pipeline) -> None:
     """Have the accuracy on the selection split journaled and said after every epoch of a recovery."""
-    (images, targets), task = pipeline.uncut.selection, pipeline.task
-    assert targets is not None
+    selection, task = pipeline.uncut.selection, pipeline.task
 
     def after_epoch(plan: CompressionPlan, epoch: int, model: nn.Module) -> None:
-        with recovery.half_precision(torch.device("cpu")):
-            accuracy = task.value(task.parts(arrays(forward(model, images)), targets))
+        accuracy = task.value(parts_of(task, selection.shown(), partial(forward_half, model)))
         pipeline.run.remember(epoch_key(plan, epoch), lambda: accuracy)
         pipeline.progress.say(f"{plan.digest} after epoch {epoch}: {100 * accuracy:.2f} % of the selection split")
 
@@ -345,7 +345,7 @@ def main() -> int:
             print(f"{len(made.files) + len(made.stored)} files are ready; without --train-only they are measured.")
             return 0
         found = measure(pipeline, made, options.timing_seconds)
-        assert pipeline.uncut.parts is not None
+        assert pipeline.uncut.selection.parts is not None
         record = {
             "name": options.name or f"published-{options.study}",
             **provenance(command),
@@ -356,7 +356,7 @@ def main() -> int:
             **fixed,
             **training,
             "training_images": len(pipeline.data.train),
-            "selection_accuracy_of_the_uncut_model": pipeline.task.value(pipeline.uncut.parts),
+            "selection_accuracy_of_the_uncut_model": pipeline.task.value(pipeline.uncut.selection.parts),
             "files": found,
             "published_by_others": list(study.published),
         }

@@ -17,6 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from hirelc_deploy.compress.storage import codec, restore
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
 from hirelc_deploy.deliver.stored_bits import StoredBits
 from hirelc_deploy.demo import demo_config
-from hirelc_deploy.evaluate.cutting import divergence, judged, tensors
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.evaluate.selection import judged, loss_of
 from hirelc_deploy.jobs.workplace import open_workplace
 from hirelc_deploy.progress import Progress
 
@@ -43,23 +44,21 @@ class Bench:
     def __init__(self, pipeline: Pipeline, keep: float, folder: Path) -> None:
         plan = slicing.uniform_plan(pipeline.graph, keep, "int8")
         self.file = pipeline.files.build(pipeline.cut(plan), plan, "F2")
-        self._folder, self._backend = folder, pipeline.backend
-        images, targets = pipeline.uncut.selection
-        count, self._task = pipeline.effort.search_images, pipeline.task
-        self._images, self._targets = images[:count].numpy(), None if targets is None else targets[:count]
-        self._answers = tensors(self._backend.build(self.file).infer(self._images))
+        self._folder = folder
+        self._files, self._task = pipeline.files, pipeline.task
+        whole, shown = self._files.answers_of(self.file), pipeline.uncut.selection.shown(pipeline.effort.search_images)
+        self._shown = [replace(part, answers=whole(part.pictures)) for part in shown]
 
     def judge(self, path: Path) -> float:
         """Return the loss of a restored file."""
-        return divergence(self._task, self._answers, tensors(self._backend.build(path).infer(self._images)))
+        return loss_of(self._task, self._shown, self._files.answers_of(path))
 
     def stored(self, bits: int, sparsity: float, scheme: str) -> dict[str, Any]:
         """Return bytes, loss and accuracy of one stored file."""
         path = self._folder / "stored"
         codec.store(self.file, path, bits, scheme, sparsity=sparsity)
         restored = Path(restore.restore(str(path), str(self._folder)))
-        found = tensors(self._backend.build(restored).infer(self._images))
-        loss, right = judged(self._task, found, self._answers, self._targets)
+        loss, right = judged(self._task, self._shown, self._files.answers_of(restored))
         return {"bits": bits, "sparsity": sparsity, "bytes": path.stat().st_size, "loss": loss, "accuracy": right}
 
 

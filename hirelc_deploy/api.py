@@ -20,6 +20,7 @@ from typing import Any, TypedDict, Unpack
 from torch import nn
 from torch.utils.data import Dataset
 
+from hirelc_deploy.compress import recovery
 from hirelc_deploy.config import (
     DataConfig,
     JobConfig,
@@ -41,6 +42,7 @@ from hirelc_deploy.inputs.data.splits import Data, SplitSizes
 from hirelc_deploy.inputs.fitting import plain
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
+from hirelc_deploy.jobs.assist import assist, check_others
 from hirelc_deploy.jobs.inspect import inspected
 from hirelc_deploy.jobs.recording import recorded
 from hirelc_deploy.jobs.search import run_search
@@ -55,6 +57,7 @@ from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
 from hirelc_deploy.returned import Inspection, Result, Why
 from hirelc_deploy.runs import CONFIG, RESULT
+from hirelc_deploy.together import ranks
 from hirelc_deploy.user_code import usual_torch
 
 __all__ = ["Inspection", "Result", "Why", "apply", "benchmark", "inspect", "load", "search", "verify", "why"]
@@ -84,6 +87,7 @@ class JobOptions(TypedDict, total=False):
         mean, std: Of the normalisation, per channel.
         geometry, interpolation: Of pictures of another size: `crop`, `stretch` or `letterbox`, and how.
         recovery_epochs, learning_rate: Of the recovery of each finalist.
+        sync_norms: Batch norms see the whole batch where processes of torchrun share it.
         exclude, include: Patterns of units and layers.
         float_layers: Patterns of layers that stay float in every integer file.
         equalise: Patterns of layers whose channels are made alike across activations, too.
@@ -114,6 +118,7 @@ class JobOptions(TypedDict, total=False):
     interpolation: str | None
     recovery_epochs: float
     learning_rate: float
+    sync_norms: bool
     exclude: Sequence[str]
     include: Sequence[str]
     float_layers: Sequence[str]
@@ -429,11 +434,19 @@ def _finished(workplace: Workplace) -> Result:
 
 
 def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Result:
+    if ranks.number():
+        assist(config, given)
+        ranks.leave()
+        raise SystemExit(0)
     progress = _told(job.get("progress"))
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
     track = _several("track", job.get("track")) or ()
     workplace = open_workplace(config, out, command, progress, given=given, track=track, **side_by_side)
-    return _finished(workplace)
+    check_others(workplace.source, workplace.pipeline.data)
+    result = _finished(workplace)
+    recovery.dismiss()
+    ranks.leave()
+    return result
 
 
 def _told(progress: Listener | Progress | None) -> Progress:
@@ -486,6 +499,7 @@ def _config(
         batch=job.get("batch") if job.get("batch") != 1 else None,  # the same job, said in two ways
         recovery_epochs=job.get("recovery_epochs", 1.0),
         learning_rate=job.get("learning_rate", 0.01),
+        sync_norms=job.get("sync_norms", False),
         exclude=_several("exclude", job.get("exclude")) or (),
         include=_several("include", job.get("include")) or (),
         float_layers=_several("float_layers", job.get("float_layers")) or (),

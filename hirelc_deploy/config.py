@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import numbers
 import re
@@ -15,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import tomlkit
 
 from hirelc_deploy.errors import InputError
 
@@ -187,6 +188,7 @@ class JobConfig:
         recovery_epochs: Passes over the training split for a finalist, and for the uncut integer file where that loses
             more than is allowed; 0 for no training.
         learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
+        sync_norms: Batch norms see a recovery's whole batch where several processes share it.
         exclude: Patterns of units and layers that stay whole.
         include: Patterns of units and layers; when given, only these may be cut.
         float_layers: Patterns of layers that stay float in every integer file.
@@ -203,6 +205,7 @@ class JobConfig:
     batch: int | None = None
     recovery_epochs: float = 1.0
     learning_rate: float = 0.01
+    sync_norms: bool = False
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     float_layers: tuple[str, ...] = ()
@@ -221,13 +224,16 @@ class JobConfig:
         _at_least("batch", self.batch, 1, whole=True)
         _at_least("recovery_epochs", self.recovery_epochs, 0)
         _above_zero("learning_rate", self.learning_rate)
+        if not isinstance(self.sync_norms, bool):
+            raise InputError(f"sync_norms = {_shown(self.sync_norms)}: give true or false.")
 
     def to_toml(self) -> str:
         """Return the canonical text: equal for equal jobs, entries in the order of the fields, unset ones left out."""
-        plain = _plain(self)
+        plain = {"schema_version": SCHEMA_VERSION, **_plain(self)}
         if self.ranges:
             plain["ranges"] = dict(self.ranges)  # in their order: the last pattern that fits counts
-        return f"schema_version = {SCHEMA_VERSION}\n" + "\n".join(_toml_lines(plain, ())) + "\n"
+        _check_written(plain)
+        return tomlkit.dumps(plain)
 
     @classmethod
     def from_toml(cls, text: str, where: str = "config.toml") -> JobConfig:
@@ -323,31 +329,15 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> typing.Iterator[str]:
-    for name, value in table.items():
-        if not isinstance(value, Mapping):
-            yield f"{_toml_key(name)} = {_toml_value(value)}"
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield f"\n[{'.'.join(map(_toml_key, (*path, name)))}]"
-            yield from _toml_lines(value, (*path, name))
-
-
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
-
-
-def _toml_value(value: Any) -> str:
+def _check_written(value: Any) -> None:
+    """Raise InputError for what a run's config.toml cannot hold: every option is a text, a number or a list of such."""
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{value} cannot be an option.")
-    if isinstance(value, str):
-        # JSON strings are TOML strings, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool | int | float):
-        return json.dumps(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    raise InputError(f"option value {value!r}: a {type(value).__name__} cannot be written to a run's config.toml.")
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _check_written(inner)
+    elif not isinstance(value, str | bool | int | float):
+        raise InputError(f"option value {value!r}: a {type(value).__name__} cannot be written to a run's config.toml.")
 
 
 def _typed(value: Any, hint: Any, where: str, name: str) -> Any:

@@ -14,8 +14,8 @@ import torch
 from test_slicing import outputs, randomised, relative_difference, small_vit
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.branches import proven
+from hirelc_deploy.compress.features import kept_inputs
 from hirelc_deploy.compress.onnx_file.export import export_onnx, set_static_batch
 from hirelc_deploy.compress.slicing import check_plan, mask_model, rebuild, shapes, slice_model, uniform_plan
 from hirelc_deploy.demo.model import DemoNet
@@ -180,7 +180,7 @@ def test_nothing_may_stay_only_where_a_branch_goes_with_it():
 def test_layers_that_are_left_out_are_not_matched_while_the_rest_recovers():
     _, graph, _ = known("demo")
     kept = {"stages.0.1.conv1": np.arange(0), "stages.0.residual": np.arange(8), "stages.0.0.conv1": np.arange(8)}
-    reads = recovery.kept_inputs(graph, kept)
+    reads = kept_inputs(graph, kept)
     assert "stages.0.0.conv2" in reads
     assert not [name for name in reads if name.startswith("stages.0.1")]
 

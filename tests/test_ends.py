@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -30,6 +31,7 @@ from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.guarded import guarded
 from hirelc_deploy.evaluate.layer_losses import LayerLosses
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.evaluate.selection import Selection
 from hirelc_deploy.inputs.data.load import load_data
 from hirelc_deploy.jobs.shipping import end_records, end_warnings
 from hirelc_deploy.jobs.why import end_record
@@ -298,6 +300,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     )
 
 
+def without_targets(selection: Selection) -> SimpleNamespace:
+    """Return the same images; nobody knows their boxes."""
+    parts = [replace(part, targets=None) for part in selection.shown()]
+    return SimpleNamespace(shown=lambda count=48: (part.first(count) for part in parts), parts=None)
+
+
 def test_the_placed_file_keeps_the_scores_that_the_blanket_file_rounds_to_zero(pipeline):
     placed = pipeline.files.placement
     assert "end of output" in placed.float_layers
@@ -334,7 +342,7 @@ def test_the_guard_makes_an_end_float_as_one_group(pipeline, monkeypatch):
 
 
 def test_why_tells_what_integers_in_an_end_lose_and_win(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline.uncut, "selection", (pipeline.uncut.selection[0], None))  # nobody knows the boxes
+    monkeypatch.setattr(pipeline.uncut, "selection", without_targets(pipeline.uncut.selection))
     plan = CompressionPlan(default_precision="auto")
     losses = LayerLosses(pipeline, pipeline.cut(plan), plan)
     (end,) = losses.ends
@@ -352,7 +360,7 @@ def test_why_tells_what_integers_in_an_end_lose_and_win(pipeline, monkeypatch):
 
 
 def test_an_end_of_which_a_pattern_rounds_nothing_is_told_so(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline.uncut, "selection", (pipeline.uncut.selection[0], None))
+    monkeypatch.setattr(pipeline.uncut, "selection", without_targets(pipeline.uncut.selection))
     plan = CompressionPlan(default_precision="auto", pattern="weights")
     losses = LayerLosses(pipeline, pipeline.cut(plan), plan)
     told = end_record(losses, losses.ends[0])

@@ -294,12 +294,24 @@ def test_what_fits_into_memory_is_decoded_once(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_does_not_fit_into_memory_is_not_kept_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(canvas, "FOLDER_CACHE_BYTES", 3 * 12 * 10 * 23)  # of 24 canvases of 12 x 10
+    monkeypatch.setattr(canvas, "KEPT_BYTES", 3 * 12 * 10 * 23)  # of 24 canvases of 12 x 10
     images = folder_images(tmp_path)
     assert images.canvases.unread(reduced=True) == []
     fixed(monkeypatch, 1)
     list(loaded(images, wanted(), again=True))
     assert len(images.canvases._kept) <= 2 * 4 * MEASURED  # what this process decoded itself
+
+
+def test_all_splits_together_keep_no_more_than_the_room_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, second = folder_images(tmp_path), folder_images(tmp_path)
+    monkeypatch.setattr(canvas, "_all", [first.canvases, second.canvases])
+    monkeypatch.setattr(canvas, "KEPT_BYTES", 3 * 12 * 10 * 30)  # 30 canvases of 12 x 10
+    for images in (first, second):
+        images.batch(range(24))
+    assert [len(images.canvases._kept) for images in (first, second)] == [2 * 24, 2 * 6]  # each under both keys
+    first.canvases.forget()
+    second.batch(range(24))
+    assert len(second.canvases._kept) == 2 * 24
 
 
 def test_the_same_rows_are_read_by_processes_where_batches_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

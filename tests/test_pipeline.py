@@ -643,7 +643,7 @@ def test_the_file_of_trained_weights_for_many_images_answers_as_that_for_one(pip
     model = pipeline.cut(TRAINED)
     model.load_state_dict(load_file(str(pipeline.files.weights_of(TRAINED))))
     pipeline.files.write_batched(model, TRAINED, tmp_path / "batched.onnx")
-    images = pipeline.uncut.selection[0].numpy()
+    images = pipeline.data.selection.batch(np.arange(len(pipeline.data.selection))).numpy()
     one, many = (
         only(pipeline.backend.build(path, 1).infer(images))
         for path in (pipeline.files.file_of(TRAINED, "F3"), tmp_path / "batched.onnx")

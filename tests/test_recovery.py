@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress import recovery, row_file
+from hirelc_deploy.compress.features import FeatureMatch, kept_inputs
 from hirelc_deploy.compress.norms import correct_norms, reestimate_norms
 from hirelc_deploy.compress.recovery import (
-    FeatureMatch,
     Pause,
     Recovery,
     Teacher,
     compensate,
     distillation_loss,
     fine_tune,
-    kept_inputs,
     norms_stand_still,
 )
 from hirelc_deploy.compress.slicing import slice_model
@@ -158,13 +157,25 @@ def test_the_teacher_answers_each_picture_once():
     teacher = Teacher(small_net(), pictures, 2, CPU)
     calls = []
     teacher.model.register_forward_hook(lambda *_: calls.append(1))
-    indices = torch.arange(8)
-    first = teacher.answers(indices, 1, pictures.views(indices.numpy(), 1))
-    again = teacher.answers(indices, 1, pictures.views(indices.numpy(), 1))
-    other = teacher.answers(indices, 0, pictures.views(indices.numpy(), 0))
+    rows = np.arange(8)
+    first = teacher.answers(rows, 1, pictures.views(rows, 1))
+    again = teacher.answers(rows, 1, pictures.views(rows, 1))
+    other = teacher.answers(rows, 0, pictures.views(rows, 0))
     assert len(calls) == 2
     assert torch.equal(first["output"], again["output"])
     assert not torch.equal(first["output"], other["output"])
+
+
+def test_a_training_is_the_same_whether_the_teachers_answers_were_kept_or_it_was_asked_again(monkeypatch):
+    def trained() -> dict[str, Tensor]:
+        recipe = Recovery(epochs=4, batch_size=16, feature_weight=0.0)
+        teacher = Teacher(small_net(), Pictures(), 2, CPU)
+        return fine_tune(small_net(), teacher, recipe, seed=1, progress=QUIET).state_dict()
+
+    kept = trained()
+    monkeypatch.setattr(row_file, "SHARE_OF_DISK", 0.0)
+    for name, values in trained().items():
+        assert torch.equal(values, kept[name])
 
 
 @pytest.mark.parametrize(("weight", "views"), [(0.0, {0, 1}), (300.0, {0, 1, 2, 3})])

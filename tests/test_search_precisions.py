@@ -155,10 +155,10 @@ def test_files_round_what_their_blocks_round_alone(pipeline: Pipeline):
 def test_a_model_without_a_branch_rounds_the_rest(pipeline: Pipeline):
     plan = CompressionPlan({"stages.0.0.conv1": 0}, default_precision="auto")
     model = pipeline.cut(plan)
-    plain = model(pipeline.uncut.selection[0][:8])
+    plain = model(pipeline.data.selection.batch(np.arange(8)))
     round_as_asked(model, tuple(pipeline.roundings.values()), plan)
-    assert not torch.equal(model(pipeline.uncut.selection[0][:8]), plain)
-    assert torch.equal(qat.settle(model)(pipeline.uncut.selection[0][:8]).argmax(1), plain.argmax(1))
+    assert not torch.equal(model(pipeline.data.selection.batch(np.arange(8))), plain)
+    assert torch.equal(qat.settle(model)(pipeline.data.selection.batch(np.arange(8))).argmax(1), plain.argmax(1))
 
 
 @pytest.mark.parametrize("strategy", ["hirelc", "knapsack", "greedy"])

@@ -46,6 +46,7 @@ from hirelc_deploy.cli.options import (
     Seed,
     SelectionImages,
     Std,
+    SyncNorms,
     Target,
     TaskArg,
     TaskName,
@@ -82,7 +83,7 @@ AS_THEY_ARE = (
         "geometry",
         "interpolation",
     ),
-    *("recovery_epochs", "learning_rate", "threads", "batch", "seed"),
+    *("recovery_epochs", "learning_rate", "sync_norms", "threads", "batch", "seed"),
 )
 """Options of the command line that the Python calls take by the same name."""
 
@@ -169,6 +170,7 @@ def search(
     ] = False,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
+    sync_norms: SyncNorms = False,
     calibration_images: CalibrationImages = None,
     selection_images: SelectionImages = None,
     input_size: InputSize = None,
@@ -197,7 +199,9 @@ def search(
     """
     from hirelc_deploy import api
     from hirelc_deploy.config import Limits, parse_bytes
+    from hirelc_deploy.together import ranks
 
+    ranks.join()
     memory = None if max_memory is None else parse_bytes(max_memory)
     if max_drop is None and speedup is None and max_latency_ms is None:
         max_drop = 1.0
@@ -252,6 +256,7 @@ def apply(
     loss: LossSpec = None,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
+    sync_norms: SyncNorms = False,
     calibration_images: CalibrationImages = None,
     selection_images: SelectionImages = None,
     input_size: InputSize = None,
@@ -277,7 +282,9 @@ def apply(
     Example: hirelc-deploy apply --model resnet18 --weights w.pth --data npz:d.npz --plan uniform:keep=0.5 --out half
     """
     from hirelc_deploy import api
+    from hirelc_deploy.together import ranks
 
+    ranks.join()
     result = api.apply(
         model,
         data,

@@ -59,6 +59,9 @@ RecoveryEpochs = Annotated[
     ),
 ]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of the recovery; smaller for few images.")]
+SyncNorms = Annotated[
+    bool, typer.Option("--sync-norms", help="Batch norms see the whole batch where processes of torchrun share it.")
+]
 CalibrationImages = Annotated[int | None, typer.Option(help="Training images set aside for activation ranges.")]
 SelectionImages = Annotated[int | None, typer.Option(help="Training images set aside for choosing.")]
 InputSize = Annotated[str | None, typer.Option(help="channels,height,width of the model's input.")]

@@ -11,29 +11,33 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from hirelc_deploy.compress.features import FeatureMatch
 from hirelc_deploy.compress.norms import NORM, norms_of
+from hirelc_deploy.compress.row_file import RowFile
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers, named
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.rules import CONVOLUTIONS
-from hirelc_deploy.graph.sensitivity import Gram, features_dim
+from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.loader import Wanted, loaded
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.contract import Targets, Task
 from hirelc_deploy.time_left import TRAINING_STEP
+from hirelc_deploy.together import ranks
 
 LIKE = 3.0
 """Batch statistics may move the uncut model by so many times what the cut moves it by; beyond, norms stand still.
@@ -108,9 +112,6 @@ def _fold(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear, gram: Gram, gone
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
-SMALLEST_POOLED_MAP = 8
-"""Rows and columns of a feature map below which it is compared whole."""
-
 
 @dataclass(frozen=True)
 class Recovery:
@@ -127,6 +128,7 @@ class Recovery:
         views: Distinct augmented pictures of each image where the teacher's answers to them are kept; elsewhere every
             epoch has its own.
         weights_ema: Decay per step of the averaged weights that are kept at the end; 0 keeps the last ones.
+        sync_norms: Batch norms see the whole batch where several processes share it; else each sees its part.
     """
 
     epochs: float = 1.0
@@ -138,50 +140,42 @@ class Recovery:
     feature_weight: float = 300.0
     views: int = 8
     weights_ema: float = 0.0
-
-
-KEPT_ANSWERS = 2**30
-"""Bytes of a teacher's answers that are kept; beyond them it is asked again. CIFAR-10's in eight views are 16 MB, one
-view of 367 pictures of 180 x 240 pixels and 11 classes 700 MB."""
+    sync_norms: bool = False
 
 
 class Teacher:
     """The uncut model's answers to augmented pictures, computed once per picture: it costs more than its student."""
 
     def __init__(
-        self, model: nn.Module, images: Images, views: int, device: torch.device, task: Task = CLASSIFICATION
+        self,
+        model: nn.Module,
+        images: Images,
+        views: int,
+        device: torch.device,
+        task: Task = CLASSIFICATION,
+        folder: Path | None = None,
     ) -> None:
+        """Args: `folder` is where answers are kept; see `RowFile`."""
         self.model = laid_out(copy.deepcopy(model).eval().requires_grad_(False), device)
         self.images = images
         self.views = views
         self.device = device
         self.task = task
-        self._answers: dict[int, Answers] = {}
-        self._kept_bytes = 0
+        self._kept = RowFile(len(images), folder)
 
-    def answers(self, indices: Tensor, view: int, pictures: Tensor, *, afresh: bool = False) -> Answers:
-        """Return the answers to `pictures`, which are view `view` of the images at `indices`.
+    def answers(self, rows: NDArray[np.int64], view: int, pictures: Tensor, *, afresh: bool = False) -> Answers:
+        """Return the answers to `pictures`, which are view `view` of the images at `rows`.
 
         Args:
             afresh: Run the model even where its answer is known, and keep nothing.
         """
-        table = self._answers.get(view)
-        known = {} if table is None else {name: values[indices] for name, values in table.items()}
-        if not afresh and known and not any(bool(values.isnan().any()) for values in known.values()):
+        known = None if afresh else self._kept.get(rows, view)
+        if known is not None:
             return {name: values.to(self.device) for name, values in known.items()}
         with torch.no_grad(), half_precision(self.device):
             fresh = _answers(self.model, pictures)
-        if afresh:
-            return fresh
-        if table is None:
-            wanted = sum(values[:1].nbytes for values in fresh.values()) * len(self.images)
-            if self._kept_bytes + wanted > KEPT_ANSWERS:
-                return fresh
-            self._kept_bytes += wanted
-            shapes = {name: (len(self.images), *values.shape[1:]) for name, values in fresh.items()}
-            table = self._answers[view] = {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
-        for name, values in fresh.items():
-            table[name][indices] = values.cpu()
+        if not afresh:
+            self._kept.keep(rows, view, fresh)
         return fresh
 
     @property
@@ -238,7 +232,37 @@ class Pause:
     """
 
     share: float
-    keep: Callable[[bytes], None]
+    keep: Callable[[bytes], object] = bytes
+
+
+def assist(teacher: Teacher) -> None:
+    """Take part in every training that process 0 begins, until it calls `dismiss`."""
+    while (asked := ranks.told(None)) is not None:
+        student, recovery, options = asked
+        fine_tune(student, teacher, recovery, progress=Progress(quiet=True), **options)
+
+
+def dismiss() -> None:
+    """Let the processes go that wait in `assist`."""
+    ranks.told(None)
+
+
+def _begin(student: nn.Module, recovery: Recovery, batch_size: int, pause: Pause | None, **options: Any) -> None:
+    """Have the other processes train the same, where this is the one that leads, and prepare the student in each."""
+    if ranks.number() == 0:
+        try:
+            ranks.told((student, recovery, {**options, "pause": pause and Pause(pause.share)}))
+        except InputError:
+            raise
+        except Exception as error:  # of somebody's own class: anything can come out of it
+            raise InputError(
+                f"{type(student).__name__} cannot be sent to the other processes of torchrun ({error}); define what it "
+                "is made of at the top of a module, or run without torchrun."
+            ) from None
+    if batch_size < ranks.count():
+        raise InputError(f"recovery: {ranks.count()} processes cannot share a batch of {batch_size}; start fewer.")
+    if options["prepare"] is not None:
+        options["prepare"](student)
 
 
 def fine_tune(
@@ -251,6 +275,7 @@ def fine_tune(
     name: str = "recovery",
     reads: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
     as_exported: bool = False,
+    prepare: Callable[[nn.Module], object] | None = None,
     begun: bytes = b"",
     after_epoch: AfterEpoch = lambda epoch, student, standing: None,
     watch: Watch = lambda step, scalars: None,
@@ -263,9 +288,13 @@ def fine_tune(
     say something else than those that it has (`norms_stand_still`); then steps are smaller (`STILL_RATE`). Features are
     matched where answers are not `dense`.
 
+    Where torchrun started several processes, this is for the one that leads. The others, which wait in `assist`, take
+    part: each batch is shared out, and gradients are averaged.
+
     Args:
         reads: Layer name to the features of its uncut input that the student still has (`kept_inputs`).
         as_exported: Let batch norm compute with the statistics that it has, and all in float32, as the file will.
+        prepare: Changes the student in place before it is trained, wherever that is: what cannot be sent to others.
         begun: What `after_epoch` was last given of an interrupted training of this kind; the result is that of an
             undisturbed one.
         after_epoch: Called after every whole epoch with its number from 1, the student in eval mode, and all that is
@@ -277,46 +306,50 @@ def fine_tune(
     if len(images) < 2:
         raise InputError(f"recovery: the training split has {len(images)} images; fine-tuning needs at least 2.")
     batch_size, per_epoch = batches_of(teacher, recovery)
+    options = {"seed": seed, "reads": dict(reads), "as_exported": as_exported, "prepare": prepare, "begun": begun}
+    _begin(student, recovery, batch_size, pause, **options)
     steps = steps_of(recovery, per_epoch)
     student = laid_out(student, device)
-    still_norms = as_exported or norms_stand_still(student, teacher, batch_size)
+    still_norms = as_exported or ranks.decided(lambda: norms_stand_still(student, teacher, batch_size))
     student = _in_training(student, still_norms)
     optimizer = _optimizer(student, recovery)
     rate = STILL_RATE if still_norms and not as_exported else 1.0
-    peaks = [rate * group["lr"] for group in optimizer.param_groups]
     decay = recovery.weights_ema or (PAUSED_EMA if pause else 0.0)
     averaged = copy.deepcopy(student) if decay else None
     match = FeatureMatch(student, teacher.model, reads if recovery.feature_weight and not teacher.dense else {})
-    afresh = match.watches or teacher.dense  # features are not kept, and dense answers would take much memory
-    training = _Training(steps, student, averaged, optimizer, match.variances)
+    afresh = match.watches or teacher.dense  # features are not kept, and dense answers would take much room
+    training = _Training(steps, student, averaged, decay, optimizer, rate, match.variances)
     first = training.resume(begun) if begun else 0
+    training.agree()
     last = steps if pause is None else max(1, min(steps, round(pause.share * steps)))
     order = _order(len(images), batch_size, steps, seed, views=None if afresh else teacher.views)
     counted = progress.track(range(first, last), name, max(0, last - first), kind=TRAINING_STEP)
-    with contextlib.closing(teacher.batches(itertools.islice(order, first, max(first, last)))) as arriving:
+    shared = (
+        replace(batch, rows=ranks.share(batch.rows)) for batch in itertools.islice(order, first, max(first, last))
+    )
+    with contextlib.closing(teacher.batches(shared)) as arriving:
         for step, (wanted, pictures, targets) in zip(counted, arriving, strict=True):
-            answers = teacher.answers(torch.from_numpy(wanted.rows), wanted.view, pictures, afresh=afresh)
-            scale = min(1.0, (step + 1) / max(1.0, 0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * scale
-            with contextlib.nullcontext() if as_exported else half_precision(device):
+            # A process has other rows of a view each time, so what it kept would hardly ever be all that it needs.
+            answers = teacher.answers(wanted.rows, wanted.view, pictures, afresh=afresh or ranks.count() > 1)
+            precision = contextlib.nullcontext() if as_exported else half_precision(device)
+            with precision, ranks.synchronised_norms(recovery.sync_norms):
                 found = _answers(student, pictures)
             loss = distillation_loss(teacher.task, found, answers, targets, recovery)
             if match.watches:
                 loss = loss + recovery.feature_weight * match.distance()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(student.parameters(), 5.0)
-            optimizer.step()
-            if averaged is not None:
-                _average(averaged, student, min(decay, (step + 1) / (step + 10)))
+            loss = loss * (len(wanted.rows) * ranks.count() / batch_size)  # 1 where the parts are equal
+            training.learn(step, loss)
             if step % 20 == 0:
+                loss = loss.detach()
+                ranks.average([loss])
                 progress.note(f"loss {loss.item():.3f}")
                 watch(step, {"loss": loss.item(), "learning rate": optimizer.param_groups[0]["lr"]})
             if (step + 1) % per_epoch == 0:
+                training.agree()
                 after_epoch((step + 1) // per_epoch, student.eval(), training.standing(step + 1))
                 _in_training(student, still_norms)
     match.close()
+    training.agree()
     if pause is not None:
         pause.keep(training.standing(max(first, last)))
     result = averaged or student
@@ -357,12 +390,12 @@ def norms_stand_still(student: nn.Module, teacher: Teacher, batch_size: int) -> 
     by_batch = copy.deepcopy(teacher.model)
     for norm in norms_of(by_batch):
         norm.train()
-    order = torch.randperm(len(teacher.images), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(teacher.images), generator=torch.Generator().manual_seed(0)).numpy()
     moved = cut = 0.0
     whole = len(order) // batch_size * batch_size
-    for indices in order[:whole].split(batch_size)[:LIKE_BATCHES]:
-        pictures = teacher.images.views(indices.numpy(), 0).to(teacher.device, memory_format=torch.channels_last)
-        wanted = teacher.answers(indices, 0, pictures, afresh=True)
+    for rows in order[:whole].reshape(-1, batch_size)[:LIKE_BATCHES]:
+        pictures = teacher.images.views(rows, 0).to(teacher.device, memory_format=torch.channels_last)
+        wanted = teacher.answers(rows, 0, pictures, afresh=True)
         moved += float(teacher.task.divergence(wanted, _answers(by_batch, pictures)).sum())
         cut += float(teacher.task.divergence(wanted, _answers(student.eval(), pictures)).sum())
     return moved > LIKE * cut
@@ -397,14 +430,42 @@ class _Training:
 
     Attributes:
         steps: Of the whole training.
+        decay: Of the averaged weights, per step.
+        rate: Of the optimizer's learning rates, what the schedule reaches.
         variances: Of what the teacher's layers read; see `FeatureMatch`.
     """
 
     steps: int
     student: nn.Module
     averaged: nn.Module | None
+    decay: float
     optimizer: torch.optim.Optimizer
+    rate: float
     variances: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self._peaks = [self.rate * group["lr"] for group in self.optimizer.param_groups]
+
+    def learn(self, step: int, loss: Tensor) -> None:
+        """Move the student by one step against the slopes of a loss."""
+        scale = min(1.0, (step + 1) / max(1.0, 0.05 * self.steps)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * scale
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        ranks.average(weight.grad for weight in self.student.parameters() if weight.grad is not None)
+        nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
+        self.optimizer.step()
+        if self.averaged is not None:
+            _average(self.averaged, self.student, min(self.decay, (step + 1) / (step + 10)))
+
+    def agree(self) -> None:
+        """Let all processes stand at the same: each has seen its own part of the batches, and drawn its own numbers."""
+        if ranks.count() == 1:
+            return
+        models = [model for model in (self.student, self.averaged) if model is not None]
+        ranks.average(buffer for model in models for buffer in model.buffers() if buffer.is_floating_point())
+        torch.set_rng_state(ranks.told(torch.get_rng_state()))
 
     def standing(self, done: int) -> bytes:
         """Return where it stands after so many steps: weights, the optimizer's memory, the random generator's state."""
@@ -441,89 +502,6 @@ class _Training:
                 kept = torch.empty_like(parameter.data).copy_(value) if same else value
                 self.optimizer.state[parameter][name] = kept
         return int(done)
-
-
-def kept_inputs(graph: ModelGraph, kept: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
-    """Return, for every layer that reads a unit, the ascending positions among its uncut input features that stay.
-
-    Layers that are left out read nothing.
-    """
-    widths = {name: len(elements) for name, elements in kept.items()}
-    layers = {layer.name: layer for layer in graph.layers if not graph.leaves_out(layer.name, widths)}
-    gone: dict[str, list[NDArray[np.int64]]] = {}
-    for unit in graph.units:
-        removed = np.setdiff1d(np.arange(unit.size), kept.get(unit.name, np.arange(unit.size)))
-        for reader in unit.readers:
-            if reader.layer in layers:
-                gone.setdefault(reader.layer, []).append(reader.index[removed].ravel())
-    return {
-        name: np.setdiff1d(np.arange(layers[name].in_features), np.concatenate(parts)) for name, parts in gone.items()
-    }
-
-
-class FeatureMatch:
-    """Watches what the same layers of student and teacher read, and says how far apart it is.
-
-    Attributes:
-        variances: Layer name to the variance of what the teacher's reads, in the first batch.
-    """
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, reads: Mapping[str, NDArray[np.int64]]) -> None:
-        self._reads = {name: torch.from_numpy(index) for name, index in reads.items()}
-        self._layers = {name: teacher.get_submodule(name) for name in reads}
-        self._student: dict[str, Tensor] = {}
-        self._teacher: dict[str, Tensor] = {}
-        self.variances: dict[str, Tensor] = {}
-        self._hooks = [
-            modules[name].register_forward_pre_hook(_keeper(seen, name))
-            for seen, modules in (
-                (self._student, dict(student.named_modules())),
-                (self._teacher, dict(teacher.named_modules())),
-            )
-            for name in self._reads
-        ]
-
-    @property
-    def watches(self) -> bool:
-        """True when there is anything to compare."""
-        return bool(self._reads)
-
-    def distance(self) -> Tensor:
-        """Return the mean over layers of squared differences, relative to the variance of the teacher's features.
-
-        The variance is that of the first batch. Maps are compared as means over 2x2 squares: neighbours say nearly the
-        same. (Every second row and column would do, but its gradient comes in another memory layout, which costs more.)
-        A layer is left out whose rows are cut too, as where a mixer's Linear layer runs over tokens, a row a channel.
-        """
-        parts: list[Tensor] = []
-        seen = set[int]()
-        for name, index in self._reads.items():
-            theirs, ours = self._teacher[name], self._student[name]
-            if id(theirs) in seen:  # a shortcut reads what the block reads
-                continue
-            seen.add(id(theirs))
-            dim = features_dim(self._layers[name])
-            if dim == -3 and theirs.ndim == 4 and min(theirs.shape[2:]) >= SMALLEST_POOLED_MAP:
-                theirs, ours = F.avg_pool2d(theirs, 2), F.avg_pool2d(ours, 2)
-            theirs = theirs.index_select(dim, index)
-            if ours.shape != theirs.shape:
-                continue
-            if name not in self.variances:
-                self.variances[name] = theirs.float().var() + 1e-6
-            parts.append((ours - theirs).float().square().mean() / self.variances[name])
-        return torch.stack(parts).mean() if parts else torch.zeros(())
-
-    def close(self) -> None:
-        """Stop watching."""
-        for hook in self._hooks:
-            hook.remove()
-
-
-def _keeper(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[name] = inputs[0]
-
-    return keep
 
 
 def distillation_loss(

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from hirelc_deploy.evaluate.selection import FORWARD
 from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.outcome import Measured
 from hirelc_deploy.runs import TRIAL_LOSS, Run
 from hirelc_deploy.strategies.depth import TRIALS
 from hirelc_deploy.time_left import CUT, F1, F3, FILE, TRAINING_STEP, TimeLeft
 
-FORWARD, DEPTH = "uncut model on the selection split", "which branches go"
+DEPTH = "which branches go"
 GUARD, RACE, TEST, BUNDLE = "accuracy guard", "final timing", "test split", "bundle and report"
 ONCE = ("importance", "input moments", "export and calibrate the uncut model", "precision placement")
 """Stages that a process does at most once, when something first asks for them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.measure.backend import Outputs
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.tasks.contract import Targets, Task
+from hirelc_deploy.tasks.contract import Task
 
 FLOAT = "float"
 
@@ -69,27 +69,28 @@ def round_as_asked(model: nn.Module, roundings: Sequence[qat.Rounding], plan: Co
     qat.install(model, qat.joined(each for each in roundings if integer & each.weights.keys()))
 
 
-def judged(task: Task, found: Answers, wanted: Answers, targets: Targets | None) -> tuple[float, float | None]:
-    """Return the mean divergence of answers from the uncut model's, and the metric; None without targets."""
-    loss = divergence(task, wanted, found)
-    return loss, None if targets is None else task.value(task.parts(arrays(found), targets))
-
-
 def divergence(task: Task, wanted: Answers, found: Answers) -> float:
     """Return the mean divergence over images, in double precision."""
-    total = torch.zeros((), dtype=torch.float64)
-    for part in _divergences(task, wanted, found):
+    return mean_divergence(divergence_by_batch(task, wanted, found))
+
+
+def mean_divergence(each: Iterable[Tensor]) -> float:
+    """Return the mean of what `divergence_by_batch` yields."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for part in each:
         total += part.sum()
-    return float(total / len(next(iter(wanted.values()))))
+        count += len(part)
+    return float(total / count)
 
 
 def divergences(task: Task, wanted: Answers, found: Answers) -> NDArray[np.float64]:
     """Return the (n,) divergence of each image."""
-    each: NDArray[np.float64] = torch.cat(list(_divergences(task, wanted, found))).numpy()
+    each: NDArray[np.float64] = torch.cat(list(divergence_by_batch(task, wanted, found))).numpy()
     return each
 
 
-def _divergences(task: Task, wanted: Answers, found: Answers) -> Iterator[Tensor]:
+def divergence_by_batch(task: Task, wanted: Answers, found: Answers) -> Iterator[Tensor]:
+    """Yield the divergences of a few images at a time, in double precision."""
     for start in range(0, len(next(iter(wanted.values()))), SMALL_BATCH):
         uncut, ours = (
             {name: values[start : start + SMALL_BATCH].double() for name, values in each.items()}
@@ -103,6 +104,12 @@ def forward(model: nn.Module, pictures: Tensor) -> Answers:
     with torch.no_grad():
         parts = [named(model(batch)) for batch in pictures.split(SMALL_BATCH)]
     return {name: torch.from_numpy(stacked([part[name].float().numpy() for part in parts])) for name in parts[0]}
+
+
+def forward_half(model: nn.Module, pictures: Tensor) -> Answers:
+    """Return the same, computed in half precision where that is faster here."""
+    with recovery.half_precision(torch.device("cpu")):
+        return forward(model, pictures)
 
 
 def tensors(outputs: Outputs) -> Answers:

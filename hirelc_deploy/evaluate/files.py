@@ -21,7 +21,8 @@ from hirelc_deploy.compress.integer.placement import Placement
 from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
-from hirelc_deploy.evaluate.cutting import FLOAT, divergence, judged, tensors
+from hirelc_deploy.evaluate.cutting import FLOAT, tensors
+from hirelc_deploy.evaluate.selection import Answering, judged, loss_of, parts_of
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.evaluate.undecided import undecided
 from hirelc_deploy.evaluate.writer import Exported, Writer
@@ -242,24 +243,24 @@ class Files:
 
     def divergence(self, path: Path) -> float:
         """Return how far the answers of a file are from the float ones, on a part of the selection images."""
-        count = self._uncut.judged_images
-        found = self.backend.build(path, self.threads).infer(self._uncut.selection[0][:count].numpy())
-        wanted = {name: values[:count] for name, values in self._uncut.answers.items()}
-        return divergence(self._uncut.task, wanted, tensors(found))
+        shown = self._uncut.selection.shown(self._uncut.judged_images)
+        return loss_of(self._uncut.task, shown, self.answers_of(path))
+
+    def answers_of(self, path: Path) -> Answering:
+        """Return what answers pictures by a file."""
+        runner = self.backend.build(path, self.threads)
+        return lambda pictures: tensors(runner.infer(pictures.numpy()))
 
     def file_drop(self, path: Path) -> PairedDrop:
         """Return how much a file lost of the metric against the uncut model on the selection split, paired."""
-        images, targets = self._uncut.selection
-        if targets is None or self._uncut.parts is None:
+        task, selection = self._uncut.task, self._uncut.selection
+        if selection.parts is None:
             return PairedDrop(math.nan, math.nan, math.nan)
-        outputs = self.backend.build(path, self.threads).infer(images.numpy())
-        return paired_drop(self._uncut.task, self._uncut.parts, self._uncut.task.parts(outputs, targets))
+        return paired_drop(task, selection.parts, parts_of(task, selection.shown(), self.answers_of(path)))
 
     def judge(self, path: Path) -> tuple[float, float | None]:
         """Return the divergence of a file from the uncut model, and its metric, on the selection split."""
-        images, targets = self._uncut.selection
-        outputs = self.backend.build(path, self.threads).infer(images.numpy())
-        return judged(self._uncut.task, tensors(outputs), self._uncut.answers, targets)
+        return judged(self._uncut.task, self._uncut.selection.shown(), self.answers_of(path))
 
     def time(self, files: Sequence[Path], limits: TimingLimits | None = None) -> list[Timing]:
         """Time files against the first of them on the target, briefly unless told otherwise."""

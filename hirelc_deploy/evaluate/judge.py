@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import recovery
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import SliceError
 from hirelc_deploy.evaluate.clock import clocked
-from hirelc_deploy.evaluate.cutting import cut, forward, judged, round_as_asked
-from hirelc_deploy.graph.answers import Answers
+from hirelc_deploy.evaluate.cutting import cut, forward_half, round_as_asked
+from hirelc_deploy.evaluate.selection import Shown, judged
 from hirelc_deploy.graph.costs import cost_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.outcome import Failed, Measured, Outcome, outcome_to_dict
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.tasks.contract import Targets, Task
+from hirelc_deploy.tasks.contract import Task
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class Judge:
 
     Attributes:
         task: What the answers are for.
-        images: (n, channels, height, width) selection images, preprocessed.
-        targets: What is true of them, where that is known.
-        answers: Of the uncut model to them.
+        shown: Selection images with what the uncut model answers to them; a list where they are sent.
         roundings: What the integer file rounds for the sake of each block; none where all is judged in float.
     """
 
@@ -44,9 +42,7 @@ class Judge:
     restated: nn.Module
     norm_batches: Sequence[Tensor]
     task: Task
-    images: Tensor
-    targets: Targets | None
-    answers: Answers
+    shown: Iterable[Shown]
     roundings: Sequence[qat.Rounding] = ()
 
     def answer(self, text: str) -> str:
@@ -65,7 +61,5 @@ class Judge:
             return Failed(plan.digest, "F1", "slice", str(error), seconds)
         with clocked(seconds, "judge"):
             round_as_asked(model, self.roundings, plan)
-            with recovery.half_precision(torch.device("cpu")):
-                found = forward(model, self.images)
-            loss, value = judged(self.task, found, self.answers, self.targets)
+            loss, value = judged(self.task, self.shown, partial(forward_half, model))
         return Measured(plan.digest, "F1", loss, value, cost.params, cost.macs, seconds=seconds)

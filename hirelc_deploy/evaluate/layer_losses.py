@@ -28,12 +28,12 @@ from hirelc_deploy.compress.integer.placement import NEARER
 from hirelc_deploy.compress.integer.quantize import SIGMOID_GELU
 from hirelc_deploy.compress.integer.spread import LayerSpread, ends_of, spread_of
 from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
-from hirelc_deploy.evaluate.cutting import FLOAT, arrays, divergences, forward, tensors
+from hirelc_deploy.evaluate.cutting import FLOAT, arrays, divergences, forward
 from hirelc_deploy.evaluate.effort import SMALL_BATCH
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.evaluate.selection import Answering, Shown
 from hirelc_deploy.evaluate.writer import Exported, ranged_as
 from hirelc_deploy.graph.answers import Answers
-from hirelc_deploy.measure.backend import Outputs
 from hirelc_deploy.measure.protocol import Timing
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.tasks.paired import PairedDrop, mean_drop, paired_drop
@@ -145,7 +145,8 @@ class LayerLosses:
 
         def measure() -> Effect:
             timing = self._files.time([self._files.reference, self.in_float])
-            return self._beside_uncut(tensors(self._float_answers), timing[1], timing[0].median_ms)
+            answer = self._files.answers_of(self.in_float)
+            return self._beside_uncut(answer, timing[1], timing[0].median_ms)
 
         return self._remembered("cutting", measure)
 
@@ -217,7 +218,7 @@ class LayerLosses:
             model = self.pipeline.cut(CompressionPlan({unit: kept}))
             narrow = self._build(self.precision_of, exported=self._writer.exported(model, self._folder("cut")))
             timing = self._files.time([self._whole, narrow])
-            return self._beside_uncut(forward(model, self._uncut.selection[0]), timing[1], timing[0].median_ms)
+            return self._beside_uncut(partial(forward, model), timing[1], timing[0].median_ms)
 
         return self._remembered(f"cut of {unit} to {kept}", measure)
 
@@ -229,17 +230,18 @@ class LayerLosses:
 
     def spread(self) -> dict[str, LayerSpread]:
         """Return layer to its ranges and outliers, on a part of the selection images."""
-        images = (batch.numpy() for batch in self._uncut.selection[0][:SPREAD_IMAGES].split(SMALL_BATCH))
+        images = (
+            batch.numpy()
+            for part in self._uncut.selection.shown(SPREAD_IMAGES)
+            for batch in part.pictures.split(SMALL_BATCH)
+        )
         return spread_of(onnx.load(str(self.exported.batched)), self.exported.ranges, images, self._files.threads)
 
     def apart(self, path: Path) -> float:
         """Return how far the answers of another file are from those of the file."""
-        count = self._uncut.judged_images
-        images = self._uncut.selection[0][:count].numpy()
-        other, own = (
-            tensors(self.pipeline.backend.build(file, self._files.threads).infer(images)) for file in (path, self.file)
-        )
-        return float(divergences(self._uncut.task, other, own).mean())
+        task, other, own = self._uncut.task, self._files.answers_of(path), self._files.answers_of(self.file)
+        each = [divergences(task, other(part.pictures), own(part.pictures)) for part in self._few()]
+        return float(np.concatenate(each).mean())
 
     # What would help
 
@@ -362,26 +364,31 @@ class LayerLosses:
 
     # Judging
 
-    @cached_property
-    def _float_answers(self) -> Outputs:
-        return self._infer(self.in_float)
+    def _few(self) -> Iterator[Shown]:
+        """Yield the images by which divergence is judged."""
+        return self._uncut.selection.shown(self._uncut.judged_images)
 
-    def _infer(self, path: Path) -> Outputs:
-        return self.pipeline.backend.build(path, self._files.threads).infer(self._uncut.selection[0].numpy())
+    @cached_property
+    def _float_answers(self) -> list[Answers]:
+        answer = self._files.answers_of(self.in_float)
+        return [answer(part.pictures) for part in self._few()]
 
     def _judged(self, path: Path) -> _Judged:
         if path not in self._judgements:
-            self._judgements[path] = self._judge(path)
+            self._judgements[path] = self._judge(self._files.answers_of(path), self._float_answers)
         return self._judgements[path]
 
-    def _judge(self, path: Path) -> _Judged:
-        outputs = self._float_answers if path == self.in_float else self._infer(path)
-        targets, task, count = self._uncut.selection[1], self._uncut.task, self._uncut.judged_images
-        wanted, found = (
-            {name: values[:count] for name, values in tensors(each).items()} for each in (self._float_answers, outputs)
-        )
-        parts = None if targets is None else task.parts(outputs, targets)
-        return _Judged(divergences(task, wanted, found), parts)
+    def _judge(self, answer: Answering, wanted: Sequence[Answers]) -> _Judged:
+        """Judge answers; `wanted` are others to the first images, in the same parts."""
+        apart, parts, task = list[NDArray[np.float64]](), list[Any](), self._uncut.task
+        for part, others in itertools.zip_longest(self._uncut.selection.shown(), wanted):
+            found = answer(part.pictures)
+            if others is not None:
+                count = len(next(iter(others.values())))
+                apart.append(divergences(task, others, {name: values[:count] for name, values in found.items()}))
+            if part.targets is not None:
+                parts += task.parts(arrays(found), part.targets)
+        return _Judged(np.concatenate(apart), parts or None)
 
     def _effect(self, before: _Judged, after: _Judged, ms: Won | None = None) -> Effect:
         points = None
@@ -393,13 +400,10 @@ class LayerLosses:
         timing = self._files.time([before, after])
         return self._effect(self._judged(before), self._judged(after), _fewer_ms(timing[1], timing[0].median_ms))
 
-    def _beside_uncut(self, answers: Answers, timing: Timing, uncut_ms: float) -> Effect:
-        targets, task, count = self._uncut.selection[1], self._uncut.task, self._uncut.judged_images
-        wanted, found = ({n: v[:count] for n, v in each.items()} for each in (self._uncut.answers, answers))
-        apart = divergences(task, wanted, found)
-        parts = None if targets is None else task.parts(arrays(answers), targets)
-        before = _Judged(np.zeros_like(apart), self._uncut.parts)
-        return self._effect(before, _Judged(apart, parts), _fewer_ms(timing, uncut_ms))
+    def _beside_uncut(self, answer: Answering, timing: Timing, uncut_ms: float) -> Effect:
+        found = self._judge(answer, [part.answers for part in self._few()])
+        before = _Judged(np.zeros_like(found.divergences), self._uncut.selection.parts)
+        return self._effect(before, found, _fewer_ms(timing, uncut_ms))
 
     # The journal
 

@@ -5,9 +5,9 @@ plan -> slice -> recover -> integer file -> built -> measured outcome: the searc
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from hirelc_deploy.evaluate.cutting import FLOAT, cut
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.judge import Judge
+from hirelc_deploy.evaluate.selection import First
 from hirelc_deploy.evaluate.training import Training
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.graph.costs import Cost, cost_of
@@ -81,7 +82,7 @@ class Pipeline:
         self.seed, self.threads, self.batch, self.task = seed, threads, batch, task
         self.progress = progress or Progress(quiet=True)
         self.jobs, self.evaluators, self.rounds = jobs, evaluators, rounds
-        self.uncut = UncutModel(model, data, task, effort, self.progress, graph)
+        self.uncut = UncutModel(model, data, task, effort, self.progress, graph, run.directory)
         self.model = self.uncut.model
         self.files = Files(self.uncut, backend, run, threads, self.progress, by_layer=by_layer, batch=batch)
         self.others = tuple(
@@ -137,13 +138,14 @@ class Pipeline:
     @cached_property
     def _ahead(self) -> Evaluators:
         """Made when everything that an F1 evaluation needs is known."""
-        return self.evaluators(self.judge.answer, self.jobs)
+        count = self.uncut.judged_images
+        sent = replace(self.judge, shown=First(self.uncut.selection, count).copied())
+        return self.evaluators(sent.answer, self.jobs)
 
     @cached_property
     def judge(self) -> Judge:
         """What judges cut models before any training (F1)."""
-        uncut, count = self.uncut, self.uncut.judged_images
-        images, targets = uncut.selection
+        uncut = self.uncut
         return Judge(
             self.model,
             self.graph,
@@ -152,9 +154,7 @@ class Pipeline:
             uncut.restated,
             uncut.norm_batches,
             self.task,
-            images[:count].clone(),  # a slice would be sent with all images behind it
-            None if targets is None else copy.deepcopy(targets[:count]),
-            {name: values[:count].clone() for name, values in uncut.answers.items()},
+            First(uncut.selection, uncut.judged_images),
             tuple(self.roundings.values()),
         )
 

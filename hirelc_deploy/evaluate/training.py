@@ -14,16 +14,19 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from hirelc_deploy.compress import recovery, slicing
+from hirelc_deploy.compress.features import kept_inputs
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError
-from hirelc_deploy.evaluate.cutting import cut, forward, judged, round_as_asked
+from hirelc_deploy.evaluate.cutting import cut, forward_half, round_as_asked
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
+from hirelc_deploy.evaluate.selection import loss_of
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import TRIAL_LOSS, write_atomic
 from hirelc_deploy.time_left import CUT, TRAINING_STEP
+from hirelc_deploy.together import ranks
 
 REHEARSED, LONG = 4, 10
 """Steps of a rehearsal, and how many times as many a recovery has that is worth one."""
@@ -53,14 +56,12 @@ class Training:
         self.effort, self.seed, self.progress, self.start = effort, seed, progress, start
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self.scalars: Callable[[str, int, Mapping[str, float]], None] = lambda training, step, values: None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.files, self._uncut, self._roundings = files, uncut, roundings
 
     @cached_property
     def teacher(self) -> recovery.Teacher:
         """The uncut model as a teacher on the training split."""
-        views = self.effort.recovery.views if self.effort.recovery else 1
-        return recovery.Teacher(self._uncut.model, self._uncut.sensitivity_split, views, self.device, self._uncut.task)
+        return teacher_of(self._uncut, self.effort, self.files.folder)
 
     def recovered(self, model: nn.Module, plan: CompressionPlan, until: float = 1.0) -> nn.Module:
         """Return the model cut to a plan after its recovery, or after a share of it; see `trained`."""
@@ -71,7 +72,7 @@ class Training:
                 raise ExportError(f"{self.start}: these are not weights of this model cut to this plan.") from error
             model.eval()
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores) if self.effort.recovery else {}
-        return self.trained(model, plan, recovery.kept_inputs(self._uncut.graph, kept), until)
+        return self.trained(model, plan, kept_inputs(self._uncut.graph, kept), until)
 
     def trained(
         self, model: nn.Module, plan: CompressionPlan, reads: Mapping[str, NDArray[np.int64]], until: float = 1.0
@@ -99,8 +100,7 @@ class Training:
         if self.effort.recovery is not None:
             name = f"recovery of {plan.digest}"
             self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
-            if plan.trained_rounding:
-                qat.install(model, *self.files.roundings_of(model, [plan]))
+            rounding = self.files.roundings_of(model, [plan])[0] if plan.trained_rounding else qat.Rounding({}, {})
             model = recovery.fine_tune(
                 model,
                 self.teacher,
@@ -111,6 +111,7 @@ class Training:
                 # Features beyond the ends of their grids would not learn: they have no gradient, and drift further out.
                 reads={} if plan.trained_rounding else reads,
                 as_exported=plan.trained_rounding,
+                prepare=partial(qat.install, rounding=rounding),
                 begun=training.read_bytes() if training.exists() else b"",
                 after_epoch=after_epoch,
                 watch=partial(self.scalars, name),
@@ -147,10 +148,8 @@ class Training:
 
         On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
         """
-        images, targets = self._uncut.selection
         round_as_asked(model, self._roundings(), plan)
-        with recovery.half_precision(torch.device("cpu")):
-            return judged(self._uncut.task, forward(model, images), self._uncut.answers, targets)[0]
+        return loss_of(self._uncut.task, self._uncut.selection.shown(), partial(forward_half, model))
 
     def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
         """Return what a cut model loses on the selection split after a recovery of so many epochs; journaled."""
@@ -193,7 +192,7 @@ class Training:
         with self.progress.left.step(CUT):
             model = cut(self._uncut, plan)
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores)
-        reads = recovery.kept_inputs(self._uncut.graph, kept)
+        reads = kept_inputs(self._uncut.graph, kept)
         return recovery.fine_tune(
             model,
             self.teacher,
@@ -204,6 +203,12 @@ class Training:
             reads=reads,
             watch=partial(self.scalars, name),
         )
+
+
+def teacher_of(uncut: UncutModel, effort: Effort, folder: Path | None = None) -> recovery.Teacher:
+    """Return an uncut model as a teacher on its training split, where this process computes."""
+    views = effort.recovery.views if effort.recovery else 1
+    return recovery.Teacher(uncut.model, uncut.sensitivity_split, views, ranks.device(), uncut.task, folder)
 
 
 def weights_of_model(model: nn.Module) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate import effort as sizes
 from hirelc_deploy.evaluate.cutting import arrays, forward
 from hirelc_deploy.evaluate.effort import ANSWER_BYTES, BATCH, GRADIENT_VALUES, LEAST_BATCH, SMALL_BATCH, Effort
-from hirelc_deploy.graph.answers import Answers
+from hirelc_deploy.evaluate.selection import Selection
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram, Losses, importance, input_grams
 from hirelc_deploy.graph.units import build_graph
@@ -29,7 +30,7 @@ from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks import guessing
-from hirelc_deploy.tasks.contract import Targets, Task
+from hirelc_deploy.tasks.contract import Task
 
 
 def proven_graph(
@@ -66,13 +67,19 @@ class UncutModel:
         effort: Effort,
         progress: Progress,
         graph: ModelGraph | None = None,
+        folder: Path | None = None,
     ) -> None:
-        """Args: `graph` where it is known from before the run was opened, so that a bad option leaves no run behind."""
+        """Args:
+
+        graph: Where it is known from before the run was opened, so that a bad option leaves no run behind.
+        folder: Holds what is too much for the memory; None is where temporary files are.
+        """
         self.model = model.eval()
         self.data = data
         self.task = task
         self.effort = effort
         self.progress = progress
+        self._folder = folder
         if graph is not None:
             self.graph = graph
 
@@ -138,38 +145,30 @@ class UncutModel:
 
     @cached_property
     def _kept_calibration(self) -> list[Tensor]:
-        return list(batches(self.data.calibration, SMALL_BATCH))
+        kept = list(batches(self.data.calibration, SMALL_BATCH))
+        if self.data.calibration.canvases is not None:
+            self.data.calibration.canvases.forget()
+        return kept
 
     @cached_property
-    def selection(self) -> tuple[Tensor, Targets | None]:
-        """All selection images, preprocessed once, and what is true of them."""
-        images = self.data.selection
-        rows = np.arange(len(images))
-        targets = self.task.collate(images.targets(rows)) if images.labelled else None
-        return torch.cat(list(batches(images, BATCH))), targets
-
-    @cached_property
-    def answers(self) -> Answers:
-        """What the uncut model answers to the selection images."""
-        with self.progress.stage("uncut model on the selection split"):
-            return forward(self.model, self.selection[0])
-
-    @cached_property
-    def parts(self) -> list[Any] | None:
-        """What each selection image brings to the metric of the uncut model; None without labels."""
-        targets = self.selection[1]
-        return None if targets is None else self.task.parts(arrays(self.answers), targets)
+    def selection(self) -> Selection:
+        """The selection images, with what the uncut model answers to them."""
+        return Selection(self.data.selection, self.task, partial(forward, self.model), self.progress, self._folder)
 
     @cached_property
     def doubt(self) -> str | None:
         """A sentence where the uncut model does no better than guessing, as with classes in another order."""
-        images, task = self.data.selection, self.task
-        if self.parts is None or len(images) < guessing.LEAST_IMAGES:
+        images, task, parts = self.data.selection, self.task, self.selection.parts
+        if parts is None or len(images) < guessing.LEAST_IMAGES:
             return None
-        others = np.random.default_rng(0).permutation(len(images))
+        others, elsewhere, start = np.random.default_rng(0).permutation(len(images)), list[Any](), 0
         try:
-            value = task.value(self.parts)
-            guessed = task.value(task.parts(arrays(self.answers), task.collate(images.targets(others))))
+            value = task.value(parts)
+            for part in self.selection.shown():
+                rows = others[start : start + len(part)]
+                elsewhere += task.parts(arrays(part.answers), task.collate(images.targets(rows)))
+                start += len(part)
+            guessed = task.value(elsewhere)
         except InputError:  # a metric that says nothing of such a set
             return None
         if not guessing.guesses(task, value, guessed, len(images)):
@@ -179,5 +178,4 @@ class UncutModel:
     @cached_property
     def judged_images(self) -> int:
         """Selection images that judge an F1 evaluation: fewer where answers are large (maps of many classes)."""
-        one = sum(values[:1].nbytes for values in self.answers.values())
-        return max(1, min(self.effort.search_images, ANSWER_BYTES // one))
+        return max(1, min(self.effort.search_images, ANSWER_BYTES // self.selection.answer_bytes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hirelc_deploy.compress.storage import codec, restore
@@ -24,8 +24,8 @@ from hirelc_deploy.deliver.read import (
 from hirelc_deploy.deliver.stored_bits import Chosen, StoredBits
 from hirelc_deploy.deliver.tensorrt_folder import write_folder
 from hirelc_deploy.errors import ExportError, InputError
-from hirelc_deploy.evaluate.cutting import divergence, tensors
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.evaluate.selection import loss_of
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.jobs.workplace import reopened, shipped_of
 from hirelc_deploy.progress import Progress
@@ -132,11 +132,12 @@ def chosen_bits(run: Path, model: Path, storage: Storage, max_bytes: int) -> Map
 
 def best_bits(pipeline: Pipeline, model: Path, storage: Storage, max_bytes: int) -> Chosen:
     """Return bits of each tensor, chosen by what the answers of a file lose on the selection images."""
-    images = pipeline.uncut.selection[0][: pipeline.effort.search_images].numpy()
-    whole = tensors(pipeline.backend.build(model, pipeline.threads).infer(images))
+    files, shown = pipeline.files, pipeline.uncut.selection.shown(pipeline.effort.search_images)
+    whole = files.answers_of(model)
+    few = [replace(part, answers=whole(part.pictures)) for part in shown]
 
     def judge(path: Path) -> float:
-        return divergence(pipeline.task, whole, tensors(pipeline.backend.build(path, pipeline.threads).infer(images)))
+        return loss_of(pipeline.task, few, files.answers_of(path))
 
     choice = StoredBits(model, judge, storage.scheme, storage.sparsity)
     return choice.choose(max_bytes, storage.strategy, storage.trials, pipeline.seed)
@@ -156,11 +157,10 @@ def export_batched(run: Path, out: Path) -> list[Path]:
     if isinstance(model, FileNetwork) and not model.file.batched:
         raise InputError(f"{run}: {model.file.name} takes one image at a time; leave --dynamic-batch out.")
     pipeline.files.write_batched(model, plan, path)
-    images = pipeline.uncut.selection[0][: pipeline.effort.search_images].numpy()
-    shipped, batched = (
-        pipeline.backend.build(file, pipeline.threads).infer(images) for file in (bundle / path.name, path)
-    )
-    apart = divergence(pipeline.task, tensors(shipped), tensors(batched))
+    shipped = pipeline.files.answers_of(bundle / path.name)
+    few = pipeline.uncut.selection.shown(pipeline.effort.search_images)
+    wanted = (replace(part, answers=shipped(part.pictures)) for part in few)
+    apart = loss_of(pipeline.task, wanted, pipeline.files.answers_of(path))
     if not apart <= SAME_ANSWERS:
         path.unlink()
         raise ExportError(f"{path}: differs from the shipped file by {apart:.2g}, allowed is {SAME_ANSWERS:g}.")

@@ -27,6 +27,7 @@ from hirelc_deploy.deliver.race import (
 from hirelc_deploy.deliver.samples import write_samples
 from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.evaluate.selection import parts_of
 from hirelc_deploy.jobs.workplace import PRINTED, Workplace
 from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Configured, Runner
@@ -79,7 +80,7 @@ def deliver(
         home = shipped.home(pipeline)
         runner = home.backend.build(shipped.path, pipeline.threads)
         labels = pipeline.data.selection.labels
-        samples = pipeline.uncut.selection[0][:SAMPLES].numpy()
+        samples = pipeline.data.selection.batch(np.arange(min(SAMPLES, len(pipeline.data.selection)))).numpy()
         batch = filled(samples, pipeline.batch)
         answers = runner.infer(samples)
         operators = operator_records(runner, shipped.path, batch)
@@ -165,12 +166,12 @@ def operator_records(runner: Runner, path: Path, images: NDArray[np.float32]) ->
 
 def candidates(pipeline: Pipeline, delivery: Delivery, run: Run) -> list[dict[str, Any]]:
     """Return every file of the last race, with its metric on the selection split."""
-    images, targets = pipeline.uncut.selection
-    task, found = pipeline.task, []
+    selection, task, found = pipeline.uncut.selection, pipeline.task, []
     ours = delivery.ours if pipeline.others else ()
     for contender in {c.path: c for c in (*unpruned(pipeline), *ours, delivery.shipped)}.values():
         timing = delivery.timings[contender.name]
-        outputs = contender.home(pipeline).backend.build(contender.path, pipeline.threads).infer(images.numpy())
+        answer = contender.home(pipeline).answers_of(contender.path)
+        is_known = selection.parts is not None
         found.append(
             {
                 "name": contender.name,
@@ -179,7 +180,7 @@ def candidates(pipeline: Pipeline, delivery: Delivery, run: Run) -> list[dict[st
                 "ratio_high": timing.ratio_high,
                 "median_ms": timing.median_ms,
                 "size_bytes": contender.path.stat().st_size,
-                "accuracy_selection": None if targets is None else task.value(task.parts(outputs, targets)),
+                "accuracy_selection": task.value(parts_of(task, selection.shown(), answer)) if is_known else None,
             }
         )
     return found

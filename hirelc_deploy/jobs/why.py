@@ -118,7 +118,6 @@ def explained(workplace: Workplace, fixes: int) -> dict[str, Any]:
     layers = {layer.name: layer for layer in pipeline.graph.layers}
     left_out = [name for name in layers if pipeline.graph.leaves_out(name, losses.plan.keep)]
     cuts = {name: cut_record(losses, layers[name]) for name in (*worst, *left_out)}
-    images = pipeline.uncut.selection[0]
     return {
         "schema_version": SCHEMA_VERSION,
         "run": str(run.directory),
@@ -127,7 +126,7 @@ def explained(workplace: Workplace, fixes: int) -> dict[str, Any]:
         "explains": "shipped" if is_shipped else "placed",
         "plan": losses.plan.to_dict(),
         "pattern": losses.pattern,
-        "images": len(images),
+        "images": len(pipeline.uncut.selection),
         "metric": metric_record(pipeline.task),
         "rounding": rounding.to_dict(),
         "cutting": losses.cutting().to_dict() if any(cuts.values()) else None,

@@ -31,7 +31,7 @@ from hirelc_deploy.evaluate.uncut import proven_graph
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.inputs.data.splits import Data
-from hirelc_deploy.inputs.fitting import answering, fit
+from hirelc_deploy.inputs.fitting import Fitted, answering, fit
 from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.inputs.models.ordinary import notes_of
@@ -112,13 +112,7 @@ def open_workplace(
     evaluators, jobs = evaluators_of(ray, jobs, config.model.spec, progress.say)
     target = find_target(config.target)
     backend = open_target(target)
-    data = given.data or configured_data(config)
-    weights = Path(config.model.weights) if config.model.weights else None
-    source = given.source or ModelSource(
-        config.model.spec, weights, dict(config.model.arguments), config.model.pretrained, config.model.weights_key
-    )
-    wanted = replace(config.task, options={**config.task.options, **(given.task_options or {})})
-    fitted = fit(source, data, config.preprocess.overrides(), wanted, given.metric, given.loss)
+    fitted = fitted_of(config, given)
     model, data, source, task = fitted.model, fitted.data, fitted.source, fitted.task
     notes = (*data.notes, *notes_of(model))
     for text in notes:
@@ -197,6 +191,17 @@ def open_workplace(
     return Workplace(config, pipeline, run, source, fitted.record, command, notes, tuple(track))
 
 
+def fitted_of(config: JobConfig, given: Given) -> Fitted:
+    """Return model, data and task of a configuration, made for each other."""
+    data = given.data or configured_data(config)
+    weights = Path(config.model.weights) if config.model.weights else None
+    source = given.source or ModelSource(
+        config.model.spec, weights, dict(config.model.arguments), config.model.pretrained, config.model.weights_key
+    )
+    wanted = replace(config.task, options={**config.task.options, **(given.task_options or {})})
+    return fit(source, data, config.preprocess.overrides(), wanted, given.metric, given.loss)
+
+
 def reopened(directory: Path, progress: Progress, *, command: str = "", given: Given | None = None) -> Workplace:
     """Open the workplace of a run that is there; see `open_workplace`."""
     config = JobConfig.read(directory / CONFIG)
@@ -239,11 +244,8 @@ def check_contents(
     Args:
         functions: The user's metric and loss: a name, or the function itself.
     """
-    described = source.describe()
     contents = {
-        "weights": described.get("weights", {}).get("sha256"),
-        "factory": described.get("spec_sha256"),
-        "images": data.fingerprint(),
+        **contents_of(source, data),
         **{
             name: digest
             for name, one in zip(("metric", "loss"), functions, strict=False)
@@ -258,6 +260,16 @@ def check_contents(
             f"{run.directory}: this run was made with other {changed[0]} under the same name; "
             "give another --out, or put back what was there."
         )
+
+
+def contents_of(source: Source, data: Data) -> dict[str, str | None]:
+    """Return hashes of what stands behind the names of weights, factory and images."""
+    described = source.describe()
+    return {
+        "weights": described.get("weights", {}).get("sha256"),
+        "factory": described.get("spec_sha256"),
+        "images": data.fingerprint(),
+    }
 
 
 def code_digest(function: Callable[..., Any] | str | None) -> str | None:
@@ -280,7 +292,7 @@ def recovery_of(config: JobConfig, values: int) -> Recovery | None:
     if not config.recovery_epochs:
         return None
     batch = max(LEAST_BATCH, min(Recovery.batch_size, GRADIENT_VALUES // values))
-    return Recovery(config.recovery_epochs, batch_size=batch, learning_rate=config.learning_rate)
+    return Recovery(config.recovery_epochs, batch, config.learning_rate, sync_norms=config.sync_norms)
 
 
 def table_path() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from hirelc_deploy.measure.program import ProgramBackend, check_file, joined
 T = TypeVar("T")
 
 SHARE = 64
-"""Images that a board takes at a time: small enough that the boards finish together."""
+"""Images that a board takes at a time, at most: small enough that the boards finish together."""
 
 
 class PoolBackend:
@@ -152,7 +153,8 @@ class PoolRunner:
 
     def infer(self, images: NDArray[np.float32]) -> Outputs:
         """Return all outputs for (n, ...) images, each from whichever board took it."""
-        parts = [images[start : start + SHARE] for start in range(0, len(images), SHARE)] or [images]
+        share = max(1, min(SHARE, math.ceil(len(images) / self._pool.side_by_side)))
+        parts = [images[start : start + share] for start in range(0, len(images), share)] or [images]
 
         def work(part: NDArray[np.float32]) -> Outputs:
             return self._pool.on_a_board(lambda board: board.build(self._model, self._threads).infer(part))

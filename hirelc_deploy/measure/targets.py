@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import platform
 import re
@@ -14,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tomlkit
 
 from hirelc_deploy.config import toml_table
 from hirelc_deploy.errors import InputError, TargetUnavailable, home, printable
@@ -338,12 +339,16 @@ def add_target(path: Path, target: Target, *, replace: bool = False) -> None:
         if target.name in known and not replace:
             raise InputError(f"{path}: has a target {target.name!r} already; say --replace to write it anew.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_without_table(text, target.name) + _table(target), "utf-8")
+        tables = tomlkit.parse(text)  # with the user's own comments
+        if tables and target.name not in tables:
+            tables.add(tomlkit.nl())
+        tables[target.name] = _table(target)
+        path.write_text(tomlkit.dumps(tables), "utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}).") from None
 
 
-def _table(target: Target) -> str:
+def _table(target: Target) -> dict[str, Any]:
     hosts: str | list[str] = list(target.hosts) if len(target.hosts) > 1 else "".join(target.hosts)
     values = {
         "backend": target.backend,
@@ -357,25 +362,7 @@ def _table(target: Target) -> str:
         "folder": "" if target.folder == FOLDER else target.folder,
         "description": target.description,
     }
-    # JSON texts, numbers and lists of texts are TOML.
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value]
-    return "\n".join([f"[{_quoted(target.name)}]", *lines]) + "\n"
-
-
-def _quoted(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
-
-
-def _without_table(text: str, name: str) -> str:
-    kept, inside = [], False
-    for line in text.splitlines():
-        if line.lstrip().startswith("["):
-            inside = re.match(rf"""\s*\[\s*["']?{re.escape(name)}["']?\s*\]""", line) is not None
-        if not inside:
-            kept.append(line)
-    while kept and not kept[-1].strip():
-        kept.pop()
-    return "\n".join([*kept, "", ""]) if kept else ""
+    return {key: value for key, value in values.items() if value}
 
 
 def target_precisions(target: Target, backend: Backend) -> tuple[Precision, ...]:

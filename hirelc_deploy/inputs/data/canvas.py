@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch.utils.data import get_worker_info
 from hirelc_deploy.inputs.data.pictures import FINER, Picture, read_image, read_reduced, stated_size
 from hirelc_deploy.inputs.data.preprocess import INTERPOLATIONS, Preprocess
 
-FOLDER_CACHE_BYTES = 512 * 2**20  # decoded images that a folder keeps in memory: 3,500 of 224 x 224 after timm's resize
+KEPT_BYTES = 512 * 2**20
+"""Of decoded pictures that this process keeps, of all splits together: 3,500 of 224 x 224 after timm's resize."""
 LOOKED_AT = 16  # pictures by whose sizes it is told whether all of them fit
 
 
@@ -30,6 +32,7 @@ class Canvases:
         self._pictures, self._preprocess = list(pictures), preprocess
         self._kept: dict[tuple[int, bool], Tensor] = {}
         self._kept_bytes = 0
+        _all.add(self)
         self._sizes = np.zeros((len(self._pictures), 2), np.int32)
 
     def __len__(self) -> int:
@@ -51,7 +54,7 @@ class Canvases:
 
     def keep(self, row: int, pixels: Tensor, *, reduced: bool) -> None:
         """Keep what `read` returned, if there is room."""
-        if self._kept_bytes + pixels.nbytes > FOLDER_CACHE_BYTES:
+        if pixels.nbytes > _room():
             return
         self._kept_bytes += pixels.nbytes
         self._kept[row, reduced] = pixels
@@ -66,7 +69,11 @@ class Canvases:
         looked = missing[:: max(1, len(missing) // LOOKED_AT)]
         areas = [height * width for height, width in (self._preprocess.canvas_size(*self.size(row)) for row in looked)]
         mean_bytes = self._preprocess.input_size[0] * sum(areas) / max(1, len(areas))
-        return missing if self._kept_bytes + len(missing) * mean_bytes <= FOLDER_CACHE_BYTES else []
+        return missing if len(missing) * mean_bytes <= _room() else []
+
+    def forget(self) -> None:
+        """Keep nothing of what was kept: others need the room more."""
+        self._kept, self._kept_bytes = {}, 0
 
     def scaled(self, row: int, canvas: tuple[int, int]) -> Tensor:
         """Return a view's picture resized to another (height, width); it is decoded anew and not kept."""
@@ -91,6 +98,14 @@ class Canvases:
         image, size = read_reduced(self._pictures[row], wanted, self._preprocess.input_size[0])
         self._sizes[row] = size
         return resized(image, self._preprocess, wanted(*size), size)
+
+
+_all: weakref.WeakSet[Canvases] = weakref.WeakSet()
+
+
+def _room() -> int:
+    """Return the bytes of pictures that may still be kept."""
+    return KEPT_BYTES - sum(canvases._kept_bytes for canvases in _all)
 
 
 def resized(

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.together import ranks
 
 MEASURED = 3
 """Batches that this process makes itself before it is decided whether others load. The last one counts: on the first
@@ -128,15 +129,15 @@ def workers_for(loading: float, using: float, size_bytes: float) -> int:
         size_bytes: Of the pictures of a batch.
 
     Returns:
-        As many as keep up with whoever uses the batches, and no more than there are cores and room in shared memory; 0
-        where waiting is short, where there is one core, in a process that may have none, and outside of Linux, where
-        copying a process with threads is not safe.
+        As many as keep up with whoever uses the batches, and no more than there are cores (torchrun's processes share
+        them) and room in shared memory; 0 where waiting is short, where there is one core, in a process that may have
+        none, and outside of Linux, where copying a process with threads is not safe.
     """
     if loading <= SHORT_WAIT * (loading + using):
         return 0
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 0
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) // ranks.here()
     most = cores if cores > 1 else 0
     if SHARED_MEMORY.is_dir():  # half of what is free: others need some too, and who writes beyond the end is killed
         most = min(most, int(shutil.disk_usage(SHARED_MEMORY).free / 2 / (AHEAD * max(1.0, size_bytes))))
