@@ -154,6 +154,7 @@ class SearchConfig:
         warm_start: Folder of another run whose agents this one begins with, if they foretell what is measured here.
         depth: Whether residual branches may be left out.
         precisions: Whether blocks may stay float where the fastest file makes them integer.
+        library: Folder of another run of the same model and data, of which this one takes what it measured.
     """
 
     strategy: str = "hirelc"
@@ -165,6 +166,7 @@ class SearchConfig:
     depth: bool = True
     precisions: bool = False
     race: int = 0
+    library: str | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

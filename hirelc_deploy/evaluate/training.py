@@ -35,6 +35,7 @@ class Training:
     Attributes:
         files: Of the runtime whose plans are recovered.
         start: Weights of the cut model, recovered before, from which its recovery goes on.
+        roundings: Says what integer files round for the sake of each block; nothing where F1 is in float.
         after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
         scalars: Told the name of a training, the number of a step and what it measured, every few steps.
     """
@@ -49,12 +50,11 @@ class Training:
         start: Path | None,
         roundings: Callable[[], Sequence[qat.Rounding]],
     ) -> None:
-        """Args: `roundings` says what integer files round for the sake of each block; nothing where F1 is in float."""
         self.effort, self.seed, self.progress, self.start = effort, seed, progress, start
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self.scalars: Callable[[str, int, Mapping[str, float]], None] = lambda training, step, values: None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.files, self._uncut, self._roundings = files, uncut, roundings
+        self.files, self._uncut, self.roundings = files, uncut, roundings
 
     @cached_property
     def teacher(self) -> recovery.Teacher:
@@ -148,7 +148,7 @@ class Training:
         On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
         """
         images, targets = self._uncut.selection
-        round_as_asked(model, self._roundings(), plan)
+        round_as_asked(model, self.roundings(), plan)
         with recovery.half_precision(torch.device("cpu")):
             return judged(self._uncut.task, forward(model, images), self._uncut.answers, targets)[0]
 
@@ -186,6 +186,16 @@ class Training:
         state = torch.get_rng_state()
         self._briefly(plan, REHEARSED / self.steps(1.0), "rehearsal of the recovery")
         torch.set_rng_state(state)
+
+    def step_seconds(self, plan: CompressionPlan) -> float:
+        """Return what a step of a plan's recovery takes, by a few that are thrown away; the first ones do not count."""
+        state, left = torch.get_rng_state(), self.progress.left
+        self._briefly(plan, REHEARSED / self.steps(1.0), f"rehearsal of the recovery of {plan.digest}")
+        before = left.measured(TRAINING_STEP)
+        self._briefly(plan, REHEARSED / self.steps(1.0), f"rehearsal of the recovery of {plan.digest}")
+        after = left.measured(TRAINING_STEP)
+        torch.set_rng_state(state)
+        return (after[1] - before[1]) / (after[0] - before[0])
 
     def _briefly(self, plan: CompressionPlan, epochs: float, name: str) -> nn.Module:
         """Return a cut model after so many epochs of its recovery."""
