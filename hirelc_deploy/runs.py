@@ -216,9 +216,9 @@ class Run:
     def take_over(self, trials: Iterable[TrialRecord], facts: Mapping[str, Any]) -> None:
         """Journal trials and facts of another run; what is known here stays as it is."""
         for trial in trials:
-            self.evaluate_once(trial.plan, trial.fidelity, lambda *_, known=trial: known.outcome, trial.context)
+            self.evaluate_once(trial.plan, trial.fidelity, _answering(trial.outcome), trial.context)
         for key, value in facts.items():
-            self.remember(key, lambda known=value: known)
+            self.remember(key, _answering(value))
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
         """Return the journaled JSON value of `key`, or call `compute` and journal what it returns.
@@ -261,6 +261,10 @@ class Run:
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); what was finished before is kept."
             ) from None
+
+
+def _answering(value: Any) -> Callable[..., Any]:
+    return lambda *_: value
 
 
 def json_text(value: Any, indent: int) -> str:

@@ -38,7 +38,9 @@ def problem_of(pipeline: Pipeline) -> Problem:
 
 
 def searches_of(pipeline: Pipeline, problem: Problem) -> list[Search]:
-    found = run_all(problem, [0.6 * problem.uncut_ms], ["greedy", "uniform"], [0, 1], pipeline.outcome, f1_evaluations=2)
+    found = run_all(
+        problem, [0.6 * problem.uncut_ms], ["greedy", "uniform"], [0, 1], pipeline.outcome, f1_evaluations=2
+    )
     spent = {"greedy": (0.5, 0.75), "uniform": (0.0, 0.25)}
     return [
         replace(one, thinking_seconds=spent[one.strategy][0], charged_seconds=spent[one.strategy][1]) for one in found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from hirelc_deploy.results.scatter import Drawing, Point, draw, frame
-from hirelc_deploy.results.values import MetricWords, bytes_text, count_text, seconds_text, signed, times_text
+from hirelc_deploy.results.values import MetricWords, bytes_text, seconds_text, signed, times_text
 from hirelc_deploy.runs import write_atomic
 
 SIZES = (860, 420), (360, 340)
@@ -29,6 +29,7 @@ def write_page(record: Mapping[str, Any], path: Path) -> Path:
         record=record,
         words=words,
         rows=[_row(member, words) for member in record["members"]],
+        common=_common(record["members"]),
         drawings=_drawings(record["members"], words),
         seconds=seconds_text(record["seconds"]),
     )
@@ -36,10 +37,19 @@ def write_page(record: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
+def _common(members: Sequence[Mapping[str, Any]]) -> str:
+    """Return the limits that all have, as text; empty without any."""
+    first, *others = (member["limits"] for member in members)
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:g}"
+        for name, value in first.items()
+        if all(limits.get(name) == value for limits in others)
+    )
+
+
 def _row(member: Mapping[str, Any], words: MetricWords) -> dict[str, Any]:
     """Return the cells of one of the limits as a person reads them."""
-    limits = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in member["limits"].items())
-    row = {"name": member["name"], "limits": limits, "missed": member["missed"], "cells": []}
+    row = {"name": member["name"], "missed": member["missed"], "cells": []}
     result = member["result"]
     if result is None:
         return row
@@ -54,13 +64,12 @@ def _row(member: Mapping[str, Any], words: MetricWords) -> dict[str, Any]:
         words.value(found["test"]),
         drop,
         bytes_text(result["size_bytes"]),
-        count_text(result["params"]),
         seconds_text(member["seconds"]),
     ]
     return {**row, "cells": cells}
 
 
-def _drawings(members: list[Mapping[str, Any]], words: MetricWords) -> list[Drawing]:
+def _drawings(members: Sequence[Mapping[str, Any]], words: MetricWords) -> list[Drawing]:
     """Return the curve for a desktop and for a phone; nothing without labels."""
     results = {member["name"]: member["result"] for member in members if member["result"]}
     judged = {name: one for name, one in results.items() if one["accuracy"]["test"] is not None}
