@@ -85,14 +85,9 @@ def test_a_shorter_search_trains_longer_and_nothing_is_trained_twice(
         assert rows[name]["lead"]["points"] == pytest.approx(sum(points) / 2)
         assert rows[name]["lead"]["low"] < rows[name]["lead"]["points"] < rows[name]["lead"]["high"]
     assert trained_lines(record, "greedy")[1:] != []
-    again = replace_data(pipeline)
+    again = pipeline.in_run(pipeline.run)  # as another process opens it, which may have the test images once
     assert compared(again, problem, searches, "greedy") == record
     assert len(epochs) == 6
-
-
-def replace_data(pipeline: Pipeline) -> Pipeline:
-    """Return the pipeline as another process opens it, which may have the test images once."""
-    return pipeline.in_run(pipeline.run)
 
 
 def test_what_a_step_takes_is_measured_and_leaves_random_numbers_as_they_were(data_file: Path, tmp_path: Path) -> None:

@@ -189,8 +189,10 @@ def test_a_killed_family_goes_on_where_it_was(
     for member in ours:
         assert member["result"]["accuracy"] == theirs[member["name"]]["result"]["accuracy"]
         assert member["result"]["params"] == theirs[member["name"]]["result"]["params"]
+    command[command.index("2,4")] = "1.5,2,4"
     assert application.run(command) == 0
-    assert sum(trained.values()) == 1, "a finished family is only read"
+    assert sum(trained.values()) == 2, "of a finished family only what is added is searched"
+    assert Run.read(out / "speedup-1.5").fact("library")["run"] == str(out / "speedup-4")
 
 
 def test_limits_that_nothing_keeps_are_named_and_stop_no_other(

@@ -31,8 +31,8 @@ def run_family(
 ) -> dict[str, Any]:
     """Search at each of several limits and return the record of all; it is also written to `out`, with a page.
 
-    The one that allows most time comes first. Each further run begins with what the one before it has measured. Limits
-    that nothing keeps stop no other search.
+    The one that allows most time comes first, but for runs that are there. Each further run begins with what the one
+    before it has measured. Limits that nothing keeps stop no other search.
 
     Args:
         config: Of all searches, but for their limits.
@@ -49,7 +49,7 @@ def run_family(
     workplace: Workplace | None = None
     missed: dict[str, str] = {}
     try:
-        for name, limits in sorted(named.items(), key=lambda item: _severity(item[1])):
+        for name, limits in sorted(named.items(), key=lambda item: (_is_new(out / item[0]), _severity(item[1]))):
             own, folder = replace(config, limits=limits), out / name
             workplace = opened(own, folder) if workplace is None else beside(workplace, own, folder)
             workplace.pipeline.progress.say(f"{name}:")
@@ -94,6 +94,10 @@ def names_of(members: Sequence[Limits]) -> dict[str, Limits]:
             raise InputError(f"limits: {name.replace('-', ' ') or 'no limit'} is there twice; give each once.")
         found[name or "no-limit"] = limits
     return found
+
+
+def _is_new(run: Path) -> bool:
+    return not (run / CONFIG).exists()
 
 
 def _severity(limits: Limits) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.leading import RUNTIMES
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.outcome import Fidelity
-from hirelc_deploy.runs import CONFIG, CONTENTS, SHORTENED, TRIAL_LOSS, Run, TrialRecord
+from hirelc_deploy.runs import BRANCHES, CONFIG, CONTENTS, SHORTENED, TRIAL_LOSS, Run, TrialRecord
 
 LIBRARY = "library"
 """Name of the fact that says what a run took from another one."""
@@ -34,7 +34,7 @@ OF_RECOVERY = ("recovery_epochs", "learning_rate", "seed")
 
 FIDELITIES: tuple[Fidelity, ...] = ("F1", "F2", "F3")
 OF_UNCUT = ("precision placement on ", "channels alike across activations on ", "reference ms on ")
-OF_RECOVERED = ("accuracy guard at ", "longer timing of ", "peak memory of ", "energy of ")
+OF_RECOVERED = (BRANCHES, "accuracy guard at ", "longer timing of ", "peak memory of ", "energy of ")
 """How facts begin that hold for every budget: those of the uncut model's files, and those of recovered ones."""
 
 
