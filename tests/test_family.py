@@ -150,6 +150,8 @@ def test_model_and_data_are_measured_once_for_all_limits(searched: Searched) -> 
     assert max(searched.judged.values()) == max(searched.trained.values()) == 1
     once = ("importance ...", "input moments ...", "precision placement ...")
     assert [sum(line == begun for line in searched.lines) for begun in once] == [1, 1, 1]
+    stages = [searched.family.results[f"speedup-{speedup:g}"].record["stages"] for speedup in SPEEDUPS]
+    assert [("importance" in one, "precision placement" in one) for one in stages] == [(True, True), (False, False)]
     first, second = (Run.read(searched.family.directory / f"speedup-{speedup:g}") for speedup in SPEEDUPS)
     assert second.fact("library")["run"] == str(searched.first)
     known = {(trial.plan.digest, trial.fidelity) for trial in first.trials}
@@ -162,6 +164,25 @@ def test_a_family_finds_what_searches_of_their_own_find(searched: Searched, tmp_
     assert "library" not in alone.record
     for key in ("accuracy", "latency", "params", "size_bytes", "layers"):
         assert alone.record[key] == ours.record[key], key
+
+
+def test_searches_at_several_drops_recover_each_plan_once(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hirelc_deploy.deliver.finalists.ENTRY_LOSS", 99.0)
+    monkeypatch.setattr("hirelc_deploy.deliver.finalists.BISECTIONS", 1)
+    judged, trained = watch(monkeypatch)
+    family = hirelc_deploy.family(
+        f"{searched.file}:net",
+        f"{searched.file}:data",
+        limits=[{"max_drop": 90.0}, {"max_drop": 95.0}],
+        out=tmp_path / "runs",
+        library=searched.first,
+        **OPTIONS,
+    )
+    assert [len(result.record["finalists"]) for result in family.results.values()] == [1, 1]
+    assert family.results["max-drop-90"].record["library"]["run"] == str(tmp_path / "runs/max-drop-95")
+    assert (max(judged.values()), list(trained.values())) == (1, [1])
 
 
 def test_a_killed_family_goes_on_where_it_was(

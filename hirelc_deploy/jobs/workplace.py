@@ -210,6 +210,8 @@ def beside(former: Workplace, config: JobConfig, directory: Path) -> Workplace:
     with closed_where_refused(run):
         check_contents(run, former.contents)
         pipeline = former.pipeline.in_run(run)
+        pipeline.progress.seconds.clear()  # those of its stages are in the former one's result
+        pipeline.progress.left.expect_nothing()
         take_over(pipeline, config, former.run.directory)
         take_up(pipeline)
     return replace(former, config=config, pipeline=pipeline, run=run)
