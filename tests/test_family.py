@@ -177,7 +177,6 @@ def test_searches_at_several_drops_recover_each_plan_once(
         f"{searched.file}:data",
         limits=[{"max_drop": 90.0}, {"max_drop": 95.0}],
         out=tmp_path / "runs",
-        library=searched.first,
         **OPTIONS,
     )
     assert [len(result.record["finalists"]) for result in family.results.values()] == [1, 1]
@@ -212,7 +211,10 @@ def test_a_killed_family_goes_on_where_it_was(
         assert member["result"]["params"] == theirs[member["name"]]["result"]["params"]
     command[command.index("2,4")] = "1.5,2,4"
     assert application.run(command) == 0
-    assert sum(trained.values()) == 2, "of a finished family only what is added is searched"
+    assert max(judged.values(), default=0) <= 1
+    assert list(trained.values()) == [1], (
+        "1.5 times is what the uncut integer file surpasses: the plan of 2 times again"
+    )
     assert Run.read(out / "speedup-1.5").fact("library")["run"] == str(out / "speedup-4")
 
 
