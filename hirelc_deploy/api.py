@@ -180,16 +180,13 @@ def family(
     """
     members = [_limits(one) for one in _several("limits", limits) or ()]
     config, given = _search_config(model, data, members[0] if members else Limits(), options)
-    side_by_side = {"jobs": options.get("jobs"), "ray": options.get("ray")}
-    record = run_family(
-        members,
-        config,
-        _folder(out),
-        lambda config, folder: _opened(config, given, folder, options, **side_by_side),
-        _finished,
-        options.get("command") or "hirelc_deploy.family(...)",
-    )
-    return Family(Path(out), record)
+    command = options.get("command") or "hirelc_deploy.family(...)"
+    job: SearchOptions = {**options, "command": command}
+
+    def opened(config: JobConfig, folder: Path) -> Workplace:
+        return _opened(config, given, folder, job, jobs=options.get("jobs"), ray=options.get("ray"))
+
+    return Family(Path(out), run_family(members, config, _folder(out), opened, _finished, command))
 
 
 @usual_torch()
