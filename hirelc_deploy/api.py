@@ -100,6 +100,7 @@ def search(
     options: int = 8,
     warm_start: str | Path | None = None,
     library: str | Path | None = None,
+    further_recovery: float | None = None,
     depth: bool = True,
     precisions: bool = False,
     jobs: int | None = None,
@@ -116,13 +117,14 @@ def search(
         metric: `metric(outputs, targets)`, one number or one an image; or `file.py:function`.
         loss: `loss(outputs, targets)`, joined to the distillation; or `file.py:function`.
         budget: Seconds, or text such as `30m`.
-        strategy: A name; this and the next eight as in `config.SearchConfig`.
+        strategy: A name; this and the next nine as in `config.SearchConfig`.
         trials: Cut models judged per latency budget.
         finalists: Plans recovered by training, at most.
         race: Plans of equal time that begin a finalist's recovery; 0 for no race.
         options: Widths offered per unit, at most.
         warm_start: Folder of a finished search whose agents begin here.
         library: Folder of another run of the same model and data, whose measurements are taken over.
+        further_recovery: Share of a recovery for plans within a recovered one, which begin at its weights.
         depth: Whether residual branches may be left out.
         precisions: Whether blocks may stay float.
         jobs: Processes that judge cut models side by side.
@@ -144,6 +146,7 @@ def search(
         options=options,
         warm_start=warm_start,
         library=library,
+        further_recovery=further_recovery,
         depth=depth,
         precisions=precisions,
         jobs=jobs,
@@ -460,6 +463,7 @@ def _search_config(
         precisions=options.get("precisions", False),
         race=options.get("race", 0),
         library=_place(options.get("library")),
+        further_recovery=None if (share := options.get("further_recovery")) == 1 else share,
     )
     task, target = options.get("task"), options.get("target", "cpu")
     metric, loss = options.get("metric"), options.get("loss")

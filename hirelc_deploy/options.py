@@ -85,6 +85,7 @@ class SearchOptions(JobOptions, total=False):
     options: int
     warm_start: str | Path | None
     library: str | Path | None
+    further_recovery: float | None
     depth: bool
     precisions: bool
     jobs: int | None

@@ -179,6 +179,13 @@ def search(
         Path | None,
         typer.Option(help="Folder of another run of the same model and data, whose measurements are taken over."),
     ] = None,
+    further_recovery: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Of a recovery, for a plan within one that is recovered already: it begins at its weights.",
+        ),
+    ] = None,
     depth: Annotated[
         bool, typer.Option("--depth/--widths-only", help="Whether residual branches may be left out.")
     ] = True,
@@ -237,6 +244,7 @@ def search(
         "options": options,
         "warm_start": warm_start,
         "library": library,
+        "further_recovery": further_recovery,
         "depth": depth,
         "precisions": precisions,
         "jobs": jobs,

@@ -116,6 +116,7 @@ class Search:
     def __init__(self, pipeline: Pipeline, run: Run, table: LatencyTable, limits: Limits, config: SearchConfig) -> None:
         self.pipeline, self.run, self.limits, self.config = pipeline, run, limits, config
         self.searches: list[SearchResult] = []
+        pipeline.training.further = config.further_recovery or 1.0
         self._gone: Gone | None = None
         self._share: float | None = None
         self._other_depths: list[Gone] = []  # best first

@@ -19,7 +19,9 @@ from hirelc_deploy.errors import ExportError
 from hirelc_deploy.evaluate.cutting import cut, forward, judged, round_as_asked
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
+from hirelc_deploy.evaluate.further import Recovered, lies_within
 from hirelc_deploy.evaluate.uncut import UncutModel
+from hirelc_deploy.outcome import Measured
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import TRIAL_LOSS, write_atomic
@@ -35,6 +37,8 @@ class Training:
     Attributes:
         files: Of the runtime whose plans are recovered.
         start: Weights of the cut model, recovered before, from which its recovery goes on.
+        further: Share of a recovery that a plan gets which lies within one that is recovered: it begins at its weights.
+            1 where every plan begins at the uncut model.
         roundings: Says what integer files round for the sake of each block; nothing where F1 is in float.
         after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
         scalars: Told the name of a training, the number of a step and what it measured, every few steps.
@@ -50,7 +54,7 @@ class Training:
         start: Path | None,
         roundings: Callable[[], Sequence[qat.Rounding]],
     ) -> None:
-        self.effort, self.seed, self.progress, self.start = effort, seed, progress, start
+        self.effort, self.seed, self.progress, self.start, self.further = effort, seed, progress, start, 1.0
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self.scalars: Callable[[str, int, Mapping[str, float]], None] = lambda training, step, values: None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,11 +74,46 @@ class Training:
             except RuntimeError as error:
                 raise ExportError(f"{self.start}: these are not weights of this model cut to this plan.") from error
             model.eval()
+        share = 1.0
+        if (large := self._around(plan)) is not None:
+            base = Recovered.of(self._uncut, large, load_file(str(self.files.weights_of(large))))
+            model, share = cut(base, plan), self.further
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores) if self.effort.recovery else {}
-        return self.trained(model, plan, recovery.kept_inputs(self._uncut.graph, kept), until)
+        return self.trained(model, plan, recovery.kept_inputs(self._uncut.graph, kept), until, share)
+
+    def _around(self, plan: CompressionPlan) -> CompressionPlan | None:
+        """Return the recovered plan at whose weights another one begins: the smallest around it; journaled."""
+        if self.further >= 1 or self.start is not None or self.effort.recovery is None:
+            return None
+        graph, run = self._uncut.graph, self.files.run
+        known = {
+            trial.plan.digest: trial
+            for trial in run.trials
+            if trial.fidelity == "F3" and trial.context == self.files.machine and isinstance(trial.outcome, Measured)
+        }
+
+        def smallest() -> str | None:
+            around = [
+                (one.outcome.params, digest)
+                for digest, one in known.items()
+                if isinstance(one.outcome, Measured)
+                and digest != plan.digest
+                and not one.plan.trained_rounding
+                and self.files.weights_of(one.plan).exists()
+                and lies_within(graph, plan, one.plan)
+            ]
+            return min(around)[1] if around else None
+
+        digest = run.remember(f"recovery of {plan.digest} begins at", smallest)
+        return known[digest].plan if digest in known else None
 
     def trained(
-        self, model: nn.Module, plan: CompressionPlan, reads: Mapping[str, NDArray[np.int64]], until: float = 1.0
+        self,
+        model: nn.Module,
+        plan: CompressionPlan,
+        reads: Mapping[str, NDArray[np.int64]],
+        until: float = 1.0,
+        share: float = 1.0,
     ) -> nn.Module:
         """Return a cut model after the fine-tuning that `effort` asks for.
 
@@ -85,6 +124,7 @@ class Training:
             plan: Names the weights on the disk.
             reads: See `recovery.fine_tune`.
             until: Share of the steps after which it pauses.
+            share: Of the epochs that it gets.
         """
         path = self.files.weights_of(plan)
         if path.exists():
@@ -97,14 +137,15 @@ class Training:
             self.after_epoch(plan, epoch, student)
 
         if self.effort.recovery is not None:
-            name = f"recovery of {plan.digest}"
-            self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
+            name, asked = f"recovery of {plan.digest}", self.effort.recovery
+            asked = replace(asked, epochs=share * asked.epochs)
+            self.progress.say(f"{name}: {asked.epochs:.3g} epochs")
             if plan.trained_rounding:
                 qat.install(model, *self.files.roundings_of(model, [plan]))
             model = recovery.fine_tune(
                 model,
                 self.teacher,
-                self.effort.recovery,
+                asked,
                 seed=self.seed,
                 progress=self.progress,
                 name=name,

@@ -60,6 +60,7 @@ def take_over(pipeline: Pipeline, config: JobConfig, folder: Path) -> None:
     same_files = all(getattr(config, name) == getattr(told, name) for name in OF_FILES)
     same_recovery = same_files and all(getattr(config, name) == getattr(told, name) for name in OF_RECOVERY)
     whole = config.search.budget_seconds is None and float(other.fact(SHORTENED) or 1.0) == 1.0
+    whole &= config.search.further_recovery == told.search.further_recovery
     recovered = same_recovery and whole and told.plan is None  # that of `apply` may have gone on from a bundle
     machines = {files.machine for files in (pipeline.files, *pipeline.others)} if same_files else set[str]()
 
