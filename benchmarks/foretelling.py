@@ -10,8 +10,10 @@ first answer, group Taylor, uniform widths, random ones, and mutants of the solv
 --epochs. On the way, after --rungs epochs of that same training, its averaged weights are judged on the selection
 split, and so is a short training of its own that ends there. At the end its integer file answers the whole test split.
 
-For every score that could choose among the plans (F1's loss; the loss at each rung) the record has Spearman's
-correlation within one budget with the accuracy at the end, with the interval of resampled plans. Nothing is selected on
+For every score that could choose among the plans (F1's loss; the sum of the table's losses; the loss at each rung) the
+record has Spearman's correlation within one budget with the accuracy at the end, with the interval of resampled plans.
+With --singles EPOCHS there is also the sum of a table in which the network of each single option was recovered for so
+long: dear, but it belongs to model and data and would serve every budget. Nothing is selected on
 the test split: it only says afterwards which score was right. --plans-of trains the best plans of a record for longer,
 to see whether their order stays.
 
@@ -46,7 +48,7 @@ from hirelc_deploy.progress import Progress
 from hirelc_deploy.results import comparison
 from hirelc_deploy.strategies.baselines import RandomChoices, Taylor, Uniform
 from hirelc_deploy.strategies.hierarchy import neighbours
-from hirelc_deploy.strategies.knapsack import solve
+from hirelc_deploy.strategies.knapsack import solve, tables_of
 from hirelc_deploy.strategies.problem import Problem
 from hirelc_deploy.strategies.surrogate import rank_correlation
 
@@ -110,8 +112,28 @@ def proposals(pipeline: Pipeline, problem: Problem, budget_ms: float, trials: in
     return {name: plan for name, plan in found.items() if first[plan.digest] == name}
 
 
-def scores_of(pipeline: Pipeline, plan: CompressionPlan, rungs: Sequence[float]) -> dict[str, float]:
-    """Return what each score says of a plan: F1 before training, then the loss at every rung.
+def recovered_singles(pipeline: Pipeline, problem: Problem, epochs: float) -> Problem:
+    """Return the problem with losses after a recovery of so many epochs of each option alone; journaled."""
+    decisions = []
+    for decision in problem.decisions:
+        plans = [
+            CompressionPlan({decision.name: int(width)}, default_precision="auto") for width in decision.options[:-1]
+        ]
+        losses = [pipeline.training.loss_after(plan, epochs) for plan in plans]
+        decisions.append(replace(decision, loss=np.array([*losses, 0.0])))
+    return replace(problem, decisions=tuple(decisions))
+
+
+def summed(problem: Problem, plan: CompressionPlan) -> float:
+    """Return the sum of the losses of a plan's options, each alone."""
+    choices = problem.choices_of(plan)
+    return float("inf") if choices is None else tables_of(problem).additive_loss(choices)
+
+
+def scores_of(
+    pipeline: Pipeline, plan: CompressionPlan, rungs: Sequence[float], problems: Mapping[str, Problem]
+) -> dict[str, float]:
+    """Return what each score says of a plan: F1 before training, sums of tables, then the loss at every rung.
 
     At a rung both ways are judged: the whole recovery's averaged weights there, and a short recovery that ends there.
     """
@@ -119,6 +141,7 @@ def scores_of(pipeline: Pipeline, plan: CompressionPlan, rungs: Sequence[float])
     recovery = pipeline.effort.recovery
     assert recovery is not None
     found = {"F1": outcome.loss if isinstance(outcome, Measured) else float("inf")}
+    found |= {name: summed(problem, plan) for name, problem in problems.items()}
     for epochs in sorted(rungs):
         found[f"{epochs:g} epochs, goes on"] = pipeline.training.loss_at(plan, epochs / recovery.epochs)
         found[f"{epochs:g} epochs, ends"] = pipeline.training.loss_after(plan, epochs)
@@ -172,6 +195,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, default=0.5)
     parser.add_argument("--rungs", type=float, nargs="+", default=[0.05, 0.15], help="epochs")
     parser.add_argument("--images", type=int, default=256, help="selection images that judge an F1 evaluation")
+    parser.add_argument("--singles", type=float, help="epochs of a recovery of each option alone")
     parser.add_argument("--plans-of", metavar="NAME", help="take the plans of this record")
     parser.add_argument("--best", type=int, default=4, help="so many of them")
     options = parser.parse_args()
@@ -185,6 +209,10 @@ def main() -> int:
         network, fit = network_time.fit_network_time(pipeline, table)
         network_time.measure_table(pipeline, network)
         problem = tables.build_problem(pipeline, network)
+        problems = {"sum of the table": problem}
+        if options.singles:
+            name = f"sum of singles after {options.singles:g} epochs"
+            problems[name] = recovered_singles(pipeline, problem, options.singles)
         found: list[tuple[str, float, CompressionPlan, dict[str, float], float]] = []
         for speedup in options.speedups:
             if options.plans_of:
@@ -192,7 +220,7 @@ def main() -> int:
             else:
                 plans = proposals(pipeline, problem, problem.uncut_ms / speedup, options.trials)
             for name, plan in plans.items():
-                scores = scores_of(pipeline, plan, options.rungs)
+                scores = scores_of(pipeline, plan, options.rungs, problems)
                 outcome = pipeline.outcome(plan, "F3")
                 if not isinstance(outcome, Measured):
                     raise SystemExit(f"{name}: {outcome.stage} says: {outcome.reason}")

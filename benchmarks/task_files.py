@@ -33,6 +33,7 @@ from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import configured_data
 from hirelc_deploy.jobs.workplace import Workplace, open_workplace
+from hirelc_deploy.options import JobOptions
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks.decoding import decoded
 from hirelc_deploy.user_code import parse_arguments
@@ -92,7 +93,7 @@ def by_pycocotools(pipeline: Pipeline, path: Path, test: Images) -> dict[str, fl
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Return the record of one network."""
     limits = parse_arguments(options.limits)
-    job: api.JobOptions = {
+    job: JobOptions = {
         "weights": options.weights,
         "model_args": parse_arguments(options.model_arg),
         "task_options": parse_arguments(options.task_arg, "--task-arg"),

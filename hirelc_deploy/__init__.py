@@ -16,15 +16,30 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 if TYPE_CHECKING:
-    from hirelc_deploy.api import Inspection, Result, Why, apply, benchmark, inspect, load, search, verify, why
+    from hirelc_deploy.api import (
+        Family,
+        Inspection,
+        Result,
+        Why,
+        apply,
+        benchmark,
+        family,
+        inspect,
+        load,
+        search,
+        verify,
+        why,
+    )
 
 __all__ = [
+    "Family",
     "Inspection",
     "Result",
     "Why",
     "__version__",
     "apply",
     "benchmark",
+    "family",
     "inspect",
     "load",
     "search",

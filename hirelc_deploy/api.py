@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -43,6 +43,7 @@ from hirelc_deploy.inputs.fitting import plain
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.assist import assist, check_others
+from hirelc_deploy.jobs.family import run_family
 from hirelc_deploy.jobs.inspect import inspected
 from hirelc_deploy.jobs.recording import recorded
 from hirelc_deploy.jobs.search import run_search
@@ -53,83 +54,34 @@ from hirelc_deploy.measure.batch import at_batch
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.protocol import FULL, Timing, compare
 from hirelc_deploy.measure.targets import find_target, open_others, open_target
+from hirelc_deploy.options import JobOptions, SearchOptions
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Listener, Progress
-from hirelc_deploy.returned import Inspection, Result, Why
+from hirelc_deploy.returned import Family, Inspection, Result, Why
 from hirelc_deploy.runs import CONFIG, RESULT
 from hirelc_deploy.together import ranks
 from hirelc_deploy.user_code import usual_torch
 
-__all__ = ["Inspection", "Result", "Why", "apply", "benchmark", "inspect", "load", "search", "verify", "why"]
+__all__ = [
+    "Family",
+    "Inspection",
+    "Result",
+    "Why",
+    "apply",
+    "benchmark",
+    "family",
+    "inspect",
+    "load",
+    "search",
+    "verify",
+    "why",
+]
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A timm name or another spec of the command line, a module (which is copied), or a function that makes one."""
 
 Splits = str | Mapping[str, Dataset[Any]] | Data
 """A spec of the command line, or split names (train, and test or val) to torch data sets of (image, target)."""
-
-
-class JobOptions(TypedDict, total=False):
-    """What `search` and `apply` have in common, beside model, data, task and folder; all of it may be left out.
-
-    Attributes:
-        weights: A .safetensors file, or .pth read safely.
-        weights_key: Which of several state dicts in that file; without it averaged weights come first.
-        model_args: Arguments of the factory.
-        pretrained: Let timm fetch its own weights.
-        data_dir: Folder of a torchvision data set, or of the pictures of COCO files.
-        calibration_images, selection_images: Training images set aside for ranges, and for choosing.
-        collate_fn: Of the user's data sets, where their items need one.
-        classes: Names of the classes of the user's data sets.
-        lower_is_better: Of the user's metric.
-        task_options: Of the task.
-        input_size: (channels, height, width) of the model's input.
-        mean, std: Of the normalisation, per channel.
-        geometry, interpolation: Of pictures of another size: `crop`, `stretch` or `letterbox`, and how.
-        recovery_epochs, learning_rate: Of the recovery of each finalist.
-        sync_norms: Batch norms see the whole batch where processes of torchrun share it.
-        exclude, include: Patterns of units and layers.
-        float_layers: Patterns of layers that stay float in every integer file.
-        equalise: Patterns of layers whose channels are made alike across activations, too.
-        ranges: Pattern of layers to how the ranges at their ends are taken: `minmax`, `percentile` or `mse`.
-        threads: Of one inference.
-        batch: Images of one inference; one where it is None.
-        seed: Of every random choice.
-        progress: Called with a line of text for everything that is begun or done; without it nothing is said.
-        track: `tensorboard`, `mlflow`: told the scalars of every training, every trial and the result.
-        command: What the bundle says it was made by.
-    """
-
-    weights: str | Path | None
-    weights_key: str | None
-    model_args: Mapping[str, Any] | None
-    pretrained: bool
-    data_dir: str | Path | None
-    calibration_images: int | None
-    selection_images: int | None
-    collate_fn: Callable[[list[Any]], Any] | None
-    classes: Sequence[str] | None
-    lower_is_better: bool | None
-    task_options: Mapping[str, Any] | None
-    input_size: Sequence[int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    geometry: str | None
-    interpolation: str | None
-    recovery_epochs: float
-    learning_rate: float
-    sync_norms: bool
-    exclude: Sequence[str]
-    include: Sequence[str]
-    float_layers: Sequence[str]
-    equalise: Sequence[str]
-    ranges: Mapping[str, str] | None
-    threads: int | None
-    batch: int | None
-    seed: int
-    progress: Listener | Progress | None
-    track: Sequence[str]
-    command: str
 
 
 @usual_torch()
@@ -150,6 +102,8 @@ def search(
     race: int = 0,
     options: int = 8,
     warm_start: str | Path | None = None,
+    library: str | Path | None = None,
+    further_recovery: float | None = None,
     depth: bool = True,
     precisions: bool = False,
     jobs: int | None = None,
@@ -166,12 +120,14 @@ def search(
         metric: `metric(outputs, targets)`, one number or one an image; or `file.py:function`.
         loss: `loss(outputs, targets)`, joined to the distillation; or `file.py:function`.
         budget: Seconds, or text such as `30m`.
-        strategy: A name; this and the next seven as in `config.SearchConfig`.
+        strategy: A name; this and the next nine as in `config.SearchConfig`.
         trials: Cut models judged per latency budget.
         finalists: Plans recovered by training, at most.
         race: Plans of equal time that begin a finalist's recovery; 0 for no race.
         options: Widths offered per unit, at most.
         warm_start: Folder of a finished search whose agents begin here.
+        library: Folder of another run of the same model and data, whose measurements are taken over.
+        further_recovery: Share of a recovery for plans within a recovered one, which begin at its weights.
         depth: Whether residual branches may be left out.
         precisions: Whether blocks may stay float.
         jobs: Processes that judge cut models side by side.
@@ -180,12 +136,65 @@ def search(
     Raises:
         HirelcError: With the sentence that the command line would print.
     """
-    limited = _limits(limits)
-    seconds = parse_duration(budget) if isinstance(budget, str) else budget
-    folder = str(Path(warm_start).resolve()) if warm_start else None
-    configured = SearchConfig(strategy, seconds, trials, finalists, options, folder, depth, precisions, race)
-    config, given = _config(model, data, task, target, metric, loss, job, limits=limited, search=configured)
+    asked = SearchOptions(
+        task=task,
+        target=target,
+        metric=metric,
+        loss=loss,
+        strategy=strategy,
+        budget=budget,
+        trials=trials,
+        finalists=finalists,
+        race=race,
+        options=options,
+        warm_start=warm_start,
+        library=library,
+        further_recovery=further_recovery,
+        depth=depth,
+        precisions=precisions,
+        jobs=jobs,
+        ray=ray,
+        **job,
+    )
+    config, given = _search_config(model, data, _limits(limits), asked)
     return _done(config, given, _folder(out), job, jobs=jobs, ray=ray)
+
+
+@usual_torch()
+def family(
+    model: Model,
+    data: Splits | None = None,
+    *,
+    out: str | Path,
+    limits: Sequence[Limits | Mapping[str, float]],
+    **options: Unpack[SearchOptions],
+) -> Family:
+    """Do a search for each of several limits; model and data are measured once. It is taken up again as `search` is.
+
+    The search that allows most time comes first, and each further one begins with all that was measured before it.
+
+    Args:
+        data: As in `search`, and so are all options.
+        out: Folder that is made for a run of each of the limits, and one page with all of them.
+        limits: Each as in `search`.
+
+    Returns:
+        What was found for each; its `missed` names limits that nothing keeps.
+
+    Raises:
+        HirelcError: With the sentence that the command line would print.
+    """
+    if ranks.count() > 1:
+        raise InputError("several limits: processes of torchrun share one search; give one limit, or leave it out.")
+    members = [_limits(one) for one in _several("limits", limits) or ()]
+    config, given = _search_config(model, data, members[0] if members else Limits(), options)
+    command = options.get("command") or "hirelc_deploy.family(...)"
+    job: SearchOptions = {**options, "command": command}
+
+    def opened(config: JobConfig, folder: Path) -> Workplace:
+        return _opened(config, given, folder, job, jobs=options.get("jobs"), ray=options.get("ray"))
+
+    return Family(Path(out), run_family(members, config, _folder(out), opened, _finished, command))
 
 
 @usual_torch()
@@ -438,10 +447,7 @@ def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by
         assist(config, given)
         ranks.leave()
         raise SystemExit(0)
-    progress = _told(job.get("progress"))
-    command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
-    track = _several("track", job.get("track")) or ()
-    workplace = open_workplace(config, out, command, progress, given=given, track=track, **side_by_side)
+    workplace = _opened(config, given, out, job, **side_by_side)
     check_others(workplace.source, workplace.pipeline.data)
     result = _finished(workplace)
     recovery.dismiss()
@@ -449,11 +455,45 @@ def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by
     return result
 
 
+def _opened(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Workplace:
+    progress = _told(job.get("progress"))
+    command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
+    track = _several("track", job.get("track")) or ()
+    return open_workplace(config, out, command, progress, given=given, track=track, **side_by_side)
+
+
 def _told(progress: Listener | Progress | None) -> Progress:
     """Return what says how far a call is."""
     if progress is not None and not isinstance(progress, Progress) and not callable(progress):
         raise InputError(f"progress = {progress!r:.60}: give a function of one line of text.")
     return progress if isinstance(progress, Progress) else Progress(quiet=progress is None, listener=progress)
+
+
+def _search_config(
+    model: Model, data: Splits | None, limits: Limits, options: SearchOptions
+) -> tuple[JobConfig, Given]:
+    """Return the configuration of a search, and the objects that it can only name."""
+    budget = options.get("budget")
+    found = SearchConfig(
+        strategy=options.get("strategy", "hirelc"),
+        budget_seconds=parse_duration(budget) if isinstance(budget, str) else budget,
+        f1_evaluations=options.get("trials", 24),
+        finalists=options.get("finalists", 3),
+        options=options.get("options", 8),
+        warm_start=_place(options.get("warm_start")),
+        depth=options.get("depth", True),
+        precisions=options.get("precisions", False),
+        race=options.get("race", 0),
+        library=_place(options.get("library")),
+        further_recovery=None if (share := options.get("further_recovery")) == 1 else share,
+    )
+    task, target = options.get("task"), options.get("target", "cpu")
+    metric, loss = options.get("metric"), options.get("loss")
+    return _config(model, data, task, target, metric, loss, options, limits=limits, search=found)
+
+
+def _place(given: str | Path | None) -> str | None:
+    return str(Path(given).resolve()) if given else None
 
 
 def _config(
@@ -467,7 +507,8 @@ def _config(
     **more: Any,
 ) -> tuple[JobConfig, Given]:
     """Return the configuration of a job, and the objects that it can only name."""
-    if unknown := sorted(set(job) - JobOptions.__annotations__.keys()):
+    known = SearchOptions if "search" in more else JobOptions
+    if unknown := sorted(set(job) - known.__annotations__.keys()):
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
     if job.get("lower_is_better") is not None and metric is None:
         raise InputError("lower_is_better: it is said of a metric of your own; name one with --metric.")

@@ -155,6 +155,9 @@ class SearchConfig:
         warm_start: Folder of another run whose agents this one begins with, if they foretell what is measured here.
         depth: Whether residual branches may be left out.
         precisions: Whether blocks may stay float where the fastest file makes them integer.
+        library: Folder of another run of the same model and data, of which this one takes what it measured.
+        further_recovery: Share of a recovery that a plan gets which lies within one that is recovered: it begins at the
+            weights of that one. None where every recovery begins at the uncut model.
     """
 
     strategy: str = "hirelc"
@@ -166,6 +169,8 @@ class SearchConfig:
     depth: bool = True
     precisions: bool = False
     race: int = 0
+    library: str | None = None
+    further_recovery: float | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -175,6 +180,11 @@ class SearchConfig:
         _at_least("finalists", self.finalists, 1, whole=True)
         _at_least("options", self.options, 2, whole=True)
         _at_least("race", self.race, 0, whole=True)
+        _above_zero("further_recovery", self.further_recovery)
+        if self.further_recovery is not None and self.further_recovery > 1:
+            raise InputError(f"further_recovery = {self.further_recovery:g}: a share of a recovery, at most 1.")
+        if self.further_recovery is not None and self.race:
+            raise InputError("race and further_recovery: plans of a race train equally long; give one of them.")
 
 
 @dataclass(frozen=True)

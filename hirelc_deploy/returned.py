@@ -15,8 +15,8 @@ from hirelc_deploy.jobs.inspect import inspection_text
 from hirelc_deploy.outcome import Outcome, outcome_from_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.results.layer_text import why_text
-from hirelc_deploy.results.summary import summary
-from hirelc_deploy.runs import PARETO
+from hirelc_deploy.results.summary import family_summary, summary
+from hirelc_deploy.runs import PARETO, RESULT
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,45 @@ class Result:
 
         page = html.escape(self.report.read_text("utf-8"), quote=True)
         return f'<iframe srcdoc="{page}" style="width:100%;height:640px;border:0"></iframe>'
+
+
+@dataclass(frozen=True)
+class Family:
+    """Finished searches at several limits.
+
+    Attributes:
+        directory: It holds a run for each of the limits, and the page.
+        record: As in its family.json.
+    """
+
+    directory: Path
+    record: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def results(self) -> Mapping[str, Result]:
+        """What was found, by what tells the limits apart, such as `speedup-4`; in the order in which they were given.
+
+        Those that nothing keeps are not among them.
+        """
+        return {
+            member["name"]: Result(Path(member["run"]), json.loads((Path(member["run"]) / RESULT).read_text("utf-8")))
+            for member in self.record["members"]
+            if not member["missed"]
+        }
+
+    @property
+    def missed(self) -> Mapping[str, str]:
+        """Limits that nothing keeps, and why."""
+        return {member["name"]: member["missed"] for member in self.record["members"] if member["missed"]}
+
+    @property
+    def page(self) -> Path:
+        """One HTML file with the curve."""
+        return self.directory / "family.html"
+
+    def __str__(self) -> str:
+        """Return a line for each of the limits."""
+        return family_summary(self.record, self.page)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +31,13 @@ CONFIG, MACHINE, TRIALS, FACTS, PARETO, LOCK, RESULT = (
     "run.lock",
     "result.json",
 )
+CONTENTS = "contents"
+"""Fact that says by hashes of which model and data a run is."""
+SHORTENED = "share of a recovery that the time budget allows"
 FINALIST = "finalist "
 """Facts whose names begin so say of a recovered plan how it stands to the limits."""
+BRANCHES = "branches that go at "
+"""Facts whose names begin so say what a search at a latency budget leaves out."""
 TRIAL_LOSS = "loss of "
 """Facts whose names begin so say what a plan lost after a trial recovery."""
 PARTIAL = ".partial"
@@ -146,6 +151,8 @@ class Run:
     def read(cls, directory: Path) -> Run:
         """Open a run to look at it, also while another process writes it; raises InputError when it is none."""
         if not (directory / CONFIG).is_file() or not (directory / TRIALS).is_file():
+            if inside := sorted(path.parent for path in directory.glob(f"*/{TRIALS}")):
+                raise InputError(f"{directory}: holds several runs; give one of them, such as {inside[0]}.")
             raise InputError(f"{directory}: not a run directory; give the folder a search was told as --out.")
         return cls(directory, None)
 
@@ -208,6 +215,13 @@ class Run:
             self.after_trial(record)
         return self._outcomes[key]
 
+    def take_over(self, trials: Iterable[TrialRecord], facts: Mapping[str, Any]) -> None:
+        """Journal trials and facts of another run; what is known here stays as it is."""
+        for trial in trials:
+            self.evaluate_once(trial.plan, trial.fidelity, _answering(trial.outcome), trial.context)
+        for key, value in facts.items():
+            self.remember(key, _answering(value))
+
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
         """Return the journaled JSON value of `key`, or call `compute` and journal what it returns.
 
@@ -249,6 +263,10 @@ class Run:
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); what was finished before is kept."
             ) from None
+
+
+def _answering(value: Any) -> Callable[..., Any]:
+    return lambda *_: value
 
 
 def json_text(value: Any, indent: int) -> str:

@@ -77,6 +77,10 @@ class TimeLeft:
         """Return whether this process has done a step of this kind."""
         return kind in self._measured
 
+    def measured(self, kind: str) -> tuple[int, float]:
+        """Return how many steps of a kind this process has done, and their seconds."""
+        return self._measured.get(kind, (0, 0.0))
+
     def seconds_of(self, kind: str) -> float | None:
         """Return what one step of a kind takes; None where nothing says it."""
         for known in (self._measured, self._before):

@@ -27,7 +27,7 @@ ORDER = (
     ("deliver",),
     ("results",),
     ("jobs",),
-    ("returned",),
+    ("returned", "options"),
     ("api",),
     ("__init__", "cli", "__main__"),
 )

@@ -14,7 +14,7 @@ from hirelc_deploy.tasks.paired import paired_drop
 
 
 def pipeline(images: int, task: Any = CLASSIFICATION) -> Any:
-    return SimpleNamespace(uncut=SimpleNamespace(parts=[1.0] * images), task=task)
+    return SimpleNamespace(uncut=SimpleNamespace(selection=SimpleNamespace(parts=[1.0] * images)), task=task)
 
 
 @pytest.mark.parametrize(

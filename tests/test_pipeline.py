@@ -516,6 +516,19 @@ def test_which_branches_go_is_settled_by_trial_recoveries(pipeline: Pipeline, mo
     assert finalists.settled_depth(pipeline, problem, budget_ms, known) == []
 
 
+def test_the_branches_of_the_nearest_other_budget_are_known_here():
+    facts = {
+        "branches that go at 1 ms on a": {"budget_ms": 1.0, "gone": ["x"]},
+        "branches that go at 4 ms on a": {"budget_ms": 4.0, "gone": ["x", "y"]},
+        "reference ms on a": 9.0,
+    }
+    own = "branches that go at 1.9 ms on a"
+    assert finalists.nearest_depth(facts, 1.9, own) == {"x"}
+    assert finalists.nearest_depth(facts, 2.1, own) == {"x", "y"}
+    assert finalists.nearest_depth(facts, 1.0, "branches that go at 1 ms on a") == {"x", "y"}
+    assert finalists.nearest_depth({}, 1.0, own) is None
+
+
 def test_a_trial_recovery_lowers_the_loss_and_is_remembered(pipeline: Pipeline):
     plan = CompressionPlan({"stages.0.0.conv1": 0, "stages.0.residual": 8}, default_precision="auto")
     before = pipeline.evaluate(plan, "F1")

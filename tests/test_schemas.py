@@ -217,6 +217,17 @@ def test_a_comparison_of_one_evaluation_is_drawn(place: Path) -> None:
     assert (place / "one/compare.html").is_file()
 
 
+def test_a_comparison_after_training_is_drawn_and_as_its_schema_says(place: Path) -> None:
+    strategies = ["--strategies", "uniform,random", "--seeds", "1", "--speedups", "1.1", "--trials", "1"]
+    found = json.loads(command("compare", "run", *strategies, "--after-training", "--out", "trained", "--json", "-q"))
+    check(found, "compare")
+    rows = found["after_training"]["budgets"][0]["strategies"]
+    assert [row["strategy"] for row in rows][:2] == ["uniform", "random"]
+    page = (place / "trained/compare.html").read_text("utf-8")
+    assert "After training, at equal seconds" in page
+    assert page.count("<td>solver, all else training</td>") == 1
+
+
 def test_the_page_for_agents_names_commands_and_exit_codes_that_exist() -> None:
     page = command("skill")
     assert page == schemas.skill()

@@ -9,7 +9,7 @@ import pytest
 from toy_problem import Toy
 
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.strategies.depth import branches_of, choose_depth, gone_from, with_depth
+from hirelc_deploy.strategies.depth import Gone, branches_of, choose_depth, gone_from, with_depth
 from hirelc_deploy.strategies.knapsack import solve
 from hirelc_deploy.strategies.problem import Choices, Problem
 
@@ -61,6 +61,28 @@ def test_single_changes_lead_to_the_branches_whose_plans_recover_best() -> None:
     assert len({gone_from(plan) for plan in asked}) == len(asked)  # no set is trained twice
     times = [problem.predict_ms(_choices(problem, plan)) for plan in asked]
     assert max(times) <= budget_ms
+
+
+def test_steps_begin_at_the_branches_of_another_budget_where_these_lose_less() -> None:
+    problem = with_branches(4)
+    names = [decision.name for decision in problem.decisions]
+    budget_ms, aim = 0.6 * problem.uncut_ms, frozenset({names[1], names[3]})
+    start = problem.plan_of(solve(with_depth(problem, frozenset()), budget_ms).astype(np.int64))
+
+    def tried(elsewhere: Gone | None) -> list[Gone]:
+        asked = list[Gone]()
+
+        def loss_after(plan: CompressionPlan) -> float:
+            asked.append(gone_from(plan))
+            return 1.0 + len(asked[-1] ^ aim)
+
+        assert choose_depth(problem, budget_ms, {gone_from(start): start}, loss_after, elsewhere)[0] == aim
+        return asked
+
+    alone, told, misled = tried(None), tried(aim), tried(frozenset({names[0], names[2]}))
+    assert told[:2] == [gone_from(start), aim]
+    assert len(told) < len(alone)
+    assert misled == [alone[0], frozenset({names[0], names[2]}), *alone[1:]]
 
 
 def test_where_nothing_recovers_better_the_best_known_plan_stays() -> None:

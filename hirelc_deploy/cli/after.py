@@ -19,17 +19,33 @@ if TYPE_CHECKING:
 from hirelc_deploy.cli.application import WORSE, app, show
 from hirelc_deploy.cli.options import DataDir, Json, Out, Quiet, Target
 
+STRATEGIES = "hirelc,knapsack,greedy,tpe,nsga2,flat,two-stage,random,untrained,uniform"
+TRAINED = "hirelc,knapsack,taylor,uniform,random,untrained"
+"""What is compared where nothing is said."""
+
 
 @app.command()
 def compare(
     run: Annotated[Path, typer.Argument(help="The folder of a search: its model, data, target, tables and journal.")],
-    strategies: Annotated[str, typer.Option(help="Names with commas between them; the first is ours.")] = (
-        "hirelc,knapsack,greedy,tpe,nsga2,flat,two-stage,random,untrained,uniform"
-    ),
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Names with commas between them; the first is ours. {STRATEGIES}; with --after-training {TRAINED}.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Searches per strategy and budget.")] = 5,
     speedups: Annotated[str, typer.Option(help="Budgets: times faster than the best unpruned file.")] = "1.3,1.8",
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per search (F1).")] = 24,
     files: Annotated[int, typer.Option(min=0, help="Of these, the best ones built and timed (F2).")] = 0,
+    after_training: Annotated[
+        bool,
+        typer.Option(
+            "--after-training",
+            help="Train the plan of every search, at equal seconds of search and training together, and judge their "
+            "files on all test images.",
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the results; RUN if not given.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -38,11 +54,13 @@ def compare(
 
     \b
     Example: hirelc-deploy compare runs/a --strategies hirelc,knapsack,random --seeds 5
+    Example: hirelc-deploy compare runs/a --after-training --seeds 3 --speedups 2,4
     """
     from hirelc_deploy.config import JobConfig
     from hirelc_deploy.jobs.compare import COMPARISON_PAGE, check_comparison, run_compare
     from hirelc_deploy.jobs.recording import recorded
     from hirelc_deploy.jobs.workplace import open_workplace
+    from hirelc_deploy.results.trained import trained_lines
 
     try:
         factors = [float(part) for part in speedups.split(",")]
@@ -51,17 +69,19 @@ def compare(
             f"--speedups {speedups!r}: give numbers with commas between them, for example 1.3,1.8."
         ) from None
     config = JobConfig.read(run / "config.toml")
+    strategies = strategies or (TRAINED if after_training else STRATEGIES)
     names = [name.strip() for name in strategies.split(",")]
     check_comparison(config, names, factors)
     command = shlex.join(["hirelc-deploy", *sys.argv[1:]])
     workplace = open_workplace(config, run, command, Progress(quiet=quiet))
     with recorded(workplace):
-        summary = run_compare(workplace, names, range(seeds), factors, trials, files, out or run)
+        summary = run_compare(workplace, names, range(seeds), factors, trials, files, out or run, trains=after_training)
     lines = [f"{'strategy':<28} best loss  {names[0]} / it      p"]
     for name, found in sorted(summary["strategies"].items(), key=lambda item: item[1]["best_loss_mean"]):
         test = found.get("against_ours")
         against = f"{math.exp(test['log_ratio']):10.3f}  {test['p']:10.4f}" if test else ""
         lines.append(f"{name:<28} {found['best_loss_mean']:9.4f}  {against}")
+    lines += trained_lines(summary["after_training"], names[0]) if after_training else []
     lines.append(f"page: {(out or run) / COMPARISON_PAGE}")
     show(summary, as_json, "\n".join(lines))
 

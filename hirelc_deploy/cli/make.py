@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.progress import Progress
 
 if TYPE_CHECKING:
-    from hirelc_deploy.api import JobOptions, Result
+    from hirelc_deploy.config import Limits
+    from hirelc_deploy.options import JobOptions, SearchOptions
+    from hirelc_deploy.returned import Result
 
 from hirelc_deploy.cli.application import app, show
 from hirelc_deploy.cli.options import (
@@ -131,11 +134,22 @@ def search(
     lower_is_better: LowerIsBetter = False,
     loss: LossSpec = None,
     max_drop: Annotated[
-        float | None,
-        typer.Option(help="Points of the metric (or its own unit) that may be lost; 1.0 if nothing is limited."),
+        str | None,
+        typer.Option(
+            metavar="POINTS[,...]",
+            help="Points of the metric (or its own unit) that may be lost; 1.0 if nothing is limited.",
+        ),
     ] = None,
-    speedup: Annotated[float | None, typer.Option(help="Times faster than the uncut float file.")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of one inference on the target.")] = None,
+    speedup: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIMES[,...]",
+            help="Times faster than the uncut float file. 2,4,8 makes a bundle for each, measured once, and one page.",
+        ),
+    ] = None,
+    max_latency_ms: Annotated[
+        str | None, typer.Option(metavar="MS[,...]", help="Milliseconds of one inference on the target.")
+    ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Size of the shipped file.")] = None,
     max_memory: Annotated[
         str | None,
@@ -149,7 +163,8 @@ def search(
         typer.Option(help="hirelc, two-stage, knapsack, greedy, taylor, tpe, nsga2, flat, random, uniform, untrained."),
     ] = "hirelc",
     budget: Annotated[
-        str | None, typer.Option(help="Wall time, for example 30m; where it is short, recoveries are shortened.")
+        str | None,
+        typer.Option(help="Wall time of a search, for example 30m; where it is short, recoveries are shortened."),
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Cut models judged per latency budget (F1).")] = 24,
     finalists: Annotated[int, typer.Option(min=1, help="Plans recovered by training, at most (F3).")] = 3,
@@ -160,6 +175,17 @@ def search(
     warm_start: Annotated[
         Path | None,
         typer.Option(help="Folder of a finished search, of this or another model, whose agents begin here."),
+    ] = None,
+    library: Annotated[
+        Path | None,
+        typer.Option(help="Folder of another run of the same model and data, whose measurements are taken over."),
+    ] = None,
+    further_recovery: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Of a recovery, for a plan within one that is recovered already: it begins at its weights.",
+        ),
     ] = None,
     depth: Annotated[
         bool, typer.Option("--depth/--widths-only", help="Whether residual branches may be left out.")
@@ -198,36 +224,67 @@ def search(
     Example: hirelc-deploy search --model resnet18 --weights w.safetensors --data imagefolder:photos --out runs/a
     """
     from hirelc_deploy import api
-    from hirelc_deploy.config import Limits, parse_bytes
+    from hirelc_deploy.config import parse_bytes
     from hirelc_deploy.together import ranks
 
     ranks.join()
     memory = None if max_memory is None else parse_bytes(max_memory)
     if max_drop is None and speedup is None and max_latency_ms is None:
-        max_drop = 1.0
-    result = api.search(
-        model,
-        data,
-        out=out,
-        task=task,
-        target=target,
-        limits=Limits(max_drop, max_latency_ms, speedup, max_bytes, memory, max_energy_mj),
-        metric=metric,
-        loss=loss,
-        strategy=strategy,
-        budget=budget,
-        trials=trials,
-        finalists=finalists,
-        race=race,
-        options=options,
-        warm_start=warm_start,
-        depth=depth,
-        precisions=precisions,
-        jobs=jobs,
-        ray=ray,
-        **job_options(context.params),
+        max_drop = "1.0"
+    limits = several_limits(
+        {"max_drop": max_drop, "speedup": speedup, "max_latency_ms": max_latency_ms},
+        {"max_bytes": max_bytes, "max_memory_bytes": memory, "max_energy_mj": max_energy_mj},
     )
-    shown(result, as_json)
+    asked: SearchOptions = {
+        "task": task,
+        "target": target,
+        "metric": metric,
+        "loss": loss,
+        "strategy": strategy,
+        "budget": budget,
+        "trials": trials,
+        "finalists": finalists,
+        "race": race,
+        "options": options,
+        "warm_start": warm_start,
+        "library": library,
+        "further_recovery": further_recovery,
+        "depth": depth,
+        "precisions": precisions,
+        "jobs": jobs,
+        "ray": ray,
+        **job_options(context.params),
+    }
+    if len(limits) == 1:
+        shown(api.search(model, data, out=out, limits=limits[0], **asked), as_json)
+        return
+    found = api.family(model, data, out=out, limits=limits, **asked)
+    show(dict(found.record), as_json, str(found))
+    if found.missed:
+        raise typer.Exit(ConstraintError.exit_code)
+
+
+def several_limits(several: Mapping[str, str | None], single: Mapping[str, float | None]) -> list[Limits]:
+    """Return the limits that the options of a search mean: one of them may have several values.
+
+    Args:
+        several: Name of a limit to what was given, numbers with commas between them.
+        single: Name of a limit to its value.
+    """
+    from hirelc_deploy.config import Limits
+
+    values = {name: numbers(_option(name), text, float) or (None,) for name, text in several.items()}
+    varied = [name for name, given in values.items() if len(given) > 1]
+    if len(varied) > 1:
+        first, second = map(_option, varied[:2])
+        raise InputError(f"{first} and {second}: one of them may have several values; give the other one a single one.")
+    one = {name: given[0] for name, given in values.items()}
+    name = varied[0] if varied else next(iter(values))
+    return [Limits(**{**one, **single, name: value}) for value in values[name]]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @app.command()

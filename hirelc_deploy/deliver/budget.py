@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from hirelc_deploy.deliver.agenda import Agenda
+from hirelc_deploy.runs import SHORTENED
 from hirelc_deploy.time_left import CUT, FILE, TRAINING_STEP
 
 LEAST_SHARE = 1 / 3
@@ -75,4 +76,4 @@ class Budget:
             files = self._agenda.left.seconds_for({FILE: 1, CUT: 1}) or 0.0
             return min(1.0, max(1.0 / steps, (self.left - files) / (steps * one)))
 
-        return float(self._agenda.run.remember("share of a recovery that the time budget allows", measure))
+        return float(self._agenda.run.remember(SHORTENED, measure))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from hirelc_deploy.measure.protocol import FULL
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.runs import FINALIST, Run, atomic_path
+from hirelc_deploy.runs import BRANCHES, FINALIST, Run, atomic_path
 from hirelc_deploy.strategies.baselines import make_strategy
 from hirelc_deploy.strategies.depth import Gone, branches_of, choose_depth, gone_from, with_depth
 from hirelc_deploy.strategies.hierarchy import Hierarchy
@@ -116,6 +116,7 @@ class Search:
     def __init__(self, pipeline: Pipeline, run: Run, table: LatencyTable, limits: Limits, config: SearchConfig) -> None:
         self.pipeline, self.run, self.limits, self.config = pipeline, run, limits, config
         self.searches: list[SearchResult] = []
+        pipeline.training.further = config.further_recovery or 1.0
         self._gone: Gone | None = None
         self._share: float | None = None
         self._other_depths: list[Gone] = []  # best first
@@ -401,8 +402,11 @@ class Search:
             return None
         result = self._searched(problem, budget, aim_ms)
         if result.best is not None and self._gone is None and self._settles_depth and self._has_time_for_depth():
-            if depths := settled_depth(self.pipeline, problem, budget, result.rivals()):
+            key = f"{BRANCHES}{aim_ms:.6g} ms on {self.pipeline.files.machine}"
+            elsewhere = nearest_depth(self.run.facts, aim_ms, key)
+            if depths := settled_depth(self.pipeline, problem, budget, result.rivals(), elsewhere):
                 self._gone, *self._other_depths = depths
+                self.run.remember(key, lambda: {"budget_ms": aim_ms, "gone": sorted(depths[0])})
             again = self._gone is not None and self._gone != gone_from(result.best[0])
             self._expect(searched=int(not again))
             if again:
@@ -466,8 +470,19 @@ class Search:
         )
 
 
+def nearest_depth(facts: Mapping[str, Any], budget_ms: float, own: str) -> Gone | None:
+    """Return which branches go at the nearest journaled budget, the fact `own` not counted; None without any."""
+    found = [value for key, value in facts.items() if key.startswith(BRANCHES) and key != own]
+    near = min(found, key=lambda one: abs(math.log(one["budget_ms"] / budget_ms)), default=None)
+    return None if near is None else frozenset(near["gone"])
+
+
 def settled_depth(
-    pipeline: Pipeline, problem: Problem, budget_ms: float, known: Sequence[CompressionPlan]
+    pipeline: Pipeline,
+    problem: Problem,
+    budget_ms: float,
+    known: Sequence[CompressionPlan],
+    elsewhere: Gone | None = None,
 ) -> list[Gone]:
     """Return which branches may be left out, the best set first by trial recoveries.
 
@@ -475,6 +490,7 @@ def settled_depth(
 
     Args:
         known: The best plan found so far for each set of branches, best first.
+        elsewhere: Those that go at another budget.
     """
     recovery = pipeline.effort.recovery
     if recovery is None or not branches_of(problem):
@@ -482,7 +498,8 @@ def settled_depth(
     epochs = trial_epochs(pipeline)
     best_first = {gone_from(plan): plan for plan in known}
     with pipeline.progress.stage("which branches go"):
-        return choose_depth(problem, budget_ms, best_first, lambda plan: pipeline.training.loss_after(plan, epochs))
+        loss_after = lambda plan: pipeline.training.loss_after(plan, epochs)  # noqa: E731
+        return choose_depth(problem, budget_ms, best_first, loss_after, elsewhere)
 
 
 def trial_epochs(pipeline: Pipeline) -> float:

@@ -88,7 +88,7 @@ def too_few_images(pipeline: Pipeline, max_drop: float | None) -> str:
     Even a file that answers each of them as the uncut model does has an error: n right or wrong answers tell a drop to
     1 / (n + 2) of the unit at best (see `paired_drop`), and with two answers changed to sqrt(3) times that.
     """
-    parts, task = pipeline.uncut.parts, pipeline.task
+    parts, task = pipeline.uncut.selection.parts, pipeline.task
     if not max_drop or not parts or not task.mean_of_images:
         return ""
     error = drop_error(paired_drop(task, parts, parts))

@@ -72,6 +72,11 @@ class Files:
         self._uncut, self._progress = uncut, progress
         self._scratch = tempfile.TemporaryDirectory()
 
+    def in_run(self, run: Run, folder: str | None = None) -> Files:
+        """Return the files of another run of the same model, or another folder's, written and timed in the same way."""
+        by_layer, folder = self.writer.by_layer, folder or self.folder.name
+        return Files(self._uncut, self.backend, run, self.threads, self._progress, folder, by_layer, self.batch)
+
     @cached_property
     def reference(self) -> Path:
         """The uncut model in float, FP16 where TensorRT runs it: what every ratio is relative to."""

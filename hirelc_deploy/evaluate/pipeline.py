@@ -5,6 +5,7 @@ plan -> slice -> recover -> integer file -> built -> measured outcome: the searc
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -93,6 +94,21 @@ class Pipeline:
         self.training = Training(self.uncut, self.files, effort, seed, self.progress, start, roundings)
         self.trains_placed = True
         self._begun: set[str] = set()
+
+    def in_run(self, run: Run) -> Pipeline:
+        """Return the same for another run: what is known of the uncut model is shared, files and trainings are not.
+
+        The test split can be had once again, as nothing of the other run's result decides here.
+        """
+        other = copy.copy(self)
+        other.run, other.data = run, self.data.for_another_result()
+        other.files, *others = (files.in_run(run) for files in (self.files, *self.others))
+        other.others, other.trains_placed, other._begun = tuple(others), True, set()
+        training = self.training
+        other.training = Training(
+            self.uncut, other.files, self.effort, self.seed, self.progress, training.start, training.roundings
+        )
+        return other
 
     def search_in(self, runtime: str) -> None:
         """Let one of the device's runtimes be that whose files are searched; before anything is evaluated."""

@@ -20,8 +20,10 @@ from hirelc_deploy.errors import ExportError
 from hirelc_deploy.evaluate.cutting import cut, forward_half, round_as_asked
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
+from hirelc_deploy.evaluate.further import Recovered, lies_within
 from hirelc_deploy.evaluate.selection import loss_of
 from hirelc_deploy.evaluate.uncut import UncutModel
+from hirelc_deploy.outcome import Measured
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import TRIAL_LOSS, write_atomic
@@ -38,6 +40,9 @@ class Training:
     Attributes:
         files: Of the runtime whose plans are recovered.
         start: Weights of the cut model, recovered before, from which its recovery goes on.
+        further: Share of a recovery that a plan gets which lies within one that is recovered: it begins at its weights.
+            1 where every plan begins at the uncut model.
+        roundings: Says what integer files round for the sake of each block; nothing where F1 is in float.
         after_epoch: Told the plan, the number from 1 and the model, in eval mode, after every whole epoch of recovery.
         scalars: Told the name of a training, the number of a step and what it measured, every few steps.
     """
@@ -52,11 +57,10 @@ class Training:
         start: Path | None,
         roundings: Callable[[], Sequence[qat.Rounding]],
     ) -> None:
-        """Args: `roundings` says what integer files round for the sake of each block; nothing where F1 is in float."""
-        self.effort, self.seed, self.progress, self.start = effort, seed, progress, start
+        self.effort, self.seed, self.progress, self.start, self.further = effort, seed, progress, start, 1.0
         self.after_epoch: Callable[[CompressionPlan, int, nn.Module], None] = lambda plan, epoch, model: None
         self.scalars: Callable[[str, int, Mapping[str, float]], None] = lambda training, step, values: None
-        self.files, self._uncut, self._roundings = files, uncut, roundings
+        self.files, self._uncut, self.roundings = files, uncut, roundings
 
     @cached_property
     def teacher(self) -> recovery.Teacher:
@@ -71,11 +75,46 @@ class Training:
             except RuntimeError as error:
                 raise ExportError(f"{self.start}: these are not weights of this model cut to this plan.") from error
             model.eval()
+        share = 1.0
+        if (large := self._around(plan)) is not None:
+            base = Recovered.of(self._uncut, large, load_file(str(self.files.weights_of(large))))
+            model, share = cut(base, plan), self.further
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores) if self.effort.recovery else {}
-        return self.trained(model, plan, kept_inputs(self._uncut.graph, kept), until)
+        return self.trained(model, plan, kept_inputs(self._uncut.graph, kept), until, share)
+
+    def _around(self, plan: CompressionPlan) -> CompressionPlan | None:
+        """Return the recovered plan at whose weights another one begins: the smallest around it; journaled."""
+        if self.further >= 1 or self.start is not None or self.effort.recovery is None:
+            return None
+        graph, run = self._uncut.graph, self.files.run
+        known = {
+            trial.plan.digest: trial
+            for trial in run.trials
+            if trial.fidelity == "F3" and trial.context == self.files.machine and isinstance(trial.outcome, Measured)
+        }
+
+        def smallest() -> str | None:
+            around = [
+                (one.outcome.params, digest)
+                for digest, one in known.items()
+                if isinstance(one.outcome, Measured)
+                and digest != plan.digest
+                and not one.plan.trained_rounding
+                and self.files.weights_of(one.plan).exists()
+                and lies_within(graph, plan, one.plan)
+            ]
+            return min(around)[1] if around else None
+
+        digest = run.remember(f"recovery of {plan.digest} begins at", smallest)
+        return known[digest].plan if digest in known else None
 
     def trained(
-        self, model: nn.Module, plan: CompressionPlan, reads: Mapping[str, NDArray[np.int64]], until: float = 1.0
+        self,
+        model: nn.Module,
+        plan: CompressionPlan,
+        reads: Mapping[str, NDArray[np.int64]],
+        until: float = 1.0,
+        share: float = 1.0,
     ) -> nn.Module:
         """Return a cut model after the fine-tuning that `effort` asks for.
 
@@ -86,6 +125,7 @@ class Training:
             plan: Names the weights on the disk.
             reads: See `recovery.fine_tune`.
             until: Share of the steps after which it pauses.
+            share: Of the epochs that it gets.
         """
         path = self.files.weights_of(plan)
         if path.exists():
@@ -98,13 +138,14 @@ class Training:
             self.after_epoch(plan, epoch, student)
 
         if self.effort.recovery is not None:
-            name = f"recovery of {plan.digest}"
-            self.progress.say(f"{name}: {self.effort.recovery.epochs:g} epochs")
+            name, asked = f"recovery of {plan.digest}", self.effort.recovery
+            asked = replace(asked, epochs=share * asked.epochs)
+            self.progress.say(f"{name}: {asked.epochs:.3g} epochs")
             rounding = self.files.roundings_of(model, [plan])[0] if plan.trained_rounding else qat.Rounding({}, {})
             model = recovery.fine_tune(
                 model,
                 self.teacher,
-                self.effort.recovery,
+                asked,
                 seed=self.seed,
                 progress=self.progress,
                 name=name,
@@ -148,7 +189,7 @@ class Training:
 
         On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
         """
-        round_as_asked(model, self._roundings(), plan)
+        round_as_asked(model, self.roundings(), plan)
         return loss_of(self._uncut.task, self._uncut.selection.shown(), partial(forward_half, model))
 
     def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
@@ -185,6 +226,16 @@ class Training:
         state = torch.get_rng_state()
         self._briefly(plan, REHEARSED / self.steps(1.0), "rehearsal of the recovery")
         torch.set_rng_state(state)
+
+    def step_seconds(self, plan: CompressionPlan) -> float:
+        """Return what a step of a plan's recovery takes, by a few that are thrown away; the first ones do not count."""
+        state, left = torch.get_rng_state(), self.progress.left
+        self._briefly(plan, REHEARSED / self.steps(1.0), f"rehearsal of the recovery of {plan.digest}")
+        before = left.measured(TRAINING_STEP)
+        self._briefly(plan, REHEARSED / self.steps(1.0), f"rehearsal of the recovery of {plan.digest}")
+        after = left.measured(TRAINING_STEP)
+        torch.set_rng_state(state)
+        return (after[1] - before[1]) / (after[0] - before[0])
 
     def _briefly(self, plan: CompressionPlan, epochs: float, name: str) -> nn.Module:
         """Return a cut model after so many epochs of its recovery."""

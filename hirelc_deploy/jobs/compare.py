@@ -10,6 +10,7 @@ from typing import Any
 from hirelc_deploy.config import JobConfig
 from hirelc_deploy.deliver.finalists import Search
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.jobs.after_training import check_trainable, compared
 from hirelc_deploy.jobs.workplace import Workplace, table_path
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.results import comparison
@@ -41,10 +42,15 @@ def run_compare(
     f1_evaluations: int,
     f2_evaluations: int,
     out: Path,
+    *,
+    trains: bool = False,
 ) -> dict[str, Any]:
     """Compare strategies on the problem of a run, write page and JSON to `out` and return the summary.
 
     Every evaluation goes through the run's journal, so an interrupted comparison resumes where it was.
+
+    Args:
+        trains: Their plans are trained too, at equal seconds of search and training together.
     """
     pipeline, config = workplace.pipeline, workplace.config
     if not pipeline.graph.units:
@@ -57,6 +63,8 @@ def run_compare(
         config.search,
     )
     problem = search.problem
+    if trains:
+        check_trainable(pipeline)
     searches, left = len(strategies) * len(seeds) * len(speedups), pipeline.progress.left
     left.expect_nothing()
     left.expect(F1, searches * f1_evaluations)
@@ -75,6 +83,8 @@ def run_compare(
     )
     summary = comparison.summarise(found, problem.uncut_ms, strategies[0])
     summary |= {"command": workplace.command, "machine": workplace.run.machine, "model": workplace.source.spec}
+    if trains:
+        summary["after_training"] = compared(pipeline, problem, found, strategies[0])
     try:
         out.mkdir(parents=True, exist_ok=True)
         comparison.write_json(summary, out / COMPARISON)

@@ -13,6 +13,7 @@ from hirelc_deploy.deliver.race import Contender
 from hirelc_deploy.errors import ConstraintError, InputError
 from hirelc_deploy.evaluate.leading import choose_runtime
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.jobs.library import LIBRARY
 from hirelc_deploy.jobs.shipping import deliver
 from hirelc_deploy.jobs.workplace import Workplace, finished, table_path
 from hirelc_deploy.measure.protocol import Timing
@@ -51,7 +52,9 @@ def run_search(workplace: Workplace) -> dict[str, Any]:
     finalists = search.finalists()
     fit = [f for f in finalists if f.keeps_limits]
     chosen = min(fit, key=lambda f: f.outcome.ratio or 1.0) if fit else None
+    taken = run.fact(LIBRARY)
     facts = {
+        **({} if taken is None else {"library": taken}),
         "search": {
             "strategy": config.search.strategy,
             **{name: sum(t.fidelity == name.upper() for t in run.trials) for name in ("f1", "f2", "f3")},

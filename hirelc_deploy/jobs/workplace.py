@@ -7,8 +7,9 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.inputs.models.ordinary import notes_of
 from hirelc_deploy.inputs.models.source import ModelSource
+from hirelc_deploy.jobs.library import take_over
 from hirelc_deploy.measure.backend import TENSORRT_FORM
 from hirelc_deploy.measure.machine import describe
 from hirelc_deploy.measure.targets import find_target, open_others, open_target
 from hirelc_deploy.plan import CompressionPlan, parse_uniform
 from hirelc_deploy.progress import Progress
-from hirelc_deploy.runs import CONFIG, RESULT, Run
+from hirelc_deploy.runs import CONFIG, CONTENTS, RESULT, Run
 from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.together.processes import Ahead, Evaluators
 from hirelc_deploy.together.ray_cluster import connect
@@ -58,6 +60,7 @@ class Workplace:
         task: What makes the task again; see `fitting.Fitted`.
         notes: Sentences about how model and data were taken.
         track: Names of the trackers that are told what is measured.
+        contents: Hashes that tell this model and these data from others of the same names.
     """
 
     config: JobConfig
@@ -68,6 +71,7 @@ class Workplace:
     command: str
     notes: tuple[str, ...] = ()
     track: tuple[str, ...] = ()
+    contents: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,10 @@ def open_workplace(
             )
         if not config.plan.startswith("uniform:"):  # a file may be edited between two runs
             options = replace(config, plan=f"{config.plan} ({plan.digest})")
+    contents = contents_of(source, data, given.metric or config.task.metric, given.loss or config.task.loss)
     run = Run.open(directory, options.to_toml(), describe(backend))
-    try:
-        check_contents(run, source, data, [given.metric or config.task.metric, given.loss or config.task.loss])
-    except HirelcError as error:
-        run.__exit__(type(error), error, error.__traceback__)
-        raise
+    with closed_where_refused(run):
+        check_contents(run, contents)
     trains = not is_file and not config.data.spec.startswith("pixels:")  # random pictures teach nothing
     effort = Effort(recovery=recovery_of(config, values) if trains else None).for_inputs(values)
     earlier = Path(config.plan) / "weights.safetensors" if config.plan and not is_file else None
@@ -183,12 +185,40 @@ def open_workplace(
         others=() if is_file else open_others(target),
         by_layer=by_layer,
     )
-    try:
+    with closed_where_refused(run):
+        if config.search.library is not None:
+            take_over(pipeline, config, Path(config.search.library))
         take_up(pipeline)
+    return Workplace(config, pipeline, run, source, fitted.record, command, notes, tuple(track), contents)
+
+
+def beside(former: Workplace, config: JobConfig, directory: Path) -> Workplace:
+    """Open the workplace of a search at other limits, which begins with all that a former one measured.
+
+    Model, data and target are those that are open; what is known of the uncut model is not found anew.
+
+    Args:
+        config: That of the former one but for the limits.
+    """
+    run = Run.open(directory, config.to_toml(), describe(former.pipeline.backend))
+    with closed_where_refused(run):
+        check_contents(run, former.contents)
+        pipeline = former.pipeline.in_run(run)
+        pipeline.progress.seconds.clear()  # those of its stages are in the former one's result
+        pipeline.progress.left.expect_nothing()
+        take_over(pipeline, config, former.run.directory)
+        take_up(pipeline)
+    return replace(former, config=config, pipeline=pipeline, run=run)
+
+
+@contextmanager
+def closed_where_refused(run: Run) -> Iterator[None]:
+    """Close a run, and remove it where it is new, when something with it is refused."""
+    try:
+        yield
     except HirelcError as error:
         run.__exit__(type(error), error, error.__traceback__)
         raise
-    return Workplace(config, pipeline, run, source, fitted.record, command, notes, tuple(track))
 
 
 def fitted_of(config: JobConfig, given: Given) -> Fitted:
@@ -236,40 +266,35 @@ def evaluators_of(
     return lambda answer, jobs: RayAhead(answer, jobs, ray, say, factory_modules(spec)), count
 
 
-def check_contents(
-    run: Run, source: Source, data: Data, functions: Sequence[Callable[..., Any] | str | None] = ()
-) -> None:
-    """Raise InputError where a run that is resumed was made with other weights, code or images of the same name.
+def contents_of(source: Source, data: Data, *functions: Callable[..., Any] | str | None) -> dict[str, str | None]:
+    """Return hashes that tell a model and its data from others of the same names.
 
     Args:
         functions: The user's metric and loss: a name, or the function itself.
     """
-    contents = {
-        **contents_of(source, data),
+    described = source.describe()
+    return {
+        "weights": described.get("weights", {}).get("sha256"),
+        "factory": described.get("spec_sha256"),
+        "images": data.fingerprint(),
         **{
             name: digest
             for name, one in zip(("metric", "loss"), functions, strict=False)
             if (digest := code_digest(one))
         },
     }
+
+
+def check_contents(run: Run, contents: Mapping[str, str | None]) -> None:
+    """Raise InputError where a run that is resumed was made with other weights, code or images of the same name."""
     if not run.trials and not (run.directory / RESULT).exists():
-        run.remember("contents", lambda: contents)
-    before = run.fact("contents") or contents  # an older run did not say
+        run.remember(CONTENTS, lambda: dict(contents))
+    before = run.fact(CONTENTS) or contents  # an older run did not say
     if changed := [name for name, value in contents.items() if before.get(name, value) != value]:
         raise InputError(
             f"{run.directory}: this run was made with other {changed[0]} under the same name; "
             "give another --out, or put back what was there."
         )
-
-
-def contents_of(source: Source, data: Data) -> dict[str, str | None]:
-    """Return hashes of what stands behind the names of weights, factory and images."""
-    described = source.describe()
-    return {
-        "weights": described.get("weights", {}).get("sha256"),
-        "factory": described.get("spec_sha256"),
-        "images": data.fingerprint(),
-    }
 
 
 def code_digest(function: Callable[..., Any] | str | None) -> str | None:

@@ -41,6 +41,7 @@ class Search:
         rivals: It, and the best plans that leave out other branches, best first; see `SearchResult.rivals`.
         thinking_seconds: Processor time outside evaluation.
         evaluating_seconds: Processor time inside; little where the journal answers.
+        charged_seconds: What its evaluations took when they were done, whoever asked for them first.
         record: What a hierarchy wrote down; empty for others.
     """
 
@@ -55,6 +56,7 @@ class Search:
     thinking_seconds: float
     evaluating_seconds: float
     record: Mapping[str, Any]
+    charged_seconds: float = 0.0
 
     @property
     def best_loss(self) -> float:
@@ -112,6 +114,7 @@ def _search_of(
         result.seconds - result.seconds_evaluating,
         result.seconds_evaluating,
         record,
+        sum(sum(trial.outcome.seconds.values()) for trial in result.trials),
     )
 
 

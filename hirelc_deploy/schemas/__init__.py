@@ -10,8 +10,8 @@ import difflib
 from importlib import resources
 
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.schemas.answers import INSPECTION, PRECISION, STRATEGY, TARGET, TIMING, WHY
-from hirelc_deploy.schemas.files import MANIFEST, PRINTED, RESULT
+from hirelc_deploy.schemas.answers import AFTER_TRAINING, INSPECTION, PRECISION, STRATEGY, TARGET, TIMING, WHY
+from hirelc_deploy.schemas.files import FAMILY, MANIFEST, PRINTED, RESULT
 from hirelc_deploy.schemas.shared import (
     ANYTHING,
     CHANGE,
@@ -36,6 +36,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SCHEMAS: dict[str, Schema] = {
     "plan": PLAN,
     "result": RESULT,
+    "family": FAMILY,
     "trial": record(
         "A line of `trials.jsonl`: one finished evaluation.",
         {
@@ -181,6 +182,7 @@ _SCHEMAS: dict[str, Schema] = {
             "command": text(),
             "machine": MACHINE,
         },
+        {"after_training": AFTER_TRAINING},
     ),
 }
 COMMANDS = {

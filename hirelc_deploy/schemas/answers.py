@@ -186,3 +186,38 @@ STRATEGY = record(
         )
     },
 )
+AFTER_TRAINING = record(
+    "Plans of all searches, trained at equal seconds of search and training together.",
+    {
+        "metric": METRIC,
+        "test_images": whole(),
+        "uncut": number("The metric of the uncut float file on them."),
+        "budgets": listed(
+            record(
+                "One budget.",
+                {
+                    "budget_ms": number(),
+                    "strategies": listed(
+                        record(
+                            "What a strategy ends at; one number for each seed.",
+                            {
+                                "strategy": text(),
+                                "seeds": listed(whole()),
+                                "values": listed(number(), "The metric of its file on all test images."),
+                                "ratio": listed(number(), "Time over that of the uncut float file."),
+                                "search_seconds": listed(number()),
+                                "epochs": listed(number(), "Of its training."),
+                            },
+                            {
+                                "lead": record(
+                                    "By how much ours is ahead, in `metric.unit`, over the same images; 95 %.",
+                                    {name: number() for name in ("points", "low", "high")},
+                                )
+                            },
+                        )
+                    ),
+                },
+            )
+        ),
+    },
+)

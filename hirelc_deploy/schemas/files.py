@@ -14,6 +14,7 @@ from hirelc_deploy.schemas.shared import (
     SHA256,
     TEST,
     TIME,
+    VERSION,
 )
 from hirelc_deploy.schemas.words import listed, mapped, number, or_null, record, text, truth, whole
 
@@ -96,6 +97,10 @@ RESULT = record(
                 },
             )
         ),
+        "library": record(
+            "What was taken over from another run.",
+            {"run": text("Its folder."), **{name: whole() for name in ("F1", "F2", "F3")}},
+        ),
         "latency_model": mapped(ANYTHING, "How well the layer table predicts files."),
         "runtimes": listed(
             record(
@@ -125,6 +130,31 @@ RESULT = record(
                     "energy_mj": or_null(number("Of one inference; null where nothing limits it.")),
                 },
             )
+        ),
+    },
+)
+FAMILY = record(
+    "`family.json`, and `search --json` with several values of a limit: what was found for each.",
+    {
+        "schema_version": VERSION,
+        "model": text(),
+        "target": text(),
+        "command": text(),
+        "machine": MACHINE,
+        "seconds": number("Of all searches together."),
+        "members": listed(
+            record(
+                "One of the limits.",
+                {
+                    "name": text("What tells it from the others, and its folder."),
+                    "run": text("The folder of its run."),
+                    "limits": mapped(number(), "Name of a limit to its value."),
+                    "missed": or_null(text("Why nothing keeps the limits; null where something does.")),
+                    "seconds": number("Of its search, by all commands."),
+                    "result": or_null(record("The result in short; null where the limits are missed.", PRINTED)),
+                },
+            ),
+            "In the order in which they were given.",
         ),
     },
 )

@@ -65,17 +65,22 @@ def choose_depth(
     budget_ms: float,
     known: Mapping[Gone, CompressionPlan],
     loss_after: Callable[[CompressionPlan], float],
+    elsewhere: Gone | None = None,
 ) -> list[Gone]:
     """Return the sets of branches that were tried, that which loses least first.
 
-    From those of the first known plan single changes lead to better ones.
+    From those of the first known plan, or those that were best at another budget, single changes lead to better ones.
 
     Args:
         known: The best plan found so far for each set, the best one first; others are the solver's answers.
         loss_after: Of a plan after a little training.
+        elsewhere: The best set of another budget.
     """
-    here = next(iter(known))
-    losses = {here: loss_after(known[here])}
+    losses = {here: loss_after(known[here]) for here in [next(iter(known))]}
+    if elsewhere is not None and elsewhere not in losses:
+        plan = known.get(elsewhere) or _answer(problem, elsewhere, budget_ms)
+        losses |= {} if plan is None else {elsewhere: loss_after(plan)}
+    here = min(losses, key=lambda gone: losses[gone])
     for _ in range(STEPS):
         near = {here ^ {unit} for unit in branches_of(problem)} - losses.keys()
         plans = {gone: known.get(gone) or _answer(problem, gone, budget_ms) for gone in sorted(near, key=sorted)}

@@ -72,6 +72,10 @@ class Data:
         self._seal.broken = True
         return self._test
 
+    def for_another_result(self) -> Data:
+        """Return the same splits, whose test images can be had once for a result on which no other one has a say."""
+        return dataclasses.replace(self, _seal=_Seal())
+
     def splits(self) -> Mapping[str, Images]:
         """Return all splits by name, the test's too: to see that they can be read. Nothing may be chosen by it."""
         return {
