@@ -10,6 +10,7 @@ through its own Python package, whose few thousand instructions a call are part 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -126,10 +127,8 @@ RUNTIMES: dict[str, Infer | Callable[[str], Infer]] = {
 
 def mark() -> None:
     """Tell the counting emulator that a region ends here; without it nothing happens."""
-    try:
+    with contextlib.suppress(OSError):
         os.lseek(-77, 0, 0)
-    except OSError:
-        pass
 
 
 def main() -> int:

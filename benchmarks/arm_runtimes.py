@@ -139,12 +139,11 @@ def counts(row: dict[str, Any], cpu: str, options: argparse.Namespace, folder: P
 def measured(runtime: str, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of one network in one runtime."""
     folder, rows = options.folder / name, []
-    for row in forms(runtime, name, options):
+    for found in forms(runtime, name, options):
+        row = dict(found)
         if "file" in row:
             key = f"{row['mode']}-{row['form']}".replace(" ", "_")
-            row |= remembered(
-                folder / "judged" / f"{key}.json", lambda row=row: judged(row, options, folder)
-            )
+            row |= remembered(folder / "judged" / f"{key}.json", lambda row=row: judged(row, options, folder))
             row["arm_instructions_proxy"] = {
                 cpu: remembered(
                     folder / "counts" / f"{key}-{cpu}.json",
@@ -185,7 +184,7 @@ def main() -> int:
     emulator = subprocess.run(["qemu-aarch64", "--version"], capture_output=True, text=True, check=True)
     wheels = {file.name: file.stat().st_size for file in sorted((options.sysroot / "wheels").glob("*.whl"))}
     record = {
-        **provenance("python benchmarks/arm_runtimes.py SYSROOT --tools TOOLS --weights WEIGHTS --data DATA --folder F"),
+        **provenance("python benchmarks/arm_runtimes.py SYSROOT --tools TOOLS --weights W --data DATA --folder F"),
         "emulator": emulator.stdout.splitlines()[0],
         "wheel_bytes": wheels,
         "networks": rows,

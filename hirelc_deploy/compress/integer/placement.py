@@ -2,10 +2,10 @@
 
 Blanket INT8 is a gamble, because a float layer between integer ones costs conversions and an integer layer may have no
 fast kernel. So whole files are timed: first the exact patterns of `quantize`, then the fastest of them with the faster
-Gelu, where the network has one, and with bfloat16, where the device multiplies it, then the first few layers and every
-class of equal layers the other way round. Pieces do not add up; what is chosen was timed as a whole. Where the clock
-does not tell files apart, their answers do. What decodes the answers (`ends`) stays float unless integers are faster
-there and answer no worse.
+Gelu, where the network has one, and with 16 bits in what is float, where the device multiplies them, then the first few
+layers and every class of equal layers the other way round. Pieces do not add up; what is chosen was timed as a whole.
+Where the clock does not tell files apart, their answers do. What decodes the answers (`ends`) stays float unless
+integers are faster there and answer no worse.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx
 from onnx import ModelProto
 
 from hirelc_deploy.compress.integer.ends import End
-from hirelc_deploy.compress.integer.forms import BFLOAT
+from hirelc_deploy.compress.integer.forms import SIXTEEN_BITS
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
 from hirelc_deploy.measure.protocol import MARGIN, Timing
@@ -31,7 +31,7 @@ FIRST_LAYERS = 4
 LEAST_GAIN = 0.005
 """A change is taken only when the whole interval of its time is below the time without it by this share."""
 
-COARSER = (SIGMOID_GELU, BFLOAT)
+COARSER = (SIGMOID_GELU, *SIXTEEN_BITS)
 """Ends of the names of patterns whose float part is approximated: tried, in this order, on the fastest exact one."""
 
 IN_FLOAT = " in a float file"
