@@ -74,7 +74,7 @@ def calibration_images(folder: Path) -> NDArray[np.float32]:
 
 
 def for_onnxruntime(name: str, model: nn.Module, folder: Path) -> Iterator[Form]:
-    """Write the float file, ONNX Runtime's static quantization with signed activations, and ours of two patterns."""
+    """Write the float file, ONNX Runtime's static quantization with signed activations, and ours."""
     from hirelc_backends.onnxruntime_arm import OnnxRuntimeArm
 
     from hirelc_deploy.compress.integer import calibration, quantize
@@ -90,7 +90,7 @@ def for_onnxruntime(name: str, model: nn.Module, folder: Path) -> Iterator[Form]
         for one in OnnxRuntimeArm().precisions_on({"features": ["asimddp"], "architecture": "aarch64"})
         if one.name == "int8"
     )
-    for form, pattern in (("int8 static", quantize.BLANKET), ("int8 ours", "weights+add"), ("int8 layers", "weights")):
+    for form, pattern in (("int8 static", quantize.BLANKET), ("int8 ours", "weights+add")):
         file = folder / f"{form.replace(' ', '_')}.onnx"
         quantize.quantize(static, file, ranges, lambda _: "int8", target=target, pattern=pattern)
         yield form, file
@@ -160,8 +160,8 @@ def for_mnn(name: str, model: nn.Module, folder: Path) -> Iterator[Form]:
         "weight_quantize_method": "MAX_ABS",
         "model": str(float_file),
     }
-    (folder / "mnn.json").write_text(json.dumps(settings), "utf-8")
-    sys.argv = ["mnnquant", str(float_file), str(integer_file), str(folder / "mnn.json")]
+    (folder / "mnnquant.json").write_text(json.dumps(settings), "utf-8")
+    sys.argv = ["mnnquant", str(float_file), str(integer_file), str(folder / "mnnquant.json")]
     mnnquant.main()
     yield "int8", integer_file
 

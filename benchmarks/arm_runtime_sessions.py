@@ -22,7 +22,7 @@ import numpy as np
 
 Infer = Callable[[Any], Any]
 """Takes (1, channels, height, width) float32 and returns a flat array of the first output."""
-WARM_UP_RUNS = 2
+WARM_UP_RUNS = 1
 
 
 def onnxruntime(path: str) -> Infer:

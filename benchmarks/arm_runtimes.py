@@ -37,8 +37,9 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "litert": ("litert",),
     "executorch": ("executorch",),
 }
-"""Runtime to the ways in which it is run; the first is its fastest on a CPU that multiplies half precision."""
-READS_ONNX = {"openvino": ("float", "int8 ours", "int8 layers")}
+"""Runtime to the ways in which it is run; the first takes half precision where the CPU multiplies it, and integer files
+run in it alone."""
+READS_ONNX = {"openvino": ("float", "int8 ours")}
 """Forms of the onnxruntime step that other runtimes read as they are."""
 SECONDS = 900
 EXACT_X86 = {"openvino": "openvino f32"}
@@ -92,7 +93,7 @@ def forms(runtime: str, name: str, options: argparse.Namespace) -> Iterator[dict
     if runtime in READS_ONNX:
         own = [one for one in made_files("onnxruntime", name, options) if one["form"] in READS_ONNX[runtime]] + own
     for row in own:
-        for mode in MODES[runtime] if "file" in row else MODES[runtime][:1]:
+        for mode in MODES[runtime] if row["form"] == "float" else MODES[runtime][:1]:
             yield {"runtime": runtime, "mode": mode, **row}
 
 
