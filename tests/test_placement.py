@@ -90,6 +90,22 @@ def test_a_file_that_wants_16_bits_in_its_floats_says_which(tmp_path, form, says
     assert asked.graph == onnx.load(str(static)).graph
 
 
+def test_what_the_device_refuses_is_passed_over_and_the_rest_is_placed(tmp_path):
+    clock = Clockwork(tmp_path, lambda pattern, floats: {"float": 10.0, "weights": 4.0}.get(pattern, 5.0) - len(floats))
+    refused, taken = {"all-", f"weights{FORMS[HALF_FORM].half}-", "weights-c"}, clock.time
+
+    def time(files):
+        if any(path.name in refused for path in files):
+            raise ExportError("the device refuses it")
+        return taken(files)
+
+    found = place(tmp_path / "float", CHANGES, clock.build, time, ("all", "weights", "weights+f16"))
+    assert (found.pattern, set(found.float_layers)) == ("weights", {"a", "b", "B"})
+    assert found.candidates.keys() == {"weights", "a", "b"}
+    with pytest.raises(ExportError, match="refuses the integer files of every pattern"):
+        place(tmp_path / "float", CHANGES, clock.build, time, ("all",))
+
+
 def test_layers_that_are_slow_as_integers_stay_float_together(tmp_path):
     gain = {"a": 1.0, "b": 0.5, "B": 0.5, "c": -1.0}
     clock = Clockwork(
