@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from pretrained import cifar_resnet18, cifar_vit
 from torch import nn
 
+from hirelc_deploy.compress.integer import calibration, quantize
 from hirelc_deploy.inputs.models.source import ModelSource
+from hirelc_deploy.measure.backend import Precision
 
 CALIBRATION_IMAGES, TEST_IMAGES = 64, 300
 NETWORKS: dict[str, tuple[str, int, str]] = {
@@ -35,6 +37,12 @@ NETWORKS: dict[str, tuple[str, int, str]] = {
 }
 """Network to its weights (none: random ones, which say nothing about accuracy), pixels a side, and images."""
 INPUT = "input"
+CORTEX_A76 = {
+    "features": ["asimddp", "asimdhp"],
+    "architecture": "aarch64",
+    "runtime": {"capabilities": ["FP32", "FP16", "INT8"]},
+}
+"""What a board with that CPU says of itself, to a backend's `precisions_on`."""
 
 Form = tuple[str, Path | str]
 """The form's name, and its file or why there is none."""
@@ -77,27 +85,30 @@ def for_onnxruntime(name: str, model: nn.Module, folder: Path) -> Iterator[Form]
     """Write the float file, ONNX Runtime's static quantization with signed activations, and ours."""
     from hirelc_backends.onnxruntime_arm import OnnxRuntimeArm
 
-    from hirelc_deploy.compress.integer import calibration, quantize
     from hirelc_deploy.compress.onnx_file import export
 
     images, batched, static = calibration_images(folder), folder / "batched.onnx", folder / "float.onnx"
     export.export_onnx(model, torch.from_numpy(images[:2]), batched)
     export.set_static_batch(batched, static)
     yield "float", static
-    ranges = calibration.calibrate(batched, [images])
-    (target,) = (
-        one
-        for one in OnnxRuntimeArm().precisions_on({"features": ["asimddp"], "architecture": "aarch64"})
-        if one.name == "int8"
-    )
+    yield from ours(OnnxRuntimeArm().precisions_on(CORTEX_A76), folder, "signed")
+
+
+def ours(precisions: Sequence[Precision], folder: Path, name: str) -> Iterator[Form]:
+    """Write the float file with everything integer, and with layers and sums, in a device's integer precision."""
+    ranges = calibration.calibrate(folder / "batched.onnx", [calibration_images(folder)])
+    (target,) = (one for one in precisions if one.name == "int8")
     for form, pattern in (("int8 static", quantize.BLANKET), ("int8 ours", "weights+add")):
-        file = folder / f"{form.replace(' ', '_')}.onnx"
-        quantize.quantize(static, file, ranges, lambda _: "int8", target=target, pattern=pattern)
+        file = folder / f"{name}_{form.replace(' ', '_')}.onnx"
+        quantize.quantize(folder / "float.onnx", file, ranges, lambda _: "int8", target=target, pattern=pattern)
         yield form, file
 
 
 def for_openvino(name: str, model: nn.Module, folder: Path) -> Iterator[Form]:
-    """Write NNCF's integer form of the float file, as OpenVINO reads it; the float file and ours need no converter."""
+    """Write ours with unsigned activations, and NNCF's as OpenVINO reads it; the float file needs no converter."""
+    from hirelc_backends.openvino_cpu import OpenvinoCpu
+
+    yield from ours(OpenvinoCpu.precisions_on(CORTEX_A76), folder, "unsigned")
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would tell its makers
     import nncf
     import openvino as ov

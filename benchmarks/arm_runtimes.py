@@ -39,7 +39,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
 }
 """Runtime to the ways in which it is run; the first takes half precision where the CPU multiplies it, and integer files
 run in it alone."""
-READS_ONNX = {"openvino": ("float", "int8 ours")}
+READS_ONNX = {"openvino": ("float",)}
 """Forms of the onnxruntime step that other runtimes read as they are."""
 SECONDS = 900
 EXACT_X86 = {"openvino": "openvino f32"}
