@@ -9,7 +9,8 @@ and what they cost; what the int8 file answers to real images on this CPU agains
 instructions of one inference on emulated CPUs, by kind, as `arm_instructions_proxy`: the least of the counted ones.
 Counts are no times: what they cannot see are caches, memory, dual issue and frequency.
 
-Every step's result is kept in the folder, so that a killed command goes on where it was. A runtime whose tools are not
+Every step's result is kept in the folder, so that a killed command goes on where it was; --record writes down what is
+there so far, an empty object where nothing is. A runtime whose tools are not
 in TOOLS is left out, one that refuses a network has the reason in its row.
 """
 
@@ -20,7 +21,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,10 @@ EXACT_X86 = {"openvino": "openvino f32"}
 """On x86 OpenVINO rounds what stays float to bfloat16, which no Cortex-A76 does."""
 
 
-def remembered(path: Path, make: Any) -> Any:
-    """Return what a JSON file holds, made and written if it is not there."""
+def remembered(path: Path, make: Callable[[], Any], otherwise: Any = None) -> Any:
+    """Return what a JSON file holds, made and written if it is not there; or, where that is given, `otherwise`."""
+    if not path.exists() and otherwise is not None:
+        return otherwise
     if not path.exists():
         made = make()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +87,7 @@ def made_files(runtime: str, name: str, options: argparse.Namespace) -> list[dic
         rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"form"')]
         return rows if done.returncode == 0 else [*rows, {"form": "rest", "refused": last_line(done)}]
 
-    rows: list[dict[str, Any]] = remembered(folder / f"{runtime}.json", make)
+    rows: list[dict[str, Any]] = remembered(folder / f"{runtime}.json", make, [] if options.record else None)
     return rows
 
 
@@ -144,11 +148,13 @@ def measured(runtime: str, name: str, options: argparse.Namespace) -> list[dict[
         row = dict(found)
         if "file" in row:
             key = f"{row['mode']}-{row['form']}".replace(" ", "_")
-            row |= remembered(folder / "judged" / f"{key}.json", lambda row=row: judged(row, options, folder))
+            nothing: dict[str, Any] | None = {} if options.record else None
+            row |= remembered(folder / "judged" / f"{key}.json", partial(judged, row, options, folder), nothing)
             row["arm_instructions_proxy"] = {
                 cpu: remembered(
                     folder / "counts" / f"{key}-{cpu}.json",
-                    lambda row=row, cpu=cpu: counts(row, cpu, options, folder),
+                    partial(counts, row, cpu, options, folder),
+                    nothing,
                 )
                 for cpu in options.cpu
             }
@@ -156,11 +162,6 @@ def measured(runtime: str, name: str, options: argparse.Namespace) -> list[dict[
         rows.append(row)
         print(name, json.dumps(row), flush=True)
     return rows
-
-
-def installed_bytes(folder: Path) -> int:
-    """Return the bytes of all files of a runtime's packages for aarch64."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
 
 
 def main() -> int:
@@ -175,6 +176,7 @@ def main() -> int:
     parser.add_argument("--runtimes", nargs="+", choices=MAKERS, default=list(MAKERS))
     parser.add_argument("--cpu", nargs="+", default=["cortex-a76", "cortex-a72"])
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--record", action="store_true", help="write down what the folder has, and measure nothing")
     options = parser.parse_args()
     for key in ("sysroot", "tools", "weights", "data", "folder"):
         setattr(options, key, getattr(options, key).resolve())
