@@ -16,7 +16,7 @@ from hirelc_backends.onnxruntime_arm import NO_DOT_PRODUCTS, OnnxRuntimeArm
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
 from hirelc_backends.openvino_cpu import OpenvinoCpu
 
-from hirelc_deploy.measure.backend import HALF_FORM, SYMMETRIC_FORM, Backend, only
+from hirelc_deploy.measure.backend import HALF_FORM, ONNX_FORM, Backend, only
 from hirelc_deploy.measure.machine import cpu_features
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.testing import loopback
@@ -76,7 +76,7 @@ def test_openvino_offers_fp16_where_the_cpu_multiplies_it(
     openvino_board: ProgramBackend, request: pytest.FixtureRequest
 ) -> None:
     is_a72 = request.node.callspec.params["openvino_board"] == "cortex-a72"
-    assert {one.form for one in openvino_board.precisions()} == {SYMMETRIC_FORM if is_a72 else HALF_FORM}
+    assert {one.form for one in openvino_board.precisions()} == {ONNX_FORM if is_a72 else HALF_FORM}
 
 
 def test_the_board_says_what_it_is_and_what_int8_brings_there(

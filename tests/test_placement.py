@@ -2,12 +2,10 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import onnx
 import pytest
 import torch
 
-from hirelc_deploy.compress.integer.calibration import Ranges, calibrate
 from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.forms import FORMS, SIXTEEN_BITS, with_whole_floats
 from hirelc_deploy.compress.integer.placement import Placement, changes, place
@@ -17,7 +15,7 @@ from hirelc_deploy.errors import ExportError
 from hirelc_deploy.evaluate.undecided import undecided
 from hirelc_deploy.graph.model_graph import Layer, LayerShape
 from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS, HALF_FORM, ONNX_FORM, Precision
+from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS, HALF_FORM, Precision
 from tests.test_quantize import write
 
 END = "end of boxes"
@@ -86,25 +84,10 @@ def test_coarser_floats_are_tried_on_the_fastest_pattern_and_stay_where_they_pay
 def test_a_file_that_wants_16_bits_in_its_floats_says_which(tmp_path, form, says):
     _, static = write(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), tmp_path)
     form, precision = FORMS[form], Precision("int8", "uint8", "int8", 8)
-    nothing = Ranges({}, {}, "minmax", 0)
-    form.write_integer(static, nothing, lambda layer: "float", precision, form.half_pattern, tmp_path / "half.onnx")
+    form.write_integer(static, None, lambda layer: "float", precision, form.half_pattern, tmp_path / "half.onnx")
     asked = onnx.load(str(tmp_path / "half.onnx"))
     assert {one.key: one.value for one in asked.metadata_props} == {FLOAT_AS: says}
     assert asked.graph == onnx.load(str(static)).graph
-
-
-def test_for_openvino_on_arm_integers_have_no_zero_point_but_the_middle(tmp_path):
-    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3)
-    dynamic, static = write(torch.nn.Sequential(*layers), tmp_path)
-    ranges = calibrate(dynamic, [np.random.default_rng(0).normal(0.3, 1.0, (4, 3, 16, 16)).astype(np.float32)])
-    precision, zeros = Precision("int8", "uint8", "int8", 8), {}
-    for form in (ONNX_FORM, HALF_FORM):
-        FORMS[form].write_integer(static, ranges, lambda layer: "int8", precision, "weights", tmp_path / "out.onnx")
-        constants = onnx.load(str(tmp_path / "out.onnx")).graph.initializer
-        arrays = [onnx.numpy_helper.to_array(one) for one in constants if one.data_type == onnx.TensorProto.UINT8]
-        zeros[form] = {int(array) for array in arrays if array.ndim == 0}
-    assert zeros[HALF_FORM] == {0, 128}
-    assert zeros[ONNX_FORM] - {0, 128}
 
 
 def test_what_the_device_refuses_is_passed_over_and_the_rest_is_placed(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +14,7 @@ from hirelc_deploy.compress.integer import quantize
 from hirelc_deploy.compress.integer.calibration import Ranges
 from hirelc_deploy.compress.onnx_file import export_tensorrt
 from hirelc_deploy.errors import InputError
-from hirelc_deploy.measure.backend import (
-    BFLOAT_FORM,
-    FLOAT_AS,
-    HALF_FORM,
-    ONNX_FORM,
-    SYMMETRIC_FORM,
-    TENSORRT_FORM,
-    Precision,
-)
+from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS, HALF_FORM, ONNX_FORM, TENSORRT_FORM, Precision
 
 PrecisionOf = Callable[[str], str]
 
@@ -34,8 +26,6 @@ bits of precision; FP16 has 11 bits of it, and nothing above 65504."""
 SIXTEEN_BITS = (BFLOAT, HALF)
 WHOLLY_SIXTEEN_BITS = {f"{FLOAT}{end}": end.removeprefix("+") for end in SIXTEEN_BITS}
 """The patterns without integers, and what they are called."""
-LEVELS_BELOW, LEVELS_ABOVE = 128, 127
-"""Of a signed byte, below and above 0."""
 SIXTEEN_BIT_PATTERNS = tuple(f"{name}{end}" for end in SIXTEEN_BITS for name in (FLOAT, *quantize.PATTERNS))
 
 
@@ -99,7 +89,7 @@ def _write_half_pairs(
     pattern: str,
     out: Path,
 ) -> None:
-    exact = pattern.removesuffix(half) if half else pattern
+    exact = pattern.removesuffix(half)
     if exact == FLOAT:
         shutil.copyfile(static, out)
     else:
@@ -121,43 +111,14 @@ def _write_typed(
     export_tensorrt.write_tensorrt(static, out, ranges, precision_of, pattern=pattern)
 
 
-def _write_symmetric_pairs(
-    half: str,
-    static: Path,
-    ranges: Ranges,
-    precision_of: PrecisionOf,
-    target: Precision,
-    pattern: str,
-    out: Path,
-) -> None:
-    _write_half_pairs(half, static, symmetric(ranges), precision_of, target, pattern, out)
-
-
-def symmetric(ranges: Ranges) -> Ranges:
-    """Return ranges that are those of signed bytes with a zero point of 0 wherever they reach below 0.
-
-    OpenVINO 2026.4 on ARM refuses a file in which a convolution reads integers that are neither that nor unsigned
-    without a zero point: "Convolution input precision should be single".
-    """
-    reach = {
-        name: max(-low, ranges.high[name] * LEVELS_BELOW / LEVELS_ABOVE) for name, low in ranges.low.items() if low < 0
-    }
-    return replace(
-        ranges,
-        low={**ranges.low, **{name: -largest for name, largest in reach.items()}},
-        high={**ranges.high, **{name: largest * LEVELS_ABOVE / LEVELS_BELOW for name, largest in reach.items()}},
-    )
-
-
-def _form_with(half: str, write: Callable[..., None] = _write_half_pairs) -> Form:
-    patterns = (*quantize.PATTERNS, *(f"{name}{half}" for name in quantize.PATTERNS if half))
-    return Form("fp32", patterns, _copy, partial(write, half), half)
+def _form_with(half: str) -> Form:
+    patterns = (*quantize.PATTERNS, *(f"{name}{half}" for name in quantize.PATTERNS))
+    return Form("fp32", patterns, _copy, partial(_write_half_pairs, half), half)
 
 
 FORMS = {
     ONNX_FORM: Form("fp32", tuple(quantize.PATTERNS), _copy, _write_pairs),
     TENSORRT_FORM: Form("fp16", tuple(export_tensorrt.PATTERNS), _write_half, _write_typed),
     BFLOAT_FORM: _form_with(BFLOAT),
-    SYMMETRIC_FORM: _form_with("", _write_symmetric_pairs),
-    HALF_FORM: _form_with(HALF, _write_symmetric_pairs),
+    HALF_FORM: _form_with(HALF),
 }
