@@ -28,6 +28,9 @@ static const struct { const char *name; uint32_t mask, value; } kinds[] = {
     { "dot_product", 0x9fe0fc00, 0x0e809400 },        { "dot_product", 0x9fc0f400, 0x0f80e000 },
     { "matrix_product", 0xdfe0fc00, 0x4e80a400 },
     { "long_multiply_add", 0x9f20fc00, 0x0e208000 },  { "long_multiply_add", 0x9f00f400, 0x0f002000 },
+    { "half_multiply_add", 0xbfe0fc00, 0x0e400c00 },  { "half_multiply_add", 0xbfc0f400, 0x0f001000 },
+    { "long_multiply", 0x9f20fc00, 0x0e20c000 },      { "long_multiply", 0x9f00f400, 0x0f00a000 },
+    { "load_store", 0x0a000000, 0x08000000 },
 };
 enum { KINDS = sizeof kinds / sizeof *kinds };
 static uint64_t total, counts[KINDS];

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Question: what would an ARM board compute? Makes a folder in which real aarch64 ONNX Runtime runs under emulation.
 #
-#   benchmarks/arm_sysroot.sh DIR [ONNXRUNTIME_VERSION]
+#   benchmarks/arm_sysroot.sh DIR [ONNXRUNTIME_VERSION [PACKAGE ...]]
+#   benchmarks/arm_sysroot.sh DIR 1.31.1 openvino ncnn MNN ai-edge-litert    # for arm_runtimes.py
 #   DIR/python cortex-a76 script.py              # that CPU's features, and its /proc/cpuinfo
 #   DIR/python-count cortex-a76 script.py        # the same, counting instructions (arm_instructions.c)
 #
 # Needs Debian or Ubuntu (apt, dpkg-deb), qemu-user, python3 with pip, gcc. No root, no chroot, no binfmt: the emulator is
-# started by name and looks every path up in the folder first. About 65 MB of downloads and 235 MB of disk.
+# started by name and looks every path up in the folder first. About 65 MB of downloads and 235 MB of disk;
+# the four packages: 67 MB and 205 MB more. They are unpacked without what they depend on, of which inference needs none.
 set -euo pipefail
 
 dir=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -38,10 +40,12 @@ rm -rf "$apt" "$root/usr/share/doc"
 
 # The aarch64 wheels.
 platforms=(--platform manylinux2014_aarch64)
-for glibc in 2_17 2_26 2_27 2_28; do platforms+=(--platform "manylinux_${glibc}_aarch64"); done
-python3 -m pip download -q --disable-pip-version-check --dest "$dir/wheels" --only-binary=:all: "${platforms[@]}" \
-  --python-version "${python#python}" --implementation cp --abi "cp${python#python3.}" --abi "cp3${python#python3.}" \
-  --abi abi3 "onnxruntime==$version" numpy
+for glibc in 2_17 2_26 2_27 2_28 2_31 2_34 2_35; do platforms+=(--platform "manylinux_${glibc}_aarch64"); done
+download=(python3 -m pip download -q --disable-pip-version-check --dest "$dir/wheels" --only-binary=:all:
+  "${platforms[@]}" --python-version "${python#python}" --implementation cp --abi "cp${python#python3.}"
+  --abi "cp3${python#python3.}" --abi abi3 --abi none)
+"${download[@]}" "onnxruntime==$version" numpy
+for package in "${@:3}"; do "${download[@]}" --no-deps "$package"; done
 for wheel in "$dir"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$root/opt/site"; done
 
 # One view of the folder per CPU, with that CPU's /proc/cpuinfo: with the x86 host's, ONNX Runtime dies at import, and the

@@ -33,7 +33,7 @@ class CompressionPlan:
             activations); a layer not named takes `default_precision`. So has what decodes the answers: `end of boxes`.
         default_precision: `int8`, `float`, or `auto` (placed by measurement on the target).
         pattern: Which operators around integer layers are integer too, a key of `quantize.PATTERNS`, for some
-            targets with `+bf16` behind it; the measured placement's where it is empty.
+            targets with `+bf16` or `+f16` behind it; the measured placement's where it is empty.
         trained_rounding: The recovery rounds as the integer file does, so that the weights get used to it.
     """
 

@@ -1,6 +1,6 @@
-"""A whole ARM board under emulation: sshd on loopback, real aarch64 Python and ONNX Runtime. Nothing is timed.
+"""A whole ARM board under emulation: sshd on loopback, real aarch64 Python and runtimes. Nothing is timed.
 
-benchmarks/arm_sysroot.sh DIR && HIRELC_DEPLOY_ARM_SYSROOT=DIR pytest tests/test_arm_emulated.py
+benchmarks/arm_sysroot.sh DIR [1.31.1 openvino] && HIRELC_DEPLOY_ARM_SYSROOT=DIR pytest tests/test_arm_emulated.py
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from hirelc_backends.onnxruntime_arm import NO_DOT_PRODUCTS, OnnxRuntimeArm
 from hirelc_backends.onnxruntime_cpu import OnnxRuntimeCpu
+from hirelc_backends.openvino_cpu import OpenvinoCpu
 
-from hirelc_deploy.measure.backend import Backend, only
+from hirelc_deploy.measure.backend import HALF_FORM, ONNX_FORM, Backend, only
 from hirelc_deploy.measure.machine import cpu_features
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.testing import loopback
@@ -39,6 +40,20 @@ def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     made.stop()
 
 
+@pytest.fixture(scope="module", params=["cortex-a72", "cortex-a76"])
+def openvino_board(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProgramBackend]:
+    if not (Path(SYSROOT) / "root/opt/site/openvino").is_dir():
+        pytest.skip("needs openvino in HIRELC_DEPLOY_ARM_SYSROOT: benchmarks/arm_sysroot.sh DIR 1.31.1 openvino")
+    made = loopback.LoopbackBoard(tmp_path_factory.mktemp(f"openvino-{request.param}"), f"openvino-{request.param}")
+    device = made.connect(python=f"{Path(SYSROOT).resolve()}/python {request.param}")
+    own = OpenvinoCpu()
+    yield ProgramBackend(own.name, own.program, own.precisions_on, device)
+    device.close()
+    made.stop()
+
+
 class TestOnnxRuntimeOnAnEmulatedBoard(BackendContract):
     @pytest.fixture(autouse=True)
     def _board(self, board: ProgramBackend) -> None:
@@ -46,6 +61,22 @@ class TestOnnxRuntimeOnAnEmulatedBoard(BackendContract):
 
     def make(self) -> Backend:
         return self._backend
+
+
+class TestOpenvinoOnAnEmulatedBoard(BackendContract):
+    @pytest.fixture(autouse=True)
+    def _board(self, openvino_board: ProgramBackend) -> None:
+        self._backend = openvino_board
+
+    def make(self) -> Backend:
+        return self._backend
+
+
+def test_openvino_offers_fp16_where_the_cpu_multiplies_it(
+    openvino_board: ProgramBackend, request: pytest.FixtureRequest
+) -> None:
+    is_a72 = request.node.callspec.params["openvino_board"] == "cortex-a72"
+    assert {one.form for one in openvino_board.precisions()} == {ONNX_FORM if is_a72 else HALF_FORM}
 
 
 def test_the_board_says_what_it_is_and_what_int8_brings_there(

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from hirelc_deploy.errors import ExportError, InputError
 from hirelc_deploy.measure.accuracy import operators
-from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS, ONNX_FORM, Backend, Portable, only
+from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS, HALF_FORM, ONNX_FORM, Backend, Portable, only
 from hirelc_deploy.measure.program import ProgramBackend
 from hirelc_deploy.testing import loopback
 from hirelc_deploy.testing.backend_contract import BackendContract, random_images, write_model
@@ -91,11 +91,13 @@ def test_a_missing_runtime_is_a_reason_with_the_remedy(monkeypatch: pytest.Monke
     ("features", "capabilities", "bits", "words", "form"),
     [
         (["avx512_vnni"], ["FP32", "INT8", "BF16"], 8, "", BFLOAT_FORM),
+        (["avx512_vnni"], ["FP32", "INT8", "FP16", "BF16"], 8, "", BFLOAT_FORM),
+        (["avx512_vnni"], ["FP32", "INT8", "FP16"], 8, "", HALF_FORM),
         (["avx2"], ["FP32", "INT8"], 7, "no VNNI", ONNX_FORM),
         (["avx512_vnni"], ["FP32"], 8, "does not name INT8", ONNX_FORM),
     ],
 )
-def test_int8_and_bfloat_follow_the_cpu_and_what_openvino_says_of_it(
+def test_int8_and_sixteen_bits_follow_the_cpu_and_what_openvino_says_of_it(
     features: list[str], capabilities: list[str], bits: int, words: str, form: str
 ) -> None:
     facts = {"features": features, "architecture": "x86_64", "runtime": {"capabilities": capabilities}}
@@ -104,6 +106,7 @@ def test_int8_and_bfloat_follow_the_cpu_and_what_openvino_says_of_it(
     assert words in in_integers.remark
     assert in_float.form == in_integers.form == form
     assert ("bfloat16" in in_float.remark) == (form == BFLOAT_FORM)
+    assert ("FP16" in in_float.remark) == (form == HALF_FORM)
 
 
 def test_words_of_an_exception_are_one_sentence_without_its_place() -> None:

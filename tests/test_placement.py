@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hirelc_deploy.compress.integer.ends import End
-from hirelc_deploy.compress.integer.forms import BFLOAT, FORMS
+from hirelc_deploy.compress.integer.forms import FORMS, SIXTEEN_BITS, with_whole_floats
 from hirelc_deploy.compress.integer.placement import Placement, changes, place
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.demo.model import DemoNet
@@ -15,7 +15,7 @@ from hirelc_deploy.errors import ExportError
 from hirelc_deploy.evaluate.undecided import undecided
 from hirelc_deploy.graph.model_graph import Layer, LayerShape
 from hirelc_deploy.inputs import models  # noqa: F401  (makes timm importable beside a CPU torch)
-from hirelc_deploy.measure.backend import BFLOAT_FORM
+from hirelc_deploy.measure.backend import BFLOAT_FORM, FLOAT_AS, HALF_FORM, Precision
 from tests.test_quantize import write
 
 END = "end of boxes"
@@ -62,18 +62,48 @@ def test_the_float_file_is_timed_once_where_there_is_one_way_to_go(tmp_path):
     assert [path.name for path in clock.timed].count("float") == 1
 
 
-@pytest.mark.parametrize(("gain", "ends"), [(0.8, (SIGMOID_GELU, BFLOAT)), (1.1, ()), (0.998, ())])
-def test_coarser_floats_are_tried_on_the_fastest_pattern_and_stay_where_they_pay(tmp_path, gain, ends):
+@pytest.mark.parametrize("form", [BFLOAT_FORM, HALF_FORM])
+@pytest.mark.parametrize(("gain", "pays"), [(0.8, True), (1.1, False), (0.998, False)])
+def test_coarser_floats_are_tried_on_the_fastest_pattern_and_stay_where_they_pay(tmp_path, form, gain, pays):
+    half = FORMS[form].half
+    ends = (SIGMOID_GELU, half) if pays else ()
+
     def milliseconds(pattern, floats):
-        base = {"float": 10.0, "weights": 4.0}.get(pattern.removesuffix(BFLOAT).removesuffix(SIGMOID_GELU), 5.0)
-        return base * gain ** sum(end in pattern for end in (SIGMOID_GELU, BFLOAT)) + len(floats)
+        base = {"float": 10.0, "weights": 4.0}.get(with_whole_floats(pattern).removesuffix(SIGMOID_GELU), 5.0)
+        return base * gain ** sum(end in pattern for end in (SIGMOID_GELU, half)) + len(floats)
 
     clock = Clockwork(tmp_path, milliseconds)
-    found = clock.place(FORMS[BFLOAT_FORM].patterns)
+    found = clock.place(FORMS[form].patterns)
     assert found.pattern == "".join(("weights", *ends))
     assert found.ratio == pytest.approx(0.4 * gain ** len(ends))
-    with_bfloat = {path.name for path in clock.timed if BFLOAT in path.name and path.name.endswith("-")}
-    assert with_bfloat == {f"weights{''.join(ends[:1])}{BFLOAT}-"}
+    in_half = {path.name for path in clock.timed if path.name.endswith(tuple(f"{end}-" for end in SIXTEEN_BITS))}
+    assert in_half == {f"weights{''.join(ends[:1])}{half}-"}
+
+
+@pytest.mark.parametrize(("form", "says"), [(BFLOAT_FORM, "bf16"), (HALF_FORM, "f16")])
+def test_a_file_that_wants_16_bits_in_its_floats_says_which(tmp_path, form, says):
+    _, static = write(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), tmp_path)
+    form, precision = FORMS[form], Precision("int8", "uint8", "int8", 8)
+    form.write_integer(static, None, lambda layer: "float", precision, form.half_pattern, tmp_path / "half.onnx")
+    asked = onnx.load(str(tmp_path / "half.onnx"))
+    assert {one.key: one.value for one in asked.metadata_props} == {FLOAT_AS: says}
+    assert asked.graph == onnx.load(str(static)).graph
+
+
+def test_what_the_device_refuses_is_passed_over_and_the_rest_is_placed(tmp_path):
+    clock = Clockwork(tmp_path, lambda pattern, floats: {"float": 10.0, "weights": 4.0}.get(pattern, 5.0) - len(floats))
+    refused, taken = {"all-", f"weights{FORMS[HALF_FORM].half}-", "weights-c"}, clock.time
+
+    def time(files):
+        if any(path.name in refused for path in files):
+            raise ExportError("the device refuses it")
+        return taken(files)
+
+    found = place(tmp_path / "float", CHANGES, clock.build, time, ("all", "weights", "weights+f16"))
+    assert (found.pattern, set(found.float_layers)) == ("weights", {"a", "b", "B"})
+    assert found.candidates.keys() == {"weights", "a", "b"}
+    with pytest.raises(ExportError, match="refuses the integer files of every pattern"):
+        place(tmp_path / "float", CHANGES, clock.build, time, ("all",))
 
 
 def test_layers_that_are_slow_as_integers_stay_float_together(tmp_path):

@@ -55,7 +55,7 @@ def test_the_users_file_adds_targets_and_may_redefine_built_in_ones(tmp_path: Pa
 def test_the_file_is_looked_for_where_the_system_keeps_configs(tmp_path: Path) -> None:
     assert targets_file({"XDG_CONFIG_HOME": str(tmp_path)}) == tmp_path / "hirelc-deploy" / "targets.toml"
     assert targets_file({}) == Path.home() / ".config" / "hirelc-deploy" / "targets.toml"
-    built_in = {"cpu", "openvino", "gpu", "jetson", "raspberrypi4", "raspberrypi5", "arm"}
+    built_in = {"cpu", "openvino", "gpu", "jetson", "raspberrypi4", "raspberrypi5", "arm", "arm-openvino"}
     assert set(known_targets({"XDG_CONFIG_HOME": str(tmp_path)})) == built_in
     (tmp_path / "hirelc-deploy").mkdir()
     (tmp_path / "hirelc-deploy/targets.toml").write_text('[mine]\nbackend = "onnxruntime_cpu"\n')
@@ -121,11 +121,11 @@ def test_an_unknown_target_is_bad_input_and_lists_the_known_ones(tmp_path: Path)
     assert refused.value.exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["jetson", "raspberrypi4", "raspberrypi5", "arm"])
+@pytest.mark.parametrize("name", ["jetson", "raspberrypi4", "raspberrypi5", "arm", "arm-openvino"])
 def test_a_device_without_a_board_is_unavailable_and_two_lines_would_mend_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("onnxruntime_arm", "tensorrt_gpu")
+    names = ("onnxruntime_arm", "openvino_cpu", "tensorrt_gpu")
     install(monkeypatch, **dict.fromkeys(names, "hirelc_deploy.testing.fake_backend:FakeBackend"))
     monkeypatch.setattr(targets.platform, "machine", lambda: "x86_64")
     with pytest.raises(TargetUnavailable) as refused:

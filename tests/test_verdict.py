@@ -30,7 +30,7 @@ from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.inspect import inspected
 from hirelc_deploy.jobs.verdict import ACCURACY, TRIED, Answers, Commands, Place, float_file, halved, verdict_of
-from hirelc_deploy.measure.backend import BFLOAT_FORM, OperatorTime, Precision
+from hirelc_deploy.measure.backend import BFLOAT_FORM, HALF_FORM, OperatorTime, Precision
 from hirelc_deploy.measure.targets import find_target
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.testing import fake_backend
@@ -277,18 +277,19 @@ def test_bfloat16_is_looked_up_where_no_runtime_offers_it(
 ) -> None:
     monkeypatch.setattr("hirelc_deploy.jobs.verdict.describe", lambda backend: {"features": features})
     times = Times(Pieces((), (), ()), {}, {})
-    found = Answers(Place(find_target("cpu"), 1, FakeBackend()), {}, times, None).bfloat()  # type: ignore[arg-type]
+    found = Answers(Place(find_target("cpu"), 1, FakeBackend()), {}, times, None).sixteen_bits()  # type: ignore[arg-type]
     assert found["verdict"] == verdict
     assert found["says"].endswith(words)
 
 
-def test_a_device_with_bfloat16_is_foretold_it_and_the_search_that_tries_it() -> None:
-    class WithBfloat(FakeBackend):
+@pytest.mark.parametrize(("form", "name"), [(BFLOAT_FORM, "bf16"), (HALF_FORM, "f16")])
+def test_a_device_with_sixteen_bits_is_foretold_them_and_the_search_that_tries_them(form: str, name: str) -> None:
+    class WithHalf(FakeBackend):
         def precisions(self) -> tuple[Precision, ...]:
-            return tuple(replace(one, form=BFLOAT_FORM) for one in super().precisions())
+            return tuple(replace(one, form=form) for one in super().precisions())
 
-    found = about(foretold(WithBfloat()), "bf16")
-    assert found["pattern"] == "float+bf16"
+    found = about(foretold(WithHalf()), name)
+    assert found["pattern"] == f"float+{name}"
     assert found["speedup"] == pytest.approx(1.0)  # the fake device multiplies it as it does float
     assert "search" in found["command"]
 

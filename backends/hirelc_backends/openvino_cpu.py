@@ -8,11 +8,15 @@ from typing import Any
 
 from hirelc_backends import openvino_program
 from hirelc_backends.onnxruntime_cpu import weight_bits
-from hirelc_deploy.measure.backend import BFLOAT_FORM, ONNX_FORM, Precision
+from hirelc_deploy.measure.backend import BFLOAT_FORM, HALF_FORM, ONNX_FORM, Precision
 from hirelc_deploy.measure.device import LocalDevice
 from hirelc_deploy.measure.program import ProgramBackend
 
-BFLOAT = "Files may ask for bfloat16 in what stays float, where that is faster."
+SIXTEEN_BITS = {
+    BFLOAT_FORM: "Files may ask for bfloat16 in what stays float, where that is faster.",
+    HALF_FORM: "Files may ask for FP16 in what stays float, where that is faster.",
+    ONNX_FORM: "",
+}
 NO_INTEGERS = "OpenVINO does not name INT8 among what this CPU multiplies, so integer files may not be faster."
 
 
@@ -29,18 +33,17 @@ class OpenvinoCpu(ProgramBackend):
 
     @staticmethod
     def precisions_on(facts: Mapping[str, Any]) -> tuple[Precision, ...]:
-        """Return float and int8, in a form with bfloat16 where the CPU multiplies that.
+        """Return float and int8, in a form with bfloat16, else FP16, where the CPU multiplies that.
 
         Weights of int8 use 7 bits where the CPU adds 8-bit products in 16 bits.
         """
         capabilities = facts["runtime"]["capabilities"]
-        bfloat = "BF16" in capabilities
-        form = BFLOAT_FORM if bfloat else ONNX_FORM
+        form = BFLOAT_FORM if "BF16" in capabilities else HALF_FORM if "FP16" in capabilities else ONNX_FORM
         features = facts["features"]
         bits, remark = weight_bits(None if features is None else frozenset(features), facts["architecture"])
         if "INT8" not in capabilities:
             remark = f"{remark} {NO_INTEGERS}".strip()
         return (
-            Precision("float", "float32", "float32", 32, BFLOAT if bfloat else "", form),
+            Precision("float", "float32", "float32", 32, SIXTEEN_BITS[form], form),
             Precision("int8", "uint8", "int8", bits, remark, form),
         )

@@ -108,7 +108,8 @@ def uncut_files(pipeline: Pipeline, files: Files) -> list[Contender]:
         ("int8 blanket", files.blanket, plan(default_precision="int8")),
     ]
     if files.half is not None:
-        found.append(("bf16", files.half, plan(default_precision="float", pattern=form.half_pattern)))
+        in_half = plan(default_precision="float", pattern=form.half_pattern)
+        found.append((form.half.removeprefix("+"), files.half, in_half))
     if files.placement.pattern != BLANKET or files.placement.float_layers:
         found.append(("int8 placed", files.placed, plan(default_precision="auto")))
     return [Contender(named(name, own), path, made, files=own) for name, path, made in found]

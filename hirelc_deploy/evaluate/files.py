@@ -16,7 +16,7 @@ import onnx
 from torch import nn
 
 from hirelc_deploy.compress.integer import placement, qat, quantize
-from hirelc_deploy.compress.integer.forms import BFLOAT
+from hirelc_deploy.compress.integer.forms import with_whole_floats
 from hirelc_deploy.compress.integer.placement import Placement
 from hirelc_deploy.compress.integer.quantize import BLANKET, SIGMOID_GELU
 from hirelc_deploy.errors import InputError
@@ -232,8 +232,8 @@ class Files:
             exported = self.writer.exported(model, Path(folder), equalise=False)
             batched, path = onnx.load(str(exported.batched)), Path(folder) / "integer.onnx"
             for plan in plans:
-                # Its faster Gelu rounds numbers that the model does not have; bfloat16 changes no grid of integers.
-                pattern = self.pattern_of(plan).removesuffix(BFLOAT).removesuffix(SIGMOID_GELU)
+                # Its faster Gelu rounds numbers that the model does not have; 16-bit floats change no grid of integers.
+                pattern = with_whole_floats(self.pattern_of(plan)).removesuffix(SIGMOID_GELU)
                 precision_of = self.precision_of(plan)
                 if pattern == FLOAT:
                     found.append(qat.Rounding({}, {}))

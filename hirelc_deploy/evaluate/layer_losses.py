@@ -23,7 +23,7 @@ from hirelc_deploy.compress.integer import quantize
 from hirelc_deploy.compress.integer.calibration import DEFAULT_METHOD, METHODS, Ranges
 from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.equalisation import streams_at
-from hirelc_deploy.compress.integer.forms import BFLOAT
+from hirelc_deploy.compress.integer.forms import with_whole_floats
 from hirelc_deploy.compress.integer.placement import NEARER
 from hirelc_deploy.compress.integer.quantize import SIGMOID_GELU
 from hirelc_deploy.compress.integer.spread import LayerSpread, ends_of, spread_of
@@ -92,7 +92,7 @@ class Fix:
     """A change that may help a layer.
 
     Attributes:
-        what: `float`, `bf16`, `equalise`, `ranges minmax` and the like.
+        what: `float`, `bf16`, `f16`, `equalise`, `ranges minmax` and the like.
         how: What `search` or `apply` is told to make it.
         effect: On the whole file, with what was suggested before already in it.
     """
@@ -155,8 +155,8 @@ class LayerLosses:
         precision = self.rounded_as(layer)
 
         def measure() -> Effect:
-            # Their faster Gelu and bfloat16 are no rounding of this layer.
-            pattern = self.pattern.removesuffix(BFLOAT).removesuffix(SIGMOID_GELU)
+            # Their faster Gelu and 16 bits in what is float are no rounding of this layer.
+            pattern = with_whole_floats(self.pattern).removesuffix(SIGMOID_GELU)
             asked = {layer: precision} | dict.fromkeys(self._ends_of(layer), "int8")
             path = self._build(lambda name: asked.get(name, FLOAT), pattern=pattern)
             effect = self._effect(self._judged(self.in_float), self._judged(path))
@@ -288,8 +288,9 @@ class LayerLosses:
             yield "equalise", ByLayer(equalised=frozenset({layer})), self.pattern
         in_float = ByLayer(frozenset({layer}))
         yield "float", in_float, self.pattern
-        if (bfloat := f"{self.pattern}{BFLOAT}") in self._writer.form.patterns:
-            yield "bf16", in_float, bfloat
+        half = self._writer.form.half
+        if half and (coarser := f"{self.pattern}{half}") in self._writer.form.patterns:
+            yield half.removeprefix("+"), in_float, coarser
 
     # Files
 
@@ -431,7 +432,7 @@ def _more_ms(timing: Timing, before_ms: float) -> Won:
 def suggested(fixes: Sequence[Fix], lost: float) -> Fix | None:
     """Return the fix to take: of those that surely help nearly as much as the best, the one that costs least time.
 
-    What no option asks for (bfloat16) is not suggested.
+    What no option asks for (16 bits) is not suggested.
 
     Args:
         lost: Divergence of the whole file; what brings back less than a share of NEARER is not worth its milliseconds.

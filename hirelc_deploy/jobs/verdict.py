@@ -199,7 +199,7 @@ def verdict_of(
         "pieces": len(pieces.parts),
         "kinds": len(pieces.files),
         "covered": uncut.covered,
-        "foretold": [answers.integer(), answers.bfloat(), *answers.cut(half, graph), *answers.runtimes()],
+        "foretold": [answers.integer(), answers.sixteen_bits(), *answers.cut(half, graph), *answers.runtimes()],
         "unknown": [ACCURACY],
         "machine": describe(place.backend),
     }
@@ -290,16 +290,18 @@ class Answers:
             return self._why_not("int8", self._place.backend)
         return self._answer("int8", self._foretold(form), form, self._command("apply", "int8", AS_PLACED))
 
-    def bfloat(self) -> dict[str, Any]:
-        """Return the answer about bfloat16 in what is float now."""
+    def sixteen_bits(self) -> dict[str, Any]:
+        """Return the answer about bfloat16, or FP16, in what is float now."""
+        names = forms.WHOLLY_SIXTEEN_BITS
         for form in self._uncut.turns:
-            if form[1] == forms.WHOLLY_BFLOAT and self._uncut.covered:
-                command = self._command("search", "bf16", target=self._target_of(form[0]))
-                return self._answer("bf16", self._foretold(form), form, command)
+            if form[1] in names and self._uncut.covered:
+                command = self._command("search", names[form[1]], target=self._target_of(form[0]))
+                return self._answer(names[form[1]], self._foretold(form), form, command)
         if form_of(self._place.backend.precisions()).float_name == "fp16":
             return self._without("bf16", "impossible", "what is float on this target has 16 bits already")
-        if any(form[1] == forms.WHOLLY_BFLOAT for form in (*self._uncut.turns, *self._uncut.refused)):
-            return self._without("bf16", "unknown", self._uncut.refused.get(form, TOO_SHORT))
+        for form in (*self._uncut.turns, *self._uncut.refused):
+            if form[1] in names:
+                return self._without(names[form[1]], "unknown", self._uncut.refused.get(form, TOO_SHORT))
         features = describe(self._place.backend)["features"]
         if features is None or WITH_BFLOAT & {*features}:
             return self._without("bf16", "unknown", "no runtime of this target that can run here offers it")

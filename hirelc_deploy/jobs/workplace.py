@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from hirelc_deploy.compress import slicing
-from hirelc_deploy.compress.integer.forms import BFLOAT_PATTERNS
+from hirelc_deploy.compress.integer.forms import SIXTEEN_BIT_PATTERNS
 from hirelc_deploy.compress.integer.quantize import PATTERNS
 from hirelc_deploy.compress.recovery import Recovery
 from hirelc_deploy.config import LARGEST_INPUT, JobConfig
@@ -336,7 +336,7 @@ def read_plan(text: str, graph: ModelGraph) -> CompressionPlan:
         plan = CompressionPlan.read(Path(text))
     try:
         slicing.check_plan(graph, plan)
-        if plan.pattern and plan.pattern not in (*PATTERNS, *BFLOAT_PATTERNS):
+        if plan.pattern and plan.pattern not in (*PATTERNS, *SIXTEEN_BIT_PATTERNS):
             raise InputError(f"plan: pattern {plan.pattern!r} is unknown; use {', '.join(PATTERNS)}.")
     except InputError as error:
         raise InputError(str(error).replace("plan:", f"plan {text}:", 1)) from None

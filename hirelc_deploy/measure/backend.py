@@ -11,12 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-ONNX_FORM, TENSORRT_FORM, BFLOAT_FORM = "onnx", "tensorrt", "onnx-bf16"
+ONNX_FORM, TENSORRT_FORM, BFLOAT_FORM, HALF_FORM = "onnx", "tensorrt", "onnx-bf16", "onnx-f16"
 """float32 where nothing is integer, Q/DQ pairs with any zero point; or strongly typed: FP16, and symmetric pairs; or as
-the first, and a file may ask for bfloat16 in what is not integer."""
+the first, and a file may ask for bfloat16, or for FP16, in what is not integer."""
 
 FLOAT_AS = "hirelc_deploy.float_as"
-"""Key in the metadata of a file of BFLOAT_FORM; the value is `bf16`."""
+"""Key in the metadata of a file of BFLOAT_FORM or HALF_FORM; the value is `bf16` or `f16`."""
 
 
 Outputs = dict[str, NDArray[np.float32]]
@@ -40,7 +40,7 @@ class Precision:
         weight_bits: Bits used of the weight type; 7 where 8-bit products would saturate (x86 without VNNI).
         remark: What the user should know, in one sentence, or ``.
         form: How the ONNX files must be written that run in it, the same for all precisions of a device: ONNX_FORM,
-            TENSORRT_FORM or BFLOAT_FORM; compress/integer/forms.py writes them.
+            TENSORRT_FORM, BFLOAT_FORM or HALF_FORM; compress/integer/forms.py writes them.
     """
 
     name: str

@@ -30,6 +30,8 @@ from hirelc_deploy.together.ray_cluster import installed
 ENVIRONMENT_VARIABLE = "HIRELC_DEPLOY_TARGETS"
 KEYS = ("backend", "also", "host", "via", "threads", "precisions", "power_mode", "python", "folder", "description")
 ARM = ("aarch64", "arm64")
+ARM_RUNTIMES = ("onnxruntime_arm", "openvino_cpu")
+"""Backends of boards that also run on this machine, where it is ARM itself."""
 HOST = re.compile(r"[^-\s]\S*\Z")
 """The SSH name of a board; one that starts with a dash would be an option of ssh."""
 
@@ -101,6 +103,12 @@ BUILT_IN = (
         remote=True,
     ),
     Target("arm", "onnxruntime_arm", description="an ARM board over SSH, ONNX Runtime", remote=True),
+    Target(
+        "arm-openvino",
+        "openvino_cpu",
+        description="an ARM board over SSH, OpenVINO; FP16 in what stays float, where the CPU multiplies it (asimdhp)",
+        remote=True,
+    ),
 )
 
 
@@ -174,7 +182,7 @@ def _backend_of(target: Target, say: Callable[[str], None]) -> Backend:
     if target.source == "built in" and target.backend not in {one.name for one in installed_backends()}:
         raise TargetUnavailable(f"target {target.name!r} needs the backend {target.backend}, which is not installed.")
     if not target.hosts:
-        if target.remote and not (target.backend == "onnxruntime_arm" and platform.machine() in ARM):
+        if target.remote and not (target.backend in ARM_RUNTIMES and platform.machine() in ARM):
             raise TargetUnavailable(
                 f"target {target.name!r} has no board yet. Let yours know your key, and add it:\n"
                 f"  ssh-copy-id me@board\n  hirelc-deploy targets add {target.name} --host me@board"

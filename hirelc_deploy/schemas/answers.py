@@ -8,7 +8,7 @@ from hirelc_deploy.schemas.words import listed, mapped, number, one_of, or_null,
 FORETOLD = record(
     "What one thing can bring. Nothing of it was measured as a whole file; numbers are null where there are none.",
     {
-        "what": text("`int8`, `bf16`, `cutting half of the channels`, or another runtime."),
+        "what": text("`int8`, `bf16` or `f16`, `cutting half of the channels`, or another runtime."),
         "verdict": one_of("faster", "slower", "same", "not told apart", "unknown", "impossible"),
         "speedup": or_null(number("Times as fast as the uncut float file on the target's own runtime.")),
         "speedup_low": or_null(number("It is expected between this")),

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hirelc_deploy.errors import HirelcError
-from hirelc_deploy.measure.backend import BFLOAT_FORM, ONNX_FORM, TENSORRT_FORM, Backend, only
+from hirelc_deploy.measure.backend import BFLOAT_FORM, HALF_FORM, ONNX_FORM, TENSORRT_FORM, Backend, only
 
 IMAGE = (3, 8, 8)
 CLASSES = 5
@@ -57,7 +57,7 @@ class BackendContract:
         assert precisions[0].name == "float"
         assert len({precision.name for precision in precisions}) == len(precisions)
         forms = {precision.form for precision in precisions}
-        assert len(forms) == len(forms & {ONNX_FORM, TENSORRT_FORM, BFLOAT_FORM}) == 1
+        assert len(forms) == len(forms & {ONNX_FORM, TENSORRT_FORM, BFLOAT_FORM, HALF_FORM}) == 1
         for precision in precisions:
             assert {precision.activation_type, precision.weight_type} <= KNOWN_TYPES
             assert 1 <= precision.weight_bits <= 32

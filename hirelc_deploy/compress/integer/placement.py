@@ -2,14 +2,15 @@
 
 Blanket INT8 is a gamble, because a float layer between integer ones costs conversions and an integer layer may have no
 fast kernel. So whole files are timed: first the exact patterns of `quantize`, then the fastest of them with the faster
-Gelu, where the network has one, and with bfloat16, where the device multiplies it, then the first few layers and every
-class of equal layers the other way round. Pieces do not add up; what is chosen was timed as a whole. Where the clock
-does not tell files apart, their answers do. What decodes the answers (`ends`) stays float unless integers are faster
-there and answer no worse.
+Gelu, where the network has one, and with 16 bits in what is float, where the device multiplies them, then the first few
+layers and every class of equal layers the other way round. Pieces do not add up; what is chosen was timed as a whole.
+Where the clock does not tell files apart, their answers do. What decodes the answers (`ends`) stays float unless
+integers are faster there and answer no worse.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,10 +21,13 @@ import onnx
 from onnx import ModelProto
 
 from hirelc_deploy.compress.integer.ends import End
-from hirelc_deploy.compress.integer.forms import BFLOAT
+from hirelc_deploy.compress.integer.forms import SIXTEEN_BITS
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.compress.onnx_file.export import layer_of_node
+from hirelc_deploy.errors import ExportError
 from hirelc_deploy.measure.protocol import MARGIN, Timing
+
+LOG = logging.getLogger(__name__)
 
 FIRST_LAYERS = 4
 """So many layers at the image's end are also tried together: there few channels meet many pixels."""
@@ -31,7 +35,7 @@ FIRST_LAYERS = 4
 LEAST_GAIN = 0.005
 """A change is taken only when the whole interval of its time is below the time without it by this share."""
 
-COARSER = (SIGMOID_GELU, BFLOAT)
+COARSER = (SIGMOID_GELU, *SIXTEEN_BITS)
 """Ends of the names of patterns whose float part is approximated: tried, in this order, on the fastest exact one."""
 
 IN_FLOAT = " in a float file"
@@ -127,6 +131,8 @@ def place(
     MobileNetV2 with ImageNet weights: with its first two layers float the divergence is 30 % smaller and the time 0 to
     1 % longer.
 
+    A file that the device refuses is passed over, as OpenVINO's for ARM refuses some of a transformer in FP16.
+
     Args:
         reference: The float file.
         tried: Of `changes`.
@@ -139,23 +145,9 @@ def place(
         undecided: Of the changes to float those that may make a file faster, or cost it nothing.
         screen: As `time`, where a file that takes longer than `AS_FAST` need not be timed any more exactly.
     """
-    candidates: dict[str, dict[str, float]] = {}
     decoding = frozenset[str]().union(*(end.parts for end in ends))
     tried = {name: layers - decoding for name, layers in tried.items() if layers - decoding}
-    files: dict[bytes, tuple[str, Path]] = {}
-    for pattern in (name for name in patterns if not name.endswith(COARSER)):
-        path = build(pattern, decoding)
-        files.setdefault(path.read_bytes(), (pattern, path))
-    found = time([reference, *(path for _, path in files.values())])
-    for (pattern, _), timing in zip(files.values(), found[1:], strict=True):
-        candidates[pattern] = _summary(timing)
-    best = min(candidates, key=lambda name: candidates[name]["ratio"])
-    for end in COARSER:
-        faster = f"{best}{end}"
-        if faster in patterns and (path := build(faster, decoding)).read_bytes() not in files:
-            timing = time([build(best, decoding), path])[1]
-            candidates[faster] = {name: candidates[best]["ratio"] * ratio for name, ratio in _summary(timing).items()}
-            best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
+    best, candidates = _fastest_pattern(reference, patterns, lambda pattern: build(pattern, decoding), time)
     starts = {"": (decoding, dict(undecided(tried)))}
     if candidates[best]["ratio"] > 1:  # then single layers are tried as integer in a float file too
         starts = {IN_FLOAT: (decoding.union(*tried.values()), tried), **starts}
@@ -169,7 +161,8 @@ def place(
         ends_of_starts = [(timing.ratio, floats) for timing, (_, floats) in zip(final, ends_of_starts, strict=True)]
     ratio, floats = min(ends_of_starts, key=lambda end: end[0])
     if divergence is not None:
-        free = (layers for name, layers in starts[""][1].items() if _may_be_as_fast(candidates[name], 1.0))
+        timed = {name: layers for name, layers in starts[""][1].items() if name in candidates}
+        free = (layers for name, layers in timed.items() if _may_be_as_fast(candidates[name], 1.0))
         others = [(best, floats | layers) for layers in free]
         if floats == decoding:  # as the patterns were timed
             exact = (name for name in candidates.keys() & set(patterns) if not name.endswith(COARSER))
@@ -207,6 +200,46 @@ def _with_end(
     if timing.ratio_high < 1 - LEAST_GAIN:
         return floats - end.parts, timing.ratio, seen
     return floats, 1.0, seen
+
+
+def _fastest_pattern(
+    reference: Path,
+    patterns: Sequence[str],
+    build: Callable[[str], Path],
+    time: Callable[[Sequence[Path]], Sequence[Timing]],
+) -> tuple[str, dict[str, dict[str, float]]]:
+    """Return the fastest pattern, coarser floats among them, and the time of each against the float file."""
+    files: dict[bytes, tuple[str, Path]] = {}
+    for pattern in (name for name in patterns if not name.endswith(COARSER)):
+        path = build(pattern)
+        files.setdefault(path.read_bytes(), (pattern, path))
+    found = zip(files.values(), _times(reference, [path for _, path in files.values()], time), strict=True)
+    candidates = {pattern: _summary(timing) for (pattern, _), timing in found if timing is not None}
+    if not candidates:
+        raise ExportError("the device refuses the integer files of every pattern; name precisions = ['float'].")
+    best = min(candidates, key=lambda name: candidates[name]["ratio"])
+    for end in COARSER:
+        faster = f"{best}{end}"
+        if faster in patterns and (path := build(faster)).read_bytes() not in files:
+            (timing,) = _times(build(best), [path], time)
+            if timing is not None:
+                by_float = candidates[best]["ratio"]
+                candidates[faster] = {name: by_float * ratio for name, ratio in _summary(timing).items()}
+                best = faster if timing.ratio_high < 1 - LEAST_GAIN else best
+    return best, candidates
+
+
+def _times(
+    first: Path, files: Sequence[Path], time: Callable[[Sequence[Path]], Sequence[Timing]]
+) -> list[Timing | None]:
+    """Return the time of each file against the first one; None for a file that the device refuses."""
+    try:
+        return list(time([first, *files])[1:])
+    except ExportError as error:
+        if len(files) == 1:
+            LOG.warning("not placed so: %s", error)
+            return [None]
+        return [timing for file in files for timing in _times(first, [file], time)]
 
 
 def _may_be_as_fast(summary: Mapping[str, float], fastest: float) -> bool:
@@ -251,7 +284,9 @@ def _changed(
     waiting = [(name, layers, build(pattern, floats ^ layers)) for name, layers in tried.items()]
     for start in range(0, len(waiting), TOGETHER):
         group = waiting[start : start + TOGETHER]
-        for (name, layers, _), timing in zip(group, screen([current, *(path for *_, path in group)])[1:], strict=True):
+        for (name, layers, _), timing in zip(group, _times(current, [path for *_, path in group], screen), strict=True):
+            if timing is None:
+                continue
             candidates[name] = _summary(timing)
             if timing.ratio_high < 1 - LEAST_GAIN:
                 gains.append((timing.ratio, layers))
