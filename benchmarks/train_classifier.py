@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from hirelc_deploy.compress.recovery import half_precision, laid_out
+from hirelc_deploy.compress.devices import half_precision, laid_out
 from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.load import load_data

@@ -15,7 +15,7 @@ from hirelc_deploy.compress import slicing
 from hirelc_deploy.config import SearchConfig
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate.cutting import cut
-from hirelc_deploy.evaluate.further import Recovered, lies_within
+from hirelc_deploy.evaluate.further import lies_within, recovered
 from hirelc_deploy.evaluate.pipeline import Pipeline
 from hirelc_deploy.plan import CompressionPlan
 
@@ -48,13 +48,13 @@ def test_what_a_recovered_plan_does_not_use_can_be_cut_from_it_and_nothing_chang
     for cut_away in ([], unused):
         weights["stages.1.0.conv2.weight"][:, cut_away] = 0
         trained.load_state_dict(weights)
-        base = Recovered.of(pipeline.uncut, large, weights)
+        base = recovered(pipeline.uncut, large, weights)
         with torch.no_grad():
             wanted = trained(images)
             apart = cut(base, small if len(cut_away) else large)(images) - wanted
         assert apart.abs().max() < 0.01 * wanted.std(), "but for norms, which are looked at in half precision"
     with pytest.raises(RuntimeError):
-        Recovered.of(pipeline.uncut, small, weights)
+        recovered(pipeline.uncut, small, weights)
 
 
 def test_a_plan_lies_within_another_where_no_unit_is_wider(pipeline: Pipeline) -> None:

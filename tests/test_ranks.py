@@ -21,7 +21,7 @@ from test_recovery import Noise, Pictures
 from torch import Tensor, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from hirelc_deploy.compress import recovery
+from hirelc_deploy.compress import devices, recovery
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.compress.recovery import Recovery, Teacher, fine_tune
 from hirelc_deploy.config import DataConfig, JobConfig, ModelConfig
@@ -124,7 +124,7 @@ def trained(recipe: Recovery, norm: bool, pictures: int = 64, **more: Any) -> tu
         patch.setattr(recovery._Training, "learn", noted)
         patch.setattr(recovery, "fine_tune", watched)
         patch.setattr(recovery, "norms_stand_still", lambda *_: False)
-        patch.setattr(recovery, "multiplies_bfloat16", lambda _: False)  # which would round sums to three digits
+        patch.setattr(devices, "multiplies_bfloat16", lambda _: False)  # which would round sums to three digits
         teacher = Teacher(network(norm), Pictures(pictures), 2, CPU)
         if ranks.number():
             recovery.assist(teacher)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hirelc_deploy.compress.devices import device_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import features_dim
 from hirelc_deploy.together import ranks
@@ -44,7 +45,8 @@ class FeatureMatch:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, reads: Mapping[str, NDArray[np.int64]]) -> None:
-        self._reads = {name: torch.from_numpy(index) for name, index in reads.items()}
+        self._device = device_of(teacher)
+        self._reads = {name: torch.from_numpy(index).to(self._device) for name, index in reads.items()}
         self._layers = {name: teacher.get_submodule(name) for name in reads}
         self._student: dict[str, Tensor] = {}
         self._teacher: dict[str, Tensor] = {}
@@ -86,7 +88,7 @@ class FeatureMatch:
             if name not in self.variances:
                 self.variances[name] = ranks.variance(theirs.float()) + 1e-6
             parts.append((ours - theirs).float().square().mean() / self.variances[name])
-        return torch.stack(parts).mean() if parts else torch.zeros(())
+        return torch.stack(parts).mean() if parts else torch.zeros((), device=self._device)
 
     def close(self) -> None:
         """Stop watching."""

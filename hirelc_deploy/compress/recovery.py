@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from hirelc_deploy.compress.devices import CPU, half_precision, laid_out
 from hirelc_deploy.compress.features import FeatureMatch
 from hirelc_deploy.compress.norms import NORM, norms_of
 from hirelc_deploy.compress.row_file import RowFile
@@ -35,7 +36,7 @@ from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.loader import Wanted, loaded
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks.classification import CLASSIFICATION
-from hirelc_deploy.tasks.contract import Targets, Task
+from hirelc_deploy.tasks.contract import Targets, Task, on_device
 from hirelc_deploy.time_left import TRAINING_STEP
 from hirelc_deploy.together import ranks
 
@@ -96,16 +97,18 @@ def compensate(
 
 @torch.no_grad()
 def _fold(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear, gram: Gram, gone: NDArray[np.int64]) -> None:
-    stay = np.setdiff1d(np.arange(len(gram.mean)), gone)
-    covariance = gram.second_moment - np.outer(gram.mean, gram.mean)
-    inner = covariance[np.ix_(stay, stay)]
-    inner = inner + np.eye(len(stay)) * (RIDGE * np.trace(inner) / len(stay) + 1e-12)
-    guess = np.linalg.solve(inner, covariance[np.ix_(stay, gone)]).T  # (gone, stay): gone features from the kept ones
     weight = layer.weight
-    lost = weight[:, gone]
-    constant = torch.from_numpy(gram.mean[gone] - guess @ gram.mean[stay]).to(weight)
-    weight[:, stay] += torch.einsum("og...,gs->os...", lost, torch.from_numpy(guess).to(weight))
-    weight[:, gone] = 0
+    stay = np.setdiff1d(np.arange(len(gram.mean)), gone)
+    here, there = (torch.from_numpy(places).to(weight.device) for places in (stay, gone))
+    mean = torch.from_numpy(gram.mean).to(weight.device)
+    covariance = torch.from_numpy(gram.second_moment).to(weight.device) - torch.outer(mean, mean)
+    inner, across = covariance[here][:, here], covariance[here][:, there]
+    inner.diagonal().add_(RIDGE * inner.trace() / len(stay) + 1e-12)
+    guess = torch.linalg.solve(inner, across).T  # (gone, stay): gone features from the kept ones
+    lost = weight[:, there]
+    constant = (mean[there] - guess @ mean[here]).to(weight)
+    weight[:, here] += torch.einsum("og...,gs->os...", lost, guess.to(weight))
+    weight[:, there] = 0
     if layer.bias is not None:
         layer.bias += torch.einsum("og...,g->o", lost, constant)
 
@@ -202,17 +205,6 @@ class Teacher:
             known = batch.targets
             targets = None if known is None else on_device(self.task.collate(known), self.device)
             yield batch.wanted, pictures, targets
-
-
-def on_device(targets: Targets, device: torch.device) -> Targets:
-    """Return targets with all their tensors on a device."""
-    if isinstance(targets, Tensor):
-        return targets.to(device)
-    if isinstance(targets, Mapping):
-        return {name: on_device(value, device) for name, value in targets.items()}
-    if isinstance(targets, list | tuple):
-        return [on_device(value, device) for value in targets]
-    return targets
 
 
 AfterEpoch = Callable[[int, nn.Module, bytes], None]
@@ -353,7 +345,7 @@ def fine_tune(
     if pause is not None:
         pause.keep(training.standing(max(first, last)))
     result = averaged or student
-    return laid_out(result, torch.device("cpu"), torch.contiguous_format).eval()
+    return laid_out(result, CPU, torch.contiguous_format).eval()
 
 
 def batches_of(teacher: Teacher, recovery: Recovery) -> tuple[int, int]:
@@ -534,25 +526,3 @@ def _average(averaged: nn.Module, student: nn.Module, decay: float) -> None:
             mean.lerp_(value, 1 - decay)
         else:
             mean.copy_(value)
-
-
-def laid_out(
-    model: nn.Module, device: torch.device, memory_format: torch.memory_format = torch.channels_last
-) -> nn.Module:
-    """Move a model to a device; convolutions run fastest with the channels last."""
-    for tensor in (*model.to(device).parameters(), *model.buffers()):
-        if tensor.ndim == 4:  # torch refuses this layout for weights of three dims
-            tensor.data = tensor.data.contiguous(memory_format=memory_format)
-    return model
-
-
-def half_precision(device: torch.device) -> torch.autocast:
-    """Return a bfloat16 region where the device multiplies bfloat16 in hardware, else one that changes nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether bfloat16 products are faster than float32 ones here."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hirelc_deploy.compress import norms, recovery, slicing
+from hirelc_deploy.compress.devices import at, device_of, half_precision, sent
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.evaluate.effort import SMALL_BATCH
 from hirelc_deploy.graph.answers import Answers, named, stacked
@@ -23,42 +24,40 @@ from hirelc_deploy.tasks.contract import Task
 FLOAT = "float"
 
 
-class Uncut(Protocol):
-    """What a cut is made of: an `UncutModel`, which computes it when asked, or a `Judge`, which has it."""
+@dataclass(frozen=True)
+class Cuttable:
+    """What a cut is made of. Models and images are on one device, and so is what is cut.
 
-    @property
-    def model(self) -> nn.Module:
-        """The uncut model."""
+    Attributes:
+        model: The uncut model.
+        graph: Its blocks, units and layers.
+        scores: Unit name to the importance of each of its elements.
+        grams: Reader layer name to the moments of its input features.
+        restated: The uncut model with batch-norm statistics from `norm_batches`.
+        norm_batches: Images for batch-norm statistics, preprocessed.
+    """
 
-    @property
-    def graph(self) -> ModelGraph:
-        """Its blocks, units and layers."""
+    model: nn.Module
+    graph: ModelGraph
+    scores: Mapping[str, NDArray[np.float64]]
+    grams: Mapping[str, Gram]
+    restated: nn.Module
+    norm_batches: Sequence[Tensor]
 
-    @property
-    def scores(self) -> Mapping[str, NDArray[np.float64]]:
-        """Unit name to the importance of each of its elements."""
-
-    @property
-    def grams(self) -> Mapping[str, Gram]:
-        """Reader layer name to the moments of its input features."""
-
-    @property
-    def restated(self) -> nn.Module:
-        """The uncut model with batch-norm statistics from `norm_batches`."""
-
-    @property
-    def norm_batches(self) -> Sequence[Tensor]:
-        """Images for batch-norm statistics, preprocessed."""
+    def at(self, device: torch.device) -> Cuttable:
+        """Return the same on another device."""
+        model, restated = at(self.model, device), at(self.restated, device)
+        return replace(self, model=model, restated=restated, norm_batches=list(sent(self.norm_batches, device)))
 
 
-def cut(uncut: Uncut, plan: CompressionPlan) -> nn.Module:
+def cut(uncut: Cuttable, plan: CompressionPlan) -> nn.Module:
     """Return the sliced model, compensated, with batch-norm statistics of its own; not trained."""
     slicing.check_plan(uncut.graph, plan)
     if all(plan.keep.get(unit.name, unit.size) == unit.size for unit in uncut.graph.units):
         return slicing.slice_model(uncut.model, uncut.graph, {})
     kept = slicing.keep_indices(uncut.graph, plan, uncut.scores)
     model = slicing.slice_model(recovery.compensate(uncut.model, uncut.graph, kept, uncut.grams), uncut.graph, kept)
-    with recovery.half_precision(torch.device("cpu")):
+    with half_precision(device_of(model)):
         norms.correct_norms(model, slicing.slice_model(uncut.restated, uncut.graph, kept), uncut.norm_batches)
     return model
 
@@ -101,14 +100,15 @@ def divergence_by_batch(task: Task, wanted: Answers, found: Answers) -> Iterator
 
 def forward(model: nn.Module, pictures: Tensor) -> Answers:
     """Return the float32 answers to (n, channels, height, width) pictures, in batches."""
+    batches = sent(pictures.split(SMALL_BATCH), device_of(model))
     with torch.no_grad():
-        parts = [named(model(batch)) for batch in pictures.split(SMALL_BATCH)]
-    return {name: torch.from_numpy(stacked([part[name].float().numpy() for part in parts])) for name in parts[0]}
+        parts = [{name: values.float().cpu() for name, values in named(model(batch)).items()} for batch in batches]
+    return {name: torch.from_numpy(stacked([part[name].numpy() for part in parts])) for name in parts[0]}
 
 
 def forward_half(model: nn.Module, pictures: Tensor) -> Answers:
     """Return the same, computed in half precision where that is faster here."""
-    with recovery.half_precision(torch.device("cpu")):
+    with half_precision(device_of(model)):
         return forward(model, pictures)
 
 

@@ -8,16 +8,17 @@ nats, 0.0599 and 0.0689. From a plan that takes twice as long nothing is gained:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import norms, recovery, slicing
+from hirelc_deploy.compress import norms, slicing
+from hirelc_deploy.compress.devices import CPU, at, half_precision, sent
 from hirelc_deploy.compress.features import kept_inputs
+from hirelc_deploy.evaluate.cutting import Cuttable
 from hirelc_deploy.evaluate.effort import BATCH
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -26,32 +27,22 @@ from hirelc_deploy.inputs.data.batches import batches
 from hirelc_deploy.plan import CompressionPlan
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """A recovered plan in the sizes of the uncut model, as `cutting.Uncut` wants it; what was cut is zero.
+def recovered(uncut: UncutModel, plan: CompressionPlan, weights: Mapping[str, Tensor]) -> Cuttable:
+    """Return a plan with its recovered weights in the sizes of the uncut model; what was cut is zero.
 
     Only plans within it mean anything.
+
+    Raises:
+        RuntimeError: The weights are not of this plan.
     """
-
-    model: nn.Module
-    graph: ModelGraph
-    scores: Mapping[str, NDArray[np.float64]]
-    grams: Mapping[str, Gram]
-    restated: nn.Module
-    norm_batches: Sequence[Tensor]
-
-    @classmethod
-    def of(cls, uncut: UncutModel, plan: CompressionPlan, weights: Mapping[str, Tensor]) -> Recovered:
-        """Return a plan with its recovered weights; raises RuntimeError where they are not of this plan."""
-        graph, kept = uncut.graph, slicing.keep_indices(uncut.graph, plan, uncut.scores)
-        small = slicing.slice_model(uncut.model, graph, kept)
-        small.load_state_dict(dict(weights))
-        small.eval()
-        again = copy.deepcopy(small)
-        with recovery.half_precision(torch.device("cpu")):
-            norms.reestimate_norms(again, uncut.norm_batches)
-        full = (_grown(uncut.model, graph, kept, one) for one in (small, again))
-        return cls(next(full), graph, uncut.scores, _grams(uncut, kept, small), next(full), uncut.norm_batches)
+    graph, kept = uncut.graph, slicing.keep_indices(uncut.graph, plan, uncut.scores)
+    small = slicing.slice_model(uncut.model, graph, kept)
+    small.load_state_dict(dict(weights))
+    again = at(copy.deepcopy(small.eval()), uncut.device)
+    with half_precision(uncut.device):
+        norms.reestimate_norms(again, uncut.norm_batches)
+    model, restated = (at(_grown(uncut.model, graph, kept, at(one, CPU)), uncut.device) for one in (small, again))
+    return Cuttable(model, graph, uncut.scores, _grams(uncut, kept, small), restated, uncut.norm_batches)
 
 
 def lies_within(graph: ModelGraph, small: CompressionPlan, large: CompressionPlan) -> bool:
@@ -88,10 +79,10 @@ def _grams(uncut: UncutModel, kept: slicing.Kept, small: nn.Module) -> dict[str,
         replace(unit, readers=tuple(reader for reader in unit.readers if reader.layer in there))
         for unit in uncut.graph.units
     )
-    images = batches(uncut.sensitivity_split, BATCH, uncut.effort.sensitivity_images)
+    images = sent(batches(uncut.sensitivity_split, BATCH, uncut.effort.sensitivity_images), uncut.device)
     found = {}
     places = kept_inputs(uncut.graph, kept)
-    for name, gram in input_grams(small, replace(uncut.graph, units=tuple(units)), images).items():
+    for name, gram in input_grams(at(small, uncut.device), replace(uncut.graph, units=tuple(units)), images).items():
         features = len(uncut.grams[name].mean)
         mean, moment = np.zeros(features), np.zeros((features, features))
         mean[places[name]], moment[np.ix_(places[name], places[name])] = gram.mean, gram.second_moment

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import SliceError
 from hirelc_deploy.evaluate.clock import clocked
-from hirelc_deploy.evaluate.cutting import cut, forward_half, round_as_asked
+from hirelc_deploy.evaluate.cutting import Cuttable, cut, forward_half, round_as_asked
 from hirelc_deploy.evaluate.selection import Shown, judged
 from hirelc_deploy.graph.costs import cost_of
-from hirelc_deploy.graph.model_graph import ModelGraph
-from hirelc_deploy.graph.sensitivity import Gram
 from hirelc_deploy.outcome import Failed, Measured, Outcome, outcome_to_dict
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.tasks.contract import Task
@@ -35,12 +30,7 @@ class Judge:
         roundings: What the integer file rounds for the sake of each block; none where all is judged in float.
     """
 
-    model: nn.Module
-    graph: ModelGraph
-    scores: Mapping[str, NDArray[np.float64]]
-    grams: Mapping[str, Gram]
-    restated: nn.Module
-    norm_batches: Sequence[Tensor]
+    uncut: Cuttable
     task: Task
     shown: Iterable[Shown]
     roundings: Sequence[qat.Rounding] = ()
@@ -55,8 +45,8 @@ class Judge:
         seconds: dict[str, float] = {}
         try:
             with clocked(seconds, "slice"):
-                model = cut(self, plan)
-                cost = cost_of(self.model, self.graph, plan.keep)
+                model = cut(self.uncut, plan)
+                cost = cost_of(self.uncut.model, self.uncut.graph, plan.keep)
         except SliceError as error:
             return Failed(plan.digest, "F1", "slice", str(error), seconds)
         with clocked(seconds, "judge"):

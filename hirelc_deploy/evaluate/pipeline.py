@@ -14,11 +14,12 @@ from pathlib import Path
 
 from torch import nn
 
+from hirelc_deploy.compress.devices import CPU
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError, SliceError
 from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.clock import clocked
-from hirelc_deploy.evaluate.cutting import FLOAT, cut
+from hirelc_deploy.evaluate.cutting import FLOAT
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
 from hirelc_deploy.evaluate.judge import Judge
@@ -162,17 +163,10 @@ class Pipeline:
     def judge(self) -> Judge:
         """What judges cut models before any training (F1)."""
         uncut = self.uncut
-        return Judge(
-            self.model,
-            self.graph,
-            uncut.scores,
-            uncut.grams,
-            uncut.restated,
-            uncut.norm_batches,
-            self.task,
-            First(uncut.selection, uncut.judged_images),
-            tuple(self.roundings.values()),
-        )
+        # Copies of a process that has used a GPU cannot; who judges must make no difference.
+        cuttable = uncut.cuttable if self.jobs < 2 else uncut.cuttable.at(CPU)
+        shown = First(uncut.selection, uncut.judged_images)
+        return Judge(cuttable, self.task, shown, tuple(self.roundings.values()))
 
     @cached_property
     def roundings(self) -> dict[str, qat.Rounding]:
@@ -235,7 +229,7 @@ class Pipeline:
 
     def cut(self, plan: CompressionPlan) -> nn.Module:
         """Return the sliced model, compensated, with batch-norm statistics of its own; not trained."""
-        return cut(self.uncut, plan)
+        return self.uncut.cut(plan)
 
     def cost(self, plan: CompressionPlan) -> Cost:
         """Return the parameters and multiply-accumulates that a plan leaves, counted without building it."""

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from hirelc_deploy.compress import recovery, slicing
+from hirelc_deploy.compress.devices import CPU, at
 from hirelc_deploy.compress.features import kept_inputs
 from hirelc_deploy.compress.integer import qat
 from hirelc_deploy.errors import ExportError
 from hirelc_deploy.evaluate.cutting import cut, forward_half, round_as_asked
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.files import Files
-from hirelc_deploy.evaluate.further import Recovered, lies_within
+from hirelc_deploy.evaluate.further import lies_within, recovered
 from hirelc_deploy.evaluate.selection import loss_of
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.outcome import Measured
@@ -28,7 +29,6 @@ from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import TRIAL_LOSS, write_atomic
 from hirelc_deploy.time_left import CUT, TRAINING_STEP
-from hirelc_deploy.together import ranks
 
 REHEARSED, LONG = 4, 10
 """Steps of a rehearsal, and how many times as many a recovery has that is worth one."""
@@ -77,8 +77,8 @@ class Training:
             model.eval()
         share = 1.0
         if (large := self._around(plan)) is not None:
-            base = Recovered.of(self._uncut, large, load_file(str(self.files.weights_of(large))))
-            model, share = cut(base, plan), self.further
+            base = recovered(self._uncut, large, load_file(str(self.files.weights_of(large))))
+            model, share = at(cut(base, plan), CPU), self.further
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores) if self.effort.recovery else {}
         return self.trained(model, plan, kept_inputs(self._uncut.graph, kept), until, share)
 
@@ -173,7 +173,7 @@ class Training:
 
         def measure() -> float:
             with self.progress.left.step(CUT):
-                model = cut(self._uncut, plan)
+                model = self._uncut.cut(plan)
             return self._judged(self.recovered(model, plan, share), plan)
 
         epochs = self.effort.recovery.epochs if self.effort.recovery else 0.0
@@ -190,7 +190,9 @@ class Training:
         On the whole split: 128 images of it have put two plans in the wrong order by a factor of three.
         """
         round_as_asked(model, self.roundings(), plan)
-        return loss_of(self._uncut.task, self._uncut.selection.shown(), partial(forward_half, model))
+        return loss_of(
+            self._uncut.task, self._uncut.selection.shown(), partial(forward_half, at(model, self._uncut.device))
+        )
 
     def loss_after(self, plan: CompressionPlan, epochs: float) -> float:
         """Return what a cut model loses on the selection split after a recovery of so many epochs; journaled."""
@@ -241,7 +243,7 @@ class Training:
         """Return a cut model after so many epochs of its recovery."""
         brief = replace(self.effort.recovery or recovery.Recovery(), epochs=epochs)
         with self.progress.left.step(CUT):
-            model = cut(self._uncut, plan)
+            model = self._uncut.cut(plan)
         kept = slicing.keep_indices(self._uncut.graph, plan, self._uncut.scores)
         reads = kept_inputs(self._uncut.graph, kept)
         return recovery.fine_tune(
@@ -259,7 +261,7 @@ class Training:
 def teacher_of(uncut: UncutModel, effort: Effort, folder: Path | None = None) -> recovery.Teacher:
     """Return an uncut model as a teacher on its training split, where this process computes."""
     views = effort.recovery.views if effort.recovery else 1
-    return recovery.Teacher(uncut.model, uncut.sensitivity_split, views, ranks.device(), uncut.task, folder)
+    return recovery.Teacher(uncut.model, uncut.sensitivity_split, views, uncut.device, uncut.task, folder)
 
 
 def weights_of_model(model: nn.Module) -> bytes:

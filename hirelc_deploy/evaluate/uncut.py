@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import norms, recovery
+from hirelc_deploy.compress import norms
 from hirelc_deploy.compress.branches import proven
+from hirelc_deploy.compress.devices import CPU, at, half_precision, sent
 from hirelc_deploy.compress.onnx_file.whole import graph_of
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate import effort as sizes
-from hirelc_deploy.evaluate.cutting import arrays, forward
+from hirelc_deploy.evaluate.cutting import Cuttable, arrays, cut, forward
 from hirelc_deploy.evaluate.effort import ANSWER_BYTES, BATCH, GRADIENT_VALUES, LEAST_BATCH, SMALL_BATCH, Effort
 from hirelc_deploy.evaluate.selection import Selection
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -28,9 +29,12 @@ from hirelc_deploy.inputs.data.batches import batches, two_images
 from hirelc_deploy.inputs.data.images import Images
 from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
+from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.tasks import guessing
-from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.contract import Task, on_device
+from hirelc_deploy.together import ranks
+from hirelc_deploy.user_code import first_line
 
 
 def proven_graph(
@@ -89,6 +93,25 @@ class UncutModel:
         return two_images(self.data)
 
     @cached_property
+    def device(self) -> torch.device:
+        """Where models compute: this process's GPU, or the CPU where there is none or the model does not run on it."""
+        found = ranks.device()
+        if found == CPU or isinstance(self.model, FileNetwork):
+            return CPU
+        try:
+            with torch.no_grad():
+                at(self.model, found)(self.example.to(found))
+        except (RuntimeError, TypeError) as error:  # torch's answer to tensors of two devices, and numpy's to a GPU's
+            self.progress.say(f"the model does not run on {found} ({first_line(error)}); the CPU does all.")
+            return CPU
+        return found
+
+    @cached_property
+    def there(self) -> nn.Module:
+        """The model where models compute; the same one where that is the CPU."""
+        return at(self.model, self.device)
+
+    @cached_property
     def graph(self) -> ModelGraph:
         """Blocks, units and layers of the uncut model; see `proven_graph`."""
         return proven_graph(self.model, self.data)
@@ -105,19 +128,19 @@ class UncutModel:
             if not split.labelled:
                 return lambda answers: task.surprise(answers, generator)
             rows = np.arange(start, min(start + size, len(split), self.effort.sensitivity_images))
-            targets = task.collate(split.targets(rows))
+            targets = on_device(task.collate(split.targets(rows)), self.device)
             return lambda answers: task.loss(answers, targets)
 
         with self.progress.stage("importance"):
-            parts = enumerate(batches(split, size, self.effort.sensitivity_images))
-            return importance(self.model, self.graph, ((part, losses(index * size)) for index, part in parts))
+            parts = enumerate(sent(batches(split, size, self.effort.sensitivity_images), self.device))
+            return importance(self.there, self.graph, ((part, losses(index * size)) for index, part in parts))
 
     @cached_property
     def grams(self) -> dict[str, Gram]:
         """Reader layer name to the moments of its input features."""
         with self.progress.stage("input moments"):
-            images = batches(self.sensitivity_split, BATCH, self.effort.sensitivity_images)
-            return input_grams(self.model, self.graph, images)
+            images = sent(batches(self.sensitivity_split, BATCH, self.effort.sensitivity_images), self.device)
+            return input_grams(self.there, self.graph, images)
 
     @cached_property
     def sensitivity_split(self) -> Images:
@@ -127,15 +150,24 @@ class UncutModel:
     @cached_property
     def norm_batches(self) -> list[Tensor]:
         """Training images for batch-norm statistics, preprocessed once."""
-        return list(batches(self.sensitivity_split, BATCH, self.effort.norm_images))
+        return list(sent(batches(self.sensitivity_split, BATCH, self.effort.norm_images), self.device))
 
     @cached_property
     def restated(self) -> nn.Module:
         """The uncut model with batch-norm statistics from `norm_batches`: what a cut model's are compared with."""
-        model = copy.deepcopy(self.model)
-        with recovery.half_precision(torch.device("cpu")):
+        model = copy.deepcopy(self.there)
+        with half_precision(self.device):
             norms.reestimate_norms(model, self.norm_batches)
         return model
+
+    @cached_property
+    def cuttable(self) -> Cuttable:
+        """What plans are cut of, where this process computes."""
+        return Cuttable(self.there, self.graph, self.scores, self.grams, self.restated, self.norm_batches)
+
+    def cut(self, plan: CompressionPlan) -> nn.Module:
+        """Return the sliced model, compensated, with batch-norm statistics of its own, on the CPU; not trained."""
+        return at(cut(self.cuttable, plan), CPU)
 
     def calibration_batches(self) -> Iterable[Tensor]:
         """Return all calibration images: preprocessed once where they are few, else batch by batch each time."""
@@ -153,7 +185,7 @@ class UncutModel:
     @cached_property
     def selection(self) -> Selection:
         """The selection images, with what the uncut model answers to them."""
-        return Selection(self.data.selection, self.task, partial(forward, self.model), self.progress, self._folder)
+        return Selection(self.data.selection, self.task, partial(forward, self.there), self.progress, self._folder)
 
     @cached_property
     def doubt(self) -> str | None:

@@ -158,7 +158,8 @@ def _image_after_image(model: nn.Module, names: Sequence[str], images: Tensor) -
 
     alike = images[:1].expand(3, *images.shape[1:]).clone()
     other = alike.clone()
-    other[1] = other[1].flip(-1, -2) * 0.5 + torch.randn(other.shape[1:], generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(other.shape[1:], generator=torch.Generator().manual_seed(0))
+    other[1] = other[1].flip(-1, -2) * 0.5 + noise.to(other)
     with _observed(model, names, observe), torch.no_grad():
         model(alike)
         model(other)

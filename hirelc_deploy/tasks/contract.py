@@ -130,3 +130,14 @@ TaskFactory = Callable[[tuple[str, ...], Mapping[str, Any]], Task]
 
 `input_size` ([channels, height, width] of the model's input) is always among the options.
 """
+
+
+def on_device(targets: Targets, device: torch.device) -> Targets:
+    """Return targets with all their tensors on a device."""
+    if isinstance(targets, Tensor):
+        return targets.to(device)
+    if isinstance(targets, Mapping):
+        return {name: on_device(value, device) for name, value in targets.items()}
+    if isinstance(targets, list | tuple):
+        return [on_device(value, device) for value in targets]
+    return targets

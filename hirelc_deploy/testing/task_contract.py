@@ -35,8 +35,9 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.answers import Answers
-from hirelc_deploy.tasks.contract import Task
+from hirelc_deploy.tasks.contract import Task, on_device
 from hirelc_deploy.tasks.paired import resamples_of
+from hirelc_deploy.testing.other_device import OTHER, other_device
 
 IMAGES = 6
 STEPS = 30
@@ -183,6 +184,20 @@ class TaskContract:
         """A search that is resumed finds the same importance."""
         first, second = (task.surprise(self.answers(IMAGES, 1), torch.Generator().manual_seed(3)) for _ in range(2))
         assert torch.equal(first, second)
+
+    def test_it_computes_where_the_answers_are(self, task: Task) -> None:
+        """On a GPU, where it may mix nothing of the CPU in."""
+        targets, wanted, found = task.collate(self.targets(IMAGES, 1)), self.answers(IMAGES, 1), self.answers(IMAGES, 2)
+
+        def computed(wanted: Answers, found: Answers, targets: Any) -> list[Tensor]:
+            drawn = torch.Generator().manual_seed(0)
+            return [task.divergence(wanted, found), task.surprise(found, drawn), task.loss(found, targets)]
+
+        here = computed(wanted, found, targets)
+        with other_device():
+            theirs, ours = ({name: value.to(OTHER) for name, value in each.items()} for each in (wanted, found))
+            back = [value.cpu() for value in computed(theirs, ours, on_device(targets, OTHER))]
+        assert all(map(close, back, here))
 
     def test_the_loss_falls_when_answers_follow_its_gradient(self, task: Task) -> None:
         """One finite number an image."""
