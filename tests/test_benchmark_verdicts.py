@@ -18,7 +18,7 @@ from products import bound, fastest, largest_others, share_of_products
 def row(**changes):
     return {
         **{"file": "a.onnx", "runtime_own": False, "integer_ops": 9, "float_ops": 0, "bit_exact": False},
-        **{"largest_difference": 0.001, "largest_output": 0.2, **changes},
+        **{"runtime": "onnxruntime", "largest_difference": 0.001, "largest_output": 0.2, **changes},
     }
 
 
@@ -32,6 +32,14 @@ def test_an_integer_file_of_ours_must_answer_alike_to_the_bit_and_the_runtimes_o
 def test_a_float_file_may_differ_in_its_last_bits_only():
     assert not arm_apply.agrees(row(integer_ops=0, float_ops=9))
     assert arm_apply.agrees(row(integer_ops=0, float_ops=9, largest_difference=1e-6))
+
+
+def test_openvinos_own_forms_may_differ_by_a_few_steps():
+    openvino = {"runtime": "openvino", "float_as": None}
+    assert arm_apply.agrees(row(**openvino))
+    assert not arm_apply.agrees(row(**openvino, largest_difference=0.1))
+    assert not arm_apply.agrees(row(**openvino, integer_ops=0))
+    assert arm_apply.agrees(row(**openvino | {"float_as": "f16"}, integer_ops=0))
 
 
 def operators(**microseconds):

@@ -44,7 +44,7 @@ def test_what_a_recovered_plan_does_not_use_can_be_cut_from_it_and_nothing_chang
     unused = np.flatnonzero(~np.isin(kept["stages.1.0.conv1"], fewer["stages.1.0.conv1"]))
     assert len(unused) == 8
     trained = slicing.slice_model(pipeline.model, pipeline.graph, kept).eval()
-    images, _ = pipeline.uncut.selection
+    images = torch.cat([part.pictures for part in pipeline.uncut.selection.shown()])
     for cut_away in ([], unused):
         weights["stages.1.0.conv2.weight"][:, cut_away] = 0
         trained.load_state_dict(weights)
