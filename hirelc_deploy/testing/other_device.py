@@ -47,7 +47,7 @@ class Elsewhere(Tensor):
 @contextmanager
 def other_device() -> Iterator[None]:
     """Return a region in which the device is there: `tensor.to(OTHER)` moves to it, `tensor.cpu()` back."""
-    with _FromNumbers(), _Computed():
+    with _FromNumbers(), _Computed():  # type: ignore[no-untyped-call]  # torch's
         yield
 
 
@@ -68,6 +68,10 @@ class _FromNumbers(TorchFunctionMode):
             return function(_here(own), *rest, **{**given, "device": "cpu"}).to(given.get("device", own.device))
         if function in (torch.tensor, torch.as_tensor) and torch.device(given.get("device") or "cpu") == OTHER:
             return function(*args, **{**given, "device": "cpu"}).to(OTHER)
+        if function in (Tensor.__getitem__, Tensor.__setitem__):
+            own, places, *rest = args
+            each = places if isinstance(places, tuple) else (places,)
+            args = own, tuple(torch.tensor(one) if isinstance(one, list) else one for one in each), *rest
         return function(*args, **given)
 
 
@@ -75,6 +79,10 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute an operator where its operands are; raise RuntimeError where they are on both devices."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [value for value in given if isinstance(value, Elsewhere)]
+    if any(value.device == OTHER for value in given if not isinstance(value, Elsewhere)):
+        raise NotImplementedError(
+            f"{function}: an operand was made where no operator is seen, and its numbers are lost"
+        )
     target = kwargs.get("device")
     name = function._schema.name + "."
     moves = name.startswith(("aten::_to_copy.", "aten::copy_."))
