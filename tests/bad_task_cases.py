@@ -949,6 +949,21 @@ FILES = [
         table(header="path,angle", row=lambda k: f"images/{k:02}.png,{'nan' if k == 17 else k}"),
     ),
     case("CSV file is missing", apply(data="csv:gone.csv"), ("gone.csv", "no such file")),
+    case("webdataset folder that is none", apply(data="webdataset:gone"), ("gone", "no such folder")),
+    case(
+        "webdataset shard that is compressed",
+        apply(data="webdataset:empty"),
+        ("train.tar.gz", "compressed", "unpack"),
+        lambda f: (f / "empty").mkdir(),
+        text("empty/train.tar.gz", "x"),
+    ),
+    case(
+        "webdataset shard that is none",
+        apply(data="webdataset:empty"),
+        ("train.tar", "not readable as a tar file"),
+        lambda f: (f / "empty").mkdir(),
+        text("empty/train.tar", "x" * 1000),
+    ),
     case("hfdata folder that is none", apply(data="hfdata:gone"), ("gone", "no such folder")),
     case(
         "hfdata folder without data",

@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import struct
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from hirelc_deploy.deliver.verify import VerifyResult, verify
 from hirelc_deploy.errors import HirelcError, InputError
 from hirelc_deploy.inputs.data.archives import read_arrays
 from hirelc_deploy.inputs.data.npz import read_npz
+from hirelc_deploy.inputs.data.shards import indexed
 from hirelc_deploy.inputs.data.splits import SplitSizes
 from hirelc_deploy.inputs.models.weights import read_state_dict
 from hirelc_deploy.measure.targets import read_targets
@@ -201,6 +203,7 @@ def test_what_nobody_changed_is_read(tmp_path: Path) -> None:
     assert [one.fidelity for one in Run.read(folder).trials] == ["F2", "F2"]
     weights, _ = read_state_dict(written(tmp_path, "weights.safetensors", WEIGHTS))
     assert weights["fc.weight"].sum() == 12
+    assert indexed([written(tmp_path, "train.tar", shard(tarfile.GNU_FORMAT))]).labels.tolist() == [7, 0]
     assert len(read_npz(written(tmp_path, "data.npz", SPLITS), SplitSizes(8, 1), 0).selection) == 1
 
 
@@ -269,6 +272,39 @@ HEADERS = st.sampled_from(
 def test_npz(content: bytes, tmp_path: Path) -> None:
     path = written(tmp_path, "data.npz", content)
     says_where(path, lambda: read_npz(path, SplitSizes(8, 1), 0))
+
+
+def shard(form: int) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=form) as archived:
+        for name, text in (
+            ("a/1.jpg", b"x" * 600),
+            ("a/1.cls", b"7"),
+            ("b" * 300 + ".png", b"y"),
+            ("b" * 300 + ".cls", b"0"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archived.addfile(member, io.BytesIO(text))
+    return content.getvalue()
+
+
+@st.composite
+def shards(draw: st.DrawFn) -> bytes:
+    """A damaged tar file, at times with the sums of its headers made right again."""
+    content = bytearray(draw(damaged(shard(draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))))))
+    for start in range(0, len(content) - 511, 512) if draw(st.booleans()) else ():
+        if content[start + 257 : start + 262] == b"ustar":
+            content[start + 148 : start + 156] = b" " * 8
+            content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    return bytes(content)
+
+
+@fuzz()
+@given(content=shards())
+def test_shard(content: bytes, tmp_path: Path) -> None:
+    path = written(tmp_path, "train.tar", content)
+    says_where(path, lambda: indexed([path]))
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ DataSpec = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="npz:, imagefolder:, coco:, yolo:, voc:, masks:, csv: or hfdata:PATH, FILE.py:factory, torch/cifar10, "
-        "synthetic:N. An ONNX file can do without: structure and speed, no accuracy.",
+        help="npz:, imagefolder:, webdataset:, coco:, yolo:, voc:, masks:, csv: or hfdata:PATH, FILE.py:factory, "
+        "torch/cifar10, synthetic:N. An ONNX file can do without: structure and speed, no accuracy.",
         show_default=False,
     ),
 ]

@@ -29,7 +29,7 @@ class Canvases:
     """
 
     def __init__(self, pictures: Sequence[Picture], preprocess: Preprocess) -> None:
-        self._pictures, self._preprocess = list(pictures), preprocess
+        self._pictures, self._preprocess = pictures, preprocess
         self._kept: dict[tuple[int, bool], Tensor] = {}
         self._kept_bytes = 0
         _all.add(self)

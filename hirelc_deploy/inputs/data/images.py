@@ -187,7 +187,7 @@ class FolderImages:
         flips: bool = True,
     ) -> None:
         """Take pictures and (n,) labels, or other targets."""
-        self._files, self._labels, self._targets = list(files), labels, targets
+        self._files, self._labels, self._targets = files, labels, targets
         self._preprocess, self._seed, self._flips = preprocess, seed, flips
         self.canvases = Canvases(self._files, preprocess)
 

@@ -20,11 +20,12 @@ from hirelc_deploy.inputs.data.npz import read_npz
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes
 from hirelc_deploy.inputs.data.synthetic import synthetic
 from hirelc_deploy.inputs.data.voc import read_voc
+from hirelc_deploy.inputs.data.webdataset import read_webdataset
 from hirelc_deploy.inputs.data.yolo import read_yolo
 
 SUPPORTED = (
-    "npz:FILE, imagefolder:DIR, coco:FILE.json, yolo:DIR, voc:DIR, masks:DIR, csv:FILE, hfdata:DIR, FILE.py:FACTORY, "
-    "torch/cifar10 with --data-dir, synthetic:N, pixels:N, demo"
+    "npz:FILE, imagefolder:DIR, webdataset:DIR, coco:FILE.json, yolo:DIR, voc:DIR, masks:DIR, csv:FILE, hfdata:DIR, "
+    "FILE.py:FACTORY, torch/cifar10 with --data-dir, synthetic:N, pixels:N, demo"
 )
 NO_DATA = "pixels:64"
 """What stands in where nobody gives data: ranges of 64 pictures are no longer doubtful, and they take little time."""
@@ -33,6 +34,7 @@ Reader = Callable[[Path, SplitSizes, int, Mapping[str, str], Path | None], Data]
 READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     "npz": (lambda path, sizes, seed, _, __: read_npz(path, sizes, seed), ()),
     "imagefolder": (lambda path, sizes, seed, _, __: read_image_folder(path, sizes, seed), ()),
+    "webdataset": (lambda path, sizes, seed, options, _: read_webdataset(path, sizes, seed, options), ("classes",)),
     "coco": (lambda path, sizes, seed, options, folder: read_coco(path, folder, sizes, seed, options), ("kind",)),
     "yolo": (lambda path, sizes, seed, options, _: read_yolo(path, sizes, seed, options), ("classes",)),
     "voc": (lambda path, sizes, seed, options, _: read_voc(path, sizes, seed, options), ("classes",)),
@@ -73,11 +75,11 @@ def load_data(
     The images come in their own size, scaled to [0, 1]; `Data.preprocessed` adapts them to a model.
 
     Args:
-        spec: `npz:FILE`, `imagefolder:DIR`, `coco:FILE.json` or `coco:DIR`, `yolo:DIR` or `yolo:data.yaml`, `voc:DIR`,
-            `masks:DIR`, `csv:FILE`, `hfdata:DIR`, `FILE.py:FACTORY` (returns data sets of Python), `torch/cifar10`,
-            `synthetic:N` (N random inputs in each split), `pixels:N` (N random pictures), or `demo`. From `coco` to
-            `hfdata`, options may follow, each after a comma, as in `masks:camvid,void=11`; the reader of a format says
-            which there are.
+        spec: `npz:FILE`, `imagefolder:DIR`, `webdataset:DIR`, `coco:FILE.json` or `coco:DIR`, `yolo:DIR` or
+            `yolo:data.yaml`, `voc:DIR`, `masks:DIR`, `csv:FILE`, `hfdata:DIR`, `FILE.py:FACTORY` (returns data sets of
+            Python), `torch/cifar10`, `synthetic:N` (N random inputs in each split), `pixels:N` (N random pictures), or
+            `demo`. From `webdataset` to `hfdata`, options may follow, each after a comma, as in `masks:camvid,void=11`;
+            the reader of a format says which there are.
         data_dir: Where `torch/cifar10` lies: the folder with cifar-10-batches-py (or -bin) in it, or that folder; and
             where the pictures of a COCO file are.
         seed: Of the random crops and flips, and of synthetic inputs.

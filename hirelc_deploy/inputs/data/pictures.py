@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hirelc_deploy.errors import InputError
+from hirelc_deploy.inputs.data.tar_member import Member
 
 NO_PICTURES = {".bufr", ".eps", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".ps", ".emf", ".wmf"}
 """Pillow names these, but reads them not at all, or only with other programs beside it."""
@@ -23,6 +25,9 @@ JUNK = {
     "thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
 }  # fmt: skip
 """What file managers and archives put into folders of pictures, beside hidden files and folders. Nobody misses it."""
+
+MOST_KINDS = 12
+"""Suffixes that a sentence names: a stranger's archive may have any number of them."""
 
 DEEP_FORMATS = {"PNG", "PPM"}
 """Formats whose whole numbers (mode I) are of 16 bits."""
@@ -88,7 +93,7 @@ class Look(NamedTuple):
     """Its pixels have 16 bits."""
 
 
-Picture = Path | Embedded | Region
+Picture = Path | Embedded | Member | Region
 _Name = TypeVar("_Name", bound=Hashable)
 
 
@@ -194,14 +199,21 @@ def left_out(folders: Sequence[Path], labels: Sequence[str] = ()) -> tuple[str, 
     """
     suffixes = picture_suffixes()
     others = Counter(
-        file.suffix.lower() or "without a suffix"
+        file.suffix.lower()
         for folder in folders
         for file in files_in(folder)
         if file.suffix.lower() not in suffixes and file.suffix.lower() not in labels
     )
+    return no_pictures(others)
+
+
+def no_pictures(others: Mapping[str, int]) -> tuple[str, ...]:
+    """Return one sentence on files that were left out, from their suffixes to how many there are; none without any."""
     if not others:
         return ()
-    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+    most = Counter(others).most_common(MOST_KINDS)
+    kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in most)
+    kinds += ", and others" if len(others) > len(most) else ""
     return (f"{sum(others.values())} files are left out, as Pillow reads no pictures by these names: {kinds}",)
 
 
@@ -264,10 +276,13 @@ def _cannot_look(error: OSError) -> None:
     raise InputError(f"{error.filename}: this folder cannot be read ({error.strerror}); allow it, or remove it.")
 
 
-def _opened(picture: Picture) -> Image.Image:
-    if isinstance(picture, Embedded):
-        return Image.open(picture.open())
-    return Image.open(picture.file if isinstance(picture, Region) else picture)
+@contextlib.contextmanager
+def _opened(picture: Picture) -> Iterator[Image.Image]:
+    with contextlib.ExitStack() as opened:
+        source: Any = picture.file if isinstance(picture, Region) else picture
+        if isinstance(picture, Embedded | Member):
+            source = opened.enter_context(picture.open())  # Pillow closes only what it opened itself
+        yield opened.enter_context(Image.open(source))
 
 
 def _is_deep(image: Image.Image, kind: str | None) -> bool:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.inputs.data.pictures import Picture
+from hirelc_deploy.inputs.data.tar_member import Member
 
 _Item = TypeVar("_Item")
+END_BYTES = 64  # different pictures of one size rarely end alike, as their compressed pixels are there
 
 
 def repeated_files(splits: Mapping[str, Sequence[Picture]]) -> tuple[str, ...]:
-    """Compare files; only those that have the size of another one are read."""
-    files = {split: [file for file in found if isinstance(file, Path)] for split, found in splits.items()}
-    of_one_size = _shared(files, _size)
-    alike = _shared(of_one_size, _digest)
+    """Compare files; only those that have the size and the end of another one are read whole."""
+    alike = {split: [file for file in found if isinstance(file, Path | Member)] for split, found in splits.items()}
+    for key in (_size, _end, _digest):
+        alike = _shared(alike, key)
     return _said(alike, "")
 
 
@@ -30,12 +32,23 @@ def repeated_rows(splits: Mapping[str, NDArray[np.generic]]) -> tuple[str, ...]:
     return _said({split: [row for _, row in found] for split, found in alike.items()}, "image ")
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size
+def _size(file: Path | Member) -> int:
+    return file.size if isinstance(file, Member) else file.stat().st_size
 
 
-def _digest(file: Path) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()
+def _end(file: Path | Member) -> bytes:
+    with _opened(file) as content:
+        content.seek(max(0, _size(file) - END_BYTES))
+        return content.read()
+
+
+def _digest(file: Path | Member) -> bytes:
+    with _opened(file) as content:
+        return hashlib.sha256(content.read()).digest()
+
+
+def _opened(file: Path | Member) -> BinaryIO:
+    return file.open() if isinstance(file, Member) else file.open("rb")
 
 
 def _shared(splits: Mapping[str, Sequence[_Item]], key: Callable[[_Item], Hashable]) -> dict[str, list[_Item]]:
