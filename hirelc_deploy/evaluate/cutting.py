@@ -50,10 +50,15 @@ class Cuttable:
         return replace(self, model=model, restated=restated, norm_batches=list(sent(self.norm_batches, device)))
 
 
+def is_whole(graph: ModelGraph, plan: CompressionPlan) -> bool:
+    """Return whether a plan, whose names and widths are checked, keeps every element of every unit."""
+    slicing.check_plan(graph, plan)
+    return all(plan.keep.get(unit.name, unit.size) == unit.size for unit in graph.units)
+
+
 def cut(uncut: Cuttable, plan: CompressionPlan) -> nn.Module:
     """Return the sliced model, compensated, with batch-norm statistics of its own; not trained."""
-    slicing.check_plan(uncut.graph, plan)
-    if all(plan.keep.get(unit.name, unit.size) == unit.size for unit in uncut.graph.units):
+    if is_whole(uncut.graph, plan):
         return slicing.slice_model(uncut.model, uncut.graph, {})
     kept = slicing.keep_indices(uncut.graph, plan, uncut.scores)
     model = slicing.slice_model(recovery.compensate(uncut.model, uncut.graph, kept, uncut.grams), uncut.graph, kept)

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hirelc_deploy.compress import norms
+from hirelc_deploy.compress import norms, slicing
 from hirelc_deploy.compress.branches import proven
 from hirelc_deploy.compress.devices import CPU, at, half_precision, sent
 from hirelc_deploy.compress.onnx_file.whole import graph_of
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate import effort as sizes
-from hirelc_deploy.evaluate.cutting import Cuttable, arrays, cut, forward
+from hirelc_deploy.evaluate.cutting import Cuttable, arrays, cut, forward, is_whole
 from hirelc_deploy.evaluate.effort import ANSWER_BYTES, BATCH, GRADIENT_VALUES, LEAST_BATCH, SMALL_BATCH, Effort
 from hirelc_deploy.evaluate.selection import Selection
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -167,6 +167,8 @@ class UncutModel:
 
     def cut(self, plan: CompressionPlan) -> nn.Module:
         """Return the sliced model, compensated, with batch-norm statistics of its own, on the CPU; not trained."""
+        if is_whole(self.graph, plan):  # for which no importance need be known
+            return slicing.slice_model(self.model, self.graph, {})
         return at(cut(self.cuttable, plan), CPU)
 
     def calibration_batches(self) -> Iterable[Tensor]:
