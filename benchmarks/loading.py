@@ -125,7 +125,7 @@ def rate(archive: Path, count: int, processes: list[int]) -> list[dict[str, Any]
             ways: dict[str, Callable[[int], Iterator[Any]]] = {
                 "decoding": lambda workers: read_by(read_image, files, workers),
                 "decoding_and_resizing": lambda workers: read_by(
-                    lambda file: resized(read_image(file), IMAGENET), files, workers
+                    lambda file: resized(read_image(file), IMAGENET, exact=False), files, workers
                 ),
                 "loader": lambda workers: loader.loaded(
                     images.preprocessed(IMAGENET), wanted, targets=True, workers=workers

@@ -540,6 +540,7 @@ def _config(
         batch=job.get("batch") if job.get("batch") != 1 else None,  # the same job, said in two ways
         recovery_epochs=job.get("recovery_epochs", 1.0),
         learning_rate=job.get("learning_rate", 0.01),
+        recovery_batch=job.get("recovery_batch"),
         sync_norms=job.get("sync_norms", False),
         exclude=_several("exclude", job.get("exclude")) or (),
         include=_several("include", job.get("include")) or (),

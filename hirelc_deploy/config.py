@@ -198,6 +198,7 @@ class JobConfig:
         recovery_epochs: Passes over the training split for a finalist, and for the uncut integer file where that loses
             more than is allowed; 0 for no training.
         learning_rate: Peak of the recovery's schedule; small for few images, which a large one learns by heart.
+        recovery_batch: Images of one step of a recovery, over all processes; None for what suits a CPU.
         sync_norms: Batch norms see a recovery's whole batch where several processes share it.
         exclude: Patterns of units and layers that stay whole.
         include: Patterns of units and layers; when given, only these may be cut.
@@ -215,6 +216,7 @@ class JobConfig:
     batch: int | None = None
     recovery_epochs: float = 1.0
     learning_rate: float = 0.01
+    recovery_batch: int | None = None
     sync_norms: bool = False
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -234,6 +236,7 @@ class JobConfig:
         _at_least("batch", self.batch, 1, whole=True)
         _at_least("recovery_epochs", self.recovery_epochs, 0)
         _above_zero("learning_rate", self.learning_rate)
+        _at_least("recovery_batch", self.recovery_batch, 2, whole=True)
         if not isinstance(self.sync_norms, bool):
             raise InputError(f"sync_norms = {_shown(self.sync_norms)}: give true or false.")
 

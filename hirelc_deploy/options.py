@@ -27,6 +27,7 @@ class JobOptions(TypedDict, total=False):
         mean, std: Of the normalisation, per channel.
         geometry, interpolation: Of pictures of another size: `crop`, `stretch` or `letterbox`, and how.
         recovery_epochs, learning_rate: Of the recovery of each finalist.
+        recovery_batch: Images of one step of it, over all processes; the learning rate grows with it.
         sync_norms: Batch norms see the whole batch where processes of torchrun share it.
         exclude, include: Patterns of units and layers.
         float_layers: Patterns of layers that stay float in every integer file.
@@ -58,6 +59,7 @@ class JobOptions(TypedDict, total=False):
     interpolation: str | None
     recovery_epochs: float
     learning_rate: float
+    recovery_batch: int | None
     sync_norms: bool
     exclude: Sequence[str]
     include: Sequence[str]

@@ -282,7 +282,9 @@ def test_views_with_masks_come_in_other_sizes_and_are_resized_from_the_picture(t
         with Image.open(file) as picture:
             canvas = np.array(picture.resize(frame.canvas[::-1], INTERPOLATIONS[wanted.interpolation]))
         expected = cut(torch.from_numpy(canvas.transpose(2, 0, 1).copy()), frame, 114)
-        assert torch.equal(torch.from_numpy(levels(images.views([0], view))[0]), expected)
+        apart = torch.from_numpy(levels(images.views([0], view))[0]).int() - expected.int()
+        assert apart.abs().max() <= 2, "torch resizes views, and rounds otherwise than Pillow"
+        assert (apart != 0).float().mean() < 0.02
     assert 0.74 < min(factors) < 0.9
     assert 1.2 < max(factors) < 1.51
     plain = [view_frame(wanted, (80, 80), 0, view, 0).canvas for view in range(4)]

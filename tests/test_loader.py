@@ -174,10 +174,10 @@ def test_a_broken_picture_is_the_same_sentence_whoever_reads_it(tmp_path: Path):
 
 def test_a_process_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Deadly(FolderImages):
-        def views(self, indices: Any, view: int) -> Tensor:
+        def windows(self, indices: Any, view: int | None) -> Tensor:
             if get_worker_info() is not None and view == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().views(indices, view)
+            return super().windows(indices, view)
 
     looks = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(looks, "__defaults__", (0.2,))  # seconds between looks at the processes: 5
@@ -217,9 +217,9 @@ def test_the_number_of_processes_follows_from_the_time_that_loading_and_using_ta
     clock, asked = Clock(), list[tuple[float, float]]()
 
     class Slow(FolderImages):
-        def views(self, indices: Any, view: int) -> Tensor:
+        def windows(self, indices: Any, view: int | None) -> Tensor:
             clock.now += 0.2
-            return super().views(indices, view)
+            return super().windows(indices, view)
 
     def asked_for(loading: float, using: float, _size: float) -> int:
         asked.append((loading, using))
@@ -299,7 +299,15 @@ def test_what_does_not_fit_into_memory_is_not_kept_ahead(tmp_path: Path, monkeyp
     assert images.canvases.unread(reduced=True) == []
     fixed(monkeypatch, 1)
     list(loaded(images, wanted(), again=True))
-    assert len(images.canvases._kept) <= 2 * 4 * MEASURED  # what this process decoded itself
+    assert len(images.canvases._kept) <= 4 * MEASURED  # what this process decoded itself
+
+
+def test_pictures_of_the_right_size_are_kept_once(tmp_path: Path) -> None:
+    files = pictures(tmp_path, 4, (12, 10))
+    images = FolderImages(files, np.zeros(4, np.int64), SMALL)
+    images.batch(range(4))
+    assert len(images.canvases._kept) == 2 * 4
+    assert images.canvases._kept[1, True] is images.canvases._kept[1, False]
 
 
 def test_all_splits_together_keep_no_more_than_the_room_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -308,10 +316,10 @@ def test_all_splits_together_keep_no_more_than_the_room_for_pictures(tmp_path: P
     monkeypatch.setattr(canvas, "KEPT_BYTES", 3 * 12 * 10 * 30)  # 30 canvases of 12 x 10
     for images in (first, second):
         images.batch(range(24))
-    assert [len(images.canvases._kept) for images in (first, second)] == [2 * 24, 2 * 6]  # each under both keys
+    assert [len(images.canvases._kept) for images in (first, second)] == [24, 6]
     first.canvases.forget()
     second.batch(range(24))
-    assert len(second.canvases._kept) == 2 * 24
+    assert len(second.canvases._kept) == 24
 
 
 def test_the_same_rows_are_read_by_processes_where_batches_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -220,6 +220,26 @@ def test_fine_tuning_brings_the_student_nearer_to_its_teacher_and_repeats_exactl
     )
 
 
+@pytest.mark.parametrize(("norm", "factor"), [(True, 4.0), (False, 2.0)])
+def test_the_learning_rate_grows_with_a_batch_that_is_asked_for(norm: bool, factor: float) -> None:
+    pictures, seen = Pictures(), []
+    for asked in (None, 32):
+        model = small_net() if norm else nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+        model(pictures.batch(np.arange(2)))
+        recipe, rates = Recovery(epochs=20, batch_size=8, asked_batch=asked), []
+        fine_tune(
+            model,
+            Teacher(model, pictures, 2, CPU),
+            recipe,
+            seed=1,
+            progress=QUIET,
+            watch=lambda step, values, rates=rates: rates.append((step, values["learning rate"])),
+        )
+        seen.append(dict(rates))
+    assert len(seen[0]) == 4 * len(seen[1])
+    assert seen[1][20] == pytest.approx(factor * seen[0][80])
+
+
 @pytest.mark.parametrize("weights_ema", [0.0, 0.9])
 def test_a_training_that_was_interrupted_ends_as_an_undisturbed_one(weights_ema: float):
     class InterruptedError(Exception):

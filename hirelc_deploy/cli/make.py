@@ -45,6 +45,7 @@ from hirelc_deploy.cli.options import (
     Quiet,
     RangesOf,
     Ray,
+    RecoveryBatch,
     RecoveryEpochs,
     Seed,
     SelectionImages,
@@ -86,7 +87,7 @@ AS_THEY_ARE = (
         "geometry",
         "interpolation",
     ),
-    *("recovery_epochs", "learning_rate", "sync_norms", "threads", "batch", "seed"),
+    *("recovery_epochs", "learning_rate", "recovery_batch", "sync_norms", "threads", "batch", "seed"),
 )
 """Options of the command line that the Python calls take by the same name."""
 
@@ -196,6 +197,7 @@ def search(
     ] = False,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
+    recovery_batch: RecoveryBatch = None,
     sync_norms: SyncNorms = False,
     calibration_images: CalibrationImages = None,
     selection_images: SelectionImages = None,
@@ -313,6 +315,7 @@ def apply(
     loss: LossSpec = None,
     recovery_epochs: RecoveryEpochs = 1.0,
     learning_rate: LearningRate = 0.01,
+    recovery_batch: RecoveryBatch = None,
     sync_norms: SyncNorms = False,
     calibration_images: CalibrationImages = None,
     selection_images: SelectionImages = None,

@@ -59,6 +59,9 @@ RecoveryEpochs = Annotated[
     ),
 ]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of the recovery; smaller for few images.")]
+RecoveryBatch = Annotated[
+    int | None, typer.Option(help="Images of one step of the recovery, over all GPUs; the learning rate grows with it.")
+]
 SyncNorms = Annotated[
     bool, typer.Option("--sync-norms", help="Batch norms see the whole batch where processes of torchrun share it.")
 ]

@@ -131,6 +131,9 @@ class Recovery:
         views: Distinct augmented pictures of each image where the teacher's answers to them are kept; elsewhere every
             epoch has its own.
         weights_ema: Decay per step of the averaged weights that are kept at the end; 0 keeps the last ones.
+        asked_batch: Images of one step where the user says it, else `batch_size`. The learning rate is meant for the
+            usual batch and grows with it: in proportion for SGD (Goyal et al. 2017, section 2.1), with its root for
+            AdamW (Malladi et al. 2022).
         sync_norms: Batch norms see the whole batch where several processes share it; else each sees its part.
     """
 
@@ -143,6 +146,7 @@ class Recovery:
     feature_weight: float = 300.0
     views: int = 8
     weights_ema: float = 0.0
+    asked_batch: int | None = None
     sync_norms: bool = False
 
 
@@ -199,9 +203,8 @@ class Teacher:
 
     def batches(self, wanted: Iterable[Wanted]) -> Generator[tuple[Wanted, Tensor, Targets | None], None, None]:
         """Yield what was wanted, the pictures, and what is true of them, collated by the task; None without labels."""
-        on_gpu = self.device.type == "cuda"
-        for batch in loaded(self.images, wanted, targets=self.images.labelled, pinned=on_gpu, again=True):
-            pictures = batch.pictures.to(self.device, memory_format=torch.channels_last, non_blocking=on_gpu)
+        for batch in loaded(self.images, wanted, targets=self.images.labelled, device=self.device, again=True):
+            pictures = batch.pictures.contiguous(memory_format=torch.channels_last)
             known = batch.targets
             targets = None if known is None else on_device(self.task.collate(known), self.device)
             yield batch.wanted, pictures, targets
@@ -305,7 +308,8 @@ def fine_tune(
     still_norms = as_exported or ranks.decided(lambda: norms_stand_still(student, teacher, batch_size))
     student = _in_training(student, still_norms)
     optimizer = _optimizer(student, recovery)
-    rate = STILL_RATE if still_norms and not as_exported else 1.0
+    rate = _growth(optimizer, batch_size / _usual_batch(teacher, recovery))
+    rate *= STILL_RATE if still_norms and not as_exported else 1.0
     decay = recovery.weights_ema or (PAUSED_EMA if pause else 0.0)
     averaged = copy.deepcopy(student) if decay else None
     match = FeatureMatch(student, teacher.model, reads if recovery.feature_weight and not teacher.dense else {})
@@ -350,8 +354,17 @@ def fine_tune(
 
 def batches_of(teacher: Teacher, recovery: Recovery) -> tuple[int, int]:
     """Return the images of one batch, and the batches of one epoch."""
-    batch_size = min(MAP_BATCH if teacher.maps else recovery.batch_size, len(teacher.images))
+    batch_size = min(recovery.asked_batch or _usual_batch(teacher, recovery), len(teacher.images))
     return batch_size, len(teacher.images) // batch_size
+
+
+def _usual_batch(teacher: Teacher, recovery: Recovery) -> int:
+    return min(MAP_BATCH if teacher.maps else recovery.batch_size, len(teacher.images))
+
+
+def _growth(optimizer: torch.optim.Optimizer, batches: float) -> float:
+    """Return the factor of the learning rate where a step has so many times the images of the usual one."""
+    return batches if isinstance(optimizer, torch.optim.SGD) else math.sqrt(batches)
 
 
 def steps_of(recovery: Recovery, per_epoch: int) -> int:

@@ -317,7 +317,8 @@ def recovery_of(config: JobConfig, values: int) -> Recovery | None:
     if not config.recovery_epochs:
         return None
     batch = max(LEAST_BATCH, min(Recovery.batch_size, GRADIENT_VALUES // values))
-    return Recovery(config.recovery_epochs, batch, config.learning_rate, sync_norms=config.sync_norms)
+    asked, norms = config.recovery_batch, config.sync_norms
+    return Recovery(config.recovery_epochs, batch, config.learning_rate, asked_batch=asked, sync_norms=norms)
 
 
 def table_path() -> Path:

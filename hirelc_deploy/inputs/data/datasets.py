@@ -20,14 +20,14 @@ from torch import Tensor
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.canvas import resized
 from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, scales, view_frame
-from hirelc_deploy.inputs.data.images import Images, Labels
+from hirelc_deploy.inputs.data.images import Images, Labels, Windowed
 from hirelc_deploy.inputs.data.pictures import eight_bits
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.samples import GEOMETRY_OF
 from hirelc_deploy.inputs.data.splits import Data, SplitSizes, check_labels, data_of, identity, share_out
 from hirelc_deploy.inputs.data.targets import KINDS, kind_of, truth_of
 from hirelc_deploy.inputs.data.text_files import SPLITS
-from hirelc_deploy.inputs.data.views import Indices, as_rows, draws, normalised
+from hirelc_deploy.inputs.data.views import Indices, as_rows, draws
 from hirelc_deploy.tasks.custom import load_function
 from hirelc_deploy.user_code import settings_kept
 
@@ -76,7 +76,7 @@ class Source:
         return _pair(found, where)
 
 
-class DatasetImages:
+class DatasetImages(Windowed):
     """Rows of a data set of Python: anything with a length and items (image, target).
 
     An image is a float tensor (c, h, w), which is a model input already, or a uint8 tensor (c, h, w), a uint8 array
@@ -131,14 +131,6 @@ class DatasetImages:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(self, indices: Indices) -> Tensor:
-        """Return the images as inputs of the model, contiguous."""
-        return self._inputs(indices, None)
-
-    def views(self, indices: Indices, view: int) -> Tensor:
-        """Return the images under the data set's own augmentation, and cropped and flipped where they are pictures."""
-        return self._inputs(indices, view)
-
     def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
         """Return the targets as they lie in what `batch` or `views` return; see `targets.KINDS`."""
         key = (*as_rows(indices).tolist(), view)
@@ -158,7 +150,11 @@ class DatasetImages:
         """Return the same images; views of pictures are mirrored at random or not. Float inputs never are."""
         return DatasetImages(self._source, self._rows, self._preprocess, self._seed, flips, pairs)
 
-    def _inputs(self, indices: Indices, view: int | None) -> Tensor:
+    def windows(self, indices: Indices, view: int | None) -> Tensor:
+        """Return the images, pictures cut to the model's size; see `images.Windowed`.
+
+        Views are under the data set's own augmentation, too.
+        """
         rows = as_rows(indices).tolist()
         items = [self._item(row, view) for row in rows]
         self._last = (*rows, view), [target for _, target in items]
@@ -182,8 +178,9 @@ class DatasetImages:
         size = (picture.height, picture.width)
         frame = self._frame(size, view, row)
         truth = truth_of(kind, target, where, size, self._source.classes)
-        window = cut(resized(picture, self._preprocess, frame.canvas), frame, self._preprocess.pad_value)
-        return normalised(window, self._preprocess), moved(kind, truth, frame, self._pairs)
+        canvas = resized(picture, self._preprocess, frame.canvas, exact=view is None)
+        window = cut(canvas, frame, self._preprocess.pad_value)
+        return window, moved(kind, truth, frame, self._pairs)
 
     def _float_input(self, image: Tensor | NDArray[Any], target: Any, where: str) -> tuple[Tensor, Any]:
         tensor = torch.as_tensor(image).as_subclass(Tensor).float().contiguous()

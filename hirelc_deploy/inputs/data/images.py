@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,14 +18,25 @@ from hirelc_deploy.inputs.data.canvas import Canvases
 from hirelc_deploy.inputs.data.geometry import Pairs, centred, cut, frame_of
 from hirelc_deploy.inputs.data.pictures import Picture
 from hirelc_deploy.inputs.data.preprocess import Preprocess
-from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised, normalised_each, random_window
+from hirelc_deploy.inputs.data.views import (
+    Indices,
+    as_rows,
+    draws,
+    normalised,
+    one_window,
+    random_window,
+    stacked_windows,
+)
 
 Labels = NDArray[np.int64]
 """(n,) class numbers from 0."""
 
 
 class Images(Protocol):
-    """The images of one split, ready for a model. Batches are contiguous (b, channels, height, width) float32."""
+    """The images of one split, ready for a model. Batches are contiguous (b, channels, height, width) float32.
+
+    Those that are decoded are `Windowed`.
+    """
 
     @property
     def labels(self) -> Labels | None:
@@ -171,7 +183,33 @@ def _boxed(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(channel)) for channel in channels])
 
 
-class FolderImages:
+class Windowed(ABC):
+    """Images that are made in two steps: other processes, and GPUs, are sent what the first one makes."""
+
+    _preprocess: Preprocess
+
+    @abstractmethod
+    def windows(self, indices: Indices, view: int | None) -> Tensor:
+        """Return (b, channels, height, width) uint8 pixels of `batch` (None), or of a view; floats that are inputs.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
+
+    def inputs(self, windows: Tensor) -> Tensor:
+        """Return the model's inputs of windows, on their device."""
+        return normalised(windows, self._preprocess)
+
+    def batch(self, indices: Indices) -> Tensor:
+        """Return the preprocessed images, contiguous."""
+        return self.inputs(self.windows(indices, None))
+
+    def views(self, indices: Indices, view: int) -> Tensor:
+        """Return the images under what is drawn for a view; see `Images.views`."""
+        return self.inputs(self.windows(indices, view))
+
+
+class FolderImages(Windowed):
     """Pictures whose targets are the same wherever their objects lie, decoded when asked for."""
 
     decodes = True
@@ -204,23 +242,16 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self._files)
 
-    def batch(self, indices: Indices) -> Tensor:
-        """Return the preprocessed images, contiguous; raises InputError for a file that cannot be read."""
-        _, height, width = self._preprocess.input_size
-        crops = []
-        for row in as_rows(indices).tolist():
-            canvas = self._canvas(row, reduced=False)
-            top, left = (canvas.shape[1] - height) // 2, (canvas.shape[2] - width) // 2
-            crops.append(canvas[:, top : top + height, left : left + width])
-        return normalised_each(crops, self._preprocess)
-
-    def views(self, indices: Indices, view: int) -> Tensor:
-        """Return randomly cropped and flipped images; see `Images.views`."""
-        crops = []
-        for row in as_rows(indices):
-            canvas = self._canvas(int(row), reduced=True)[None]
-            crops.append(random_window(canvas, self._preprocess, self._seed, view, row[None], self._flips)[0])
-        return normalised_each(crops, self._preprocess)
+    def windows(self, indices: Indices, view: int | None) -> Tensor:
+        """Return the pictures, cut to the model's size; see `Windowed`."""
+        rows = as_rows(indices)
+        if view is None:
+            return stacked_windows(map(self._middle, rows.tolist()), len(rows), self._preprocess)
+        windows = (
+            one_window(self._canvas(row, reduced=True), self._preprocess, words, self._flips)
+            for row, words in zip(rows.tolist(), draws(self._seed, view, rows).T, strict=True)
+        )
+        return stacked_windows(windows, len(rows), self._preprocess)
 
     def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
         """Return the targets, which are the same in every view."""
@@ -240,6 +271,11 @@ class FolderImages:
     def flipping(self, flips: bool, pairs: Pairs = ()) -> FolderImages:
         """Return the same files, whose views are mirrored at random or not."""
         return FolderImages(self._files, self._labels, self._preprocess, self._seed, targets=self._targets, flips=flips)
+
+    def _middle(self, row: int) -> Tensor:
+        canvas, (_, height, width) = self._canvas(row, reduced=False), self._preprocess.input_size
+        top, left = (canvas.shape[1] - height) // 2, (canvas.shape[2] - width) // 2
+        return canvas[:, top : top + height, left : left + width]
 
     def _canvas(self, row: int, *, reduced: bool) -> Tensor:
         canvas = self.canvases.read(row, reduced=reduced)

@@ -18,10 +18,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hirelc_deploy.errors import HirelcError, InputError
-from hirelc_deploy.inputs.data.images import Images
+from hirelc_deploy.inputs.data.images import Images, Windowed
 from hirelc_deploy.together import ranks
 
+CPU = torch.device("cpu")
 MEASURED = 3
 """Batches that this process makes itself before it is decided whether others load. The last one counts: on the first
 ones memory is fetched and kernels are chosen."""
@@ -63,7 +64,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Batch:
-    """What was wanted: model inputs (b, channels, height, width), and their targets where those were asked for."""
+    """What was wanted: (b, channels, height, width) model inputs, and their targets where those were asked for."""
 
     wanted: Wanted
     pictures: Tensor
@@ -75,7 +76,7 @@ def loaded(
     wanted: Iterable[Wanted],
     *,
     targets: bool = False,
-    pinned: bool = False,
+    device: torch.device = CPU,
     again: bool = False,
     workers: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -84,7 +85,7 @@ def loaded(
 
     Args:
         targets: Yield targets too.
-        pinned: Batches that other processes made lie in memory from which a GPU copies at once.
+        device: Where pictures are wanted. They become floats there: a quarter of the bytes are sent.
         again: The same images will be wanted again: those that all fit into memory are decoded first, and kept.
         workers: Processes that load; None finds how many, from the time that loading and using a batch take.
 
@@ -99,7 +100,9 @@ def loaded(
         for asked in islice(rest, MEASURED):
             begun = clock()
             batch = _made(images, asked, targets)
-            made, size_bytes = clock(), batch.pictures.nbytes
+            size_bytes = batch.pictures.nbytes
+            batch = _ready(images, batch, device)
+            made = clock()
             yield batch
             del batch  # of a hundred megabytes or so
             loading, using = made - begun, clock() - made
@@ -111,13 +114,12 @@ def loaded(
         if workers and again and _kept_ahead(images, following.view != JUDGED, workers):
             workers, again = None, False  # from memory it is faster: measure once more
     if workers:
-        for asked, pictures, sent in _by_processes(
-            lambda asked: _packed(_made(images, asked, targets)), rest, workers, pinned
-        ):
-            yield Batch(asked, pictures, _unpacked(sent))
+        make = lambda asked: _packed(_made(images, asked, targets))  # noqa: E731
+        for asked, pictures, sent in _by_processes(make, rest, workers, device.type == "cuda"):
+            yield _ready(images, Batch(asked, pictures, _unpacked(sent)), device)
         return
     for asked in rest:
-        yield _made(images, asked, targets)
+        yield _ready(images, _made(images, asked, targets), device)
 
 
 def workers_for(loading: float, using: float, size_bytes: float) -> int:
@@ -145,9 +147,18 @@ def workers_for(loading: float, using: float, size_bytes: float) -> int:
 
 
 def _made(images: Images, asked: Wanted, targets: bool) -> Batch:
+    """Return a batch; of images that are decoded the windows of which their inputs are made."""
     view = None if asked.view == JUDGED else asked.view
-    pictures = images.batch(asked.rows) if view is None else images.views(asked.rows, view)
+    if images.decodes:
+        pictures = cast(Windowed, images).windows(asked.rows, view)
+    else:
+        pictures = images.batch(asked.rows) if view is None else images.views(asked.rows, view)
     return Batch(asked, pictures, images.targets(asked.rows, view) if targets else None)
+
+
+def _ready(images: Images, batch: Batch, device: torch.device) -> Batch:
+    pictures = batch.pictures.to(device, non_blocking=True)
+    return replace(batch, pictures=cast(Windowed, images).inputs(pictures) if images.decodes else pictures)
 
 
 def _kept_ahead(images: Images, reduced: bool, workers: int) -> bool:

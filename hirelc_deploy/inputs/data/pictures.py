@@ -155,7 +155,11 @@ def eight_bits(image: Image.Image, channels: int, where: str, kind: str | None =
             f"{where}: its pixels are {'32-bit whole numbers' if image.mode == 'I' else 'floats'}, whose range nobody "
             "knows; save it with 8 or 16 bits, or give the data as .npz."
         )
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode:  # for which `convert` would copy all pixels
+        image.load()
+        return image
+    return image.convert(mode)
 
 
 def look_into(picture: Picture) -> Look:

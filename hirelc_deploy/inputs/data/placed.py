@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hirelc_deploy.inputs.data.canvas import Canvases
 from hirelc_deploy.inputs.data.geometry import Frame, Pairs, cut, frame_of, moved, scales, view_frame
+from hirelc_deploy.inputs.data.images import Windowed
 from hirelc_deploy.inputs.data.pictures import Picture
 from hirelc_deploy.inputs.data.preprocess import Preprocess
-from hirelc_deploy.inputs.data.views import Indices, as_rows, normalised_each
+from hirelc_deploy.inputs.data.views import Indices, as_rows, stacked_windows
 
 
 class Stored(Protocol):
@@ -30,7 +31,7 @@ class Sample:
     truth: Any
 
 
-class PlacedImages:
+class PlacedImages(Windowed):
     """Pictures with boxes, masks, maps or keypoints.
 
     Where a view reaches over the border of its picture there is nothing to see, and nothing true: pixels of the pad
@@ -62,13 +63,10 @@ class PlacedImages:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def batch(self, indices: Indices) -> Tensor:
-        """Return the preprocessed images, contiguous; raises InputError for a file that cannot be read."""
-        return self._windows(indices, None)
-
-    def views(self, indices: Indices, view: int) -> Tensor:
-        """Return randomly cropped and flipped images; see `Images.views`."""
-        return self._windows(indices, view)
+    def windows(self, indices: Indices, view: int | None) -> Tensor:
+        """Return the pictures, cut to the model's size; see `images.Windowed`."""
+        rows = as_rows(indices).tolist()
+        return stacked_windows((self._window(row, view) for row in rows), len(rows), self._preprocess)
 
     def targets(self, indices: Indices, view: int | None = None) -> list[Any]:
         """Return the targets as they lie in what `batch` or `views` return; see `targets.KINDS`."""
@@ -92,17 +90,14 @@ class PlacedImages:
         """Return the same pictures, whose views are mirrored at random or not; see `Images.flipping`."""
         return PlacedImages(self._samples, self._kind, self._preprocess, self._seed, flips, pairs)
 
-    def _windows(self, indices: Indices, view: int | None) -> Tensor:
-        windows = []
-        for row in as_rows(indices).tolist():
-            if view is None or not scales(self._kind):
-                canvas = self._canvases.read(row, reduced=view is not None)  # decoded first: then its size is known
-                frame = self._frame(row, view)
-            else:
-                frame = self._frame(row, view)
-                canvas = self._canvases.scaled(row, frame.canvas)
-            windows.append(cut(canvas, frame, self._preprocess.pad_value))
-        return normalised_each(windows, self._preprocess)
+    def _window(self, row: int, view: int | None) -> Tensor:
+        if view is None or not scales(self._kind):
+            canvas = self._canvases.read(row, reduced=view is not None)  # decoded first: then its size is known
+            frame = self._frame(row, view)
+        else:
+            frame = self._frame(row, view)
+            canvas = self._canvases.scaled(row, frame.canvas)
+        return cut(canvas, frame, self._preprocess.pad_value)
 
     def _frame(self, row: int, view: int | None) -> Frame:
         size = self._canvases.size(row)

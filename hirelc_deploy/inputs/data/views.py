@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 
@@ -20,20 +22,27 @@ def as_rows(indices: Indices) -> Tensor:
 
 
 def normalised(pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """Return float32 model inputs; float pixels are inputs already."""
+    """Return contiguous float32 model inputs of (..., channels, height, width) pixels; floats are inputs already."""
     if pixels.is_floating_point():
         return pixels.contiguous()
-    std = torch.tensor(preprocess.std).view(-1, 1, 1)
-    mean = torch.tensor(preprocess.mean).view(-1, 1, 1)
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255 / std).sub_(mean / std)
-
-
-def normalised_each(windows: Sequence[Tensor], preprocess: Preprocess) -> Tensor:
-    """Return (b, channels, height, width) model inputs of as many windows, one by one: each stays in the cache."""
-    inputs = torch.empty(len(windows), *preprocess.input_size)
-    for place, window in zip(inputs, windows, strict=True):
-        place.copy_(normalised(window, preprocess))
+    std = torch.tensor(preprocess.std, device=pixels.device).view(-1, 1, 1)
+    mean = torch.tensor(preprocess.mean, device=pixels.device).view(-1, 1, 1)
+    inputs = torch.empty(pixels.shape, device=pixels.device)
+    # One by one on a CPU, where each stays in the cache.
+    parts = zip(inputs, pixels, strict=True) if pixels.ndim == 4 and not pixels.is_cuda else [(inputs, pixels)]
+    for place, part in parts:
+        place.copy_(part).mul_(1 / 255 / std).sub_(mean / std)
     return inputs
+
+
+def stacked_windows(windows: Iterable[Tensor], count: int, preprocess: Preprocess) -> Tensor:
+    """Return (count, channels, height, width) uint8 windows; in memory that processes share where others want them."""
+    stacked = torch.empty((count, *preprocess.input_size), dtype=torch.uint8)
+    if get_worker_info() is not None:
+        stacked.share_memory_()  # while nothing is in it that would be copied
+    for place, window in zip(stacked, windows, strict=True):
+        place.copy_(window)
+    return stacked
 
 
 def random_window(
@@ -48,20 +57,42 @@ def random_window(
     sides = []
     for axis in (0, 1):
         window, size = preprocess.input_size[1 + axis], canvas.shape[2 + axis]
-        slack = size - window
-        low, high = (0, slack) if slack else (-(window // 8), window // 8)
-        start = torch.from_numpy(low + (words[axis] % np.uint64(high - low + 1)).astype(np.int64))
-        position = (start[:, None] + torch.arange(window)).abs()
-        sides.append(torch.where(position >= size, 2 * (size - 1) - position, position))
+        sides.append(_positions(torch.from_numpy(_starts(words[axis], window, size))[:, None], window, size))
     flipped = torch.from_numpy(words[2] % np.uint64(2) == 1) & flips
     row, column = sides[0], torch.where(flipped[:, None], sides[1].flip(1), sides[1])
     count, channels, height, width = canvas.shape
-    if count == 1:
-        return canvas.index_select(2, row[0]).index_select(3, column[0])
     # Whole rows first, then columns: twice as fast as indexing with both at once.
     line = torch.arange(count * channels).view(count, channels, 1) * height + row[:, None, :]
     lines = canvas.reshape(-1, width)[line.view(-1)].view(count, channels, -1, width)
     return lines.gather(3, column[:, None, None, :].expand(-1, channels, lines.shape[2], -1))
+
+
+def one_window(canvas: Tensor, preprocess: Preprocess, words: NDArray[np.uint64], flips: bool = True) -> Tensor:
+    """Return the (channels, height, width) window that `random_window` cuts out of one such canvas.
+
+    Args:
+        words: (4,) of its `draws`.
+    """
+    for axis in (0, 1):
+        window, size = preprocess.input_size[1 + axis], canvas.shape[1 + axis]
+        start = int(_starts(words[axis], window, size))
+        if 0 <= start <= size - window:
+            canvas = canvas.narrow(1 + axis, start, window)
+        else:
+            canvas = canvas.index_select(1 + axis, _positions(torch.tensor(start), window, size))
+    return canvas.flip(2) if flips and words[2] % np.uint64(2) == 1 else canvas
+
+
+def _starts(words: Any, window: int, size: int) -> Any:
+    slack = size - window
+    low, high = (0, slack) if slack else (-(window // 8), window // 8)
+    return low + (words % np.uint64(high - low + 1)).astype(np.int64)
+
+
+def _positions(start: Tensor, window: int, size: int) -> Tensor:
+    """Return (..., window) rows or columns from starts on, reflected at the borders."""
+    position = (start + torch.arange(window)).abs()
+    return torch.where(position >= size, 2 * (size - 1) - position, position)
 
 
 def draws(seed: int, view: int, rows: Tensor) -> NDArray[np.uint64]:
