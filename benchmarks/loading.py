@@ -263,17 +263,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["rate", "wait", "memory"])
     parser.add_argument("archive", type=Path)
-    parser.add_argument("--files", type=int, nargs="+", help="4000; for memory 2000 50000")
+    parser.add_argument("--files", type=int, nargs="+", help="4000; for wait 12000, for memory 2000 50000")
     parser.add_argument("--processes", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40, help="of a recovery")
+    parser.add_argument("--steps", type=int, help="of a recovery: 40; for wait 160")
     options = parser.parse_args()
-    files = options.files or ([2000, 50000] if options.what == "memory" else [4000])
+    files = options.files or {"rate": [4000], "wait": [12000], "memory": [2000, 50000]}[options.what]
     if options.what == "rate":
         found: Any = rate(options.archive, files[0], options.processes)
     elif options.what == "wait":
-        found = wait(options.archive, files[0], options.steps)
+        found = wait(options.archive, files[0], options.steps or 160)
     else:
-        found = memory(options.archive, files, options.steps)
+        found = memory(options.archive, files, options.steps or 40)
     print(json.dumps({**provenance(shlex.join(["python", *sys.argv])), options.what: found}, indent=1))
     return 0
 

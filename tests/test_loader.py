@@ -227,11 +227,17 @@ def test_the_number_of_processes_follows_from_the_time_that_loading_and_using_ta
 
     monkeypatch.setattr(loader, "workers_for", asked_for)
     images = Slow(pictures(tmp_path), np.zeros(24, np.int64), SMALL)
-    for _ in loaded(images, [Wanted(np.arange(4), view) for view in range(MEASURED + 1)], clock=clock):
+    batches = [Wanted(np.arange(4) + 4 * view, view) for view in range(MEASURED + 2)]
+    list(loaded(images, batches[: MEASURED + 1], clock=clock, workers=0))  # those are in memory then
+    for _ in loaded(images, batches + batches[-1:], clock=clock):
+        clock.now += 0.05
+    assert asked == []  # too few others to know what loading takes
+    images.canvases.forget()
+    for _ in loaded(images, batches[: MEASURED + 1], clock=clock):
         clock.now += 0.05
     assert asked == [pytest.approx((0.2, 0.05))]
     asked.clear()
-    list(loaded(images, [Wanted(np.arange(4), view) for view in range(MEASURED)], clock=clock))
+    list(loaded(images, batches[:MEASURED], clock=clock))
     assert asked == []  # nothing is left for other processes
 
 
@@ -283,7 +289,7 @@ def test_what_fits_into_memory_is_decoded_once(tmp_path: Path, monkeypatch: pyte
     images = folder_images(tmp_path)
     answers = itertools.chain([1], itertools.repeat(0))
     monkeypatch.setattr(loader, "workers_for", lambda *_: next(answers))
-    arriving = loaded(images, [Wanted(np.arange(2), view) for view in range(12)], again=True)
+    arriving = loaded(images, [Wanted(np.arange(2) + 2 * view, view) for view in range(12)], again=True)
     for _ in range(MEASURED + 1):
         next(arriving)
     for file in tmp_path.iterdir():

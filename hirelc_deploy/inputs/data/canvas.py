@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -63,6 +63,10 @@ class Canvases:
         self._kept[row, reduced] = pixels
         if self._preprocess.canvas_size(*self.size(row)) == self.size(row):  # nothing to resize: both are the same
             self._kept[row, not reduced] = pixels
+
+    def keeps(self, rows: Iterable[int], *, reduced: bool) -> bool:
+        """Return whether all these pictures are in memory."""
+        return all((row, reduced) in self._kept for row in rows)
 
     def unread(self, *, reduced: bool) -> list[int]:
         """Return the rows that are not kept yet; none where all pictures together would not fit."""
