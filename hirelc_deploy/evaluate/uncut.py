@@ -20,7 +20,15 @@ from hirelc_deploy.compress.onnx_file.whole import graph_of
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate import effort as sizes
 from hirelc_deploy.evaluate.cutting import Cuttable, arrays, cut, forward, is_whole
-from hirelc_deploy.evaluate.effort import ANSWER_BYTES, BATCH, GRADIENT_VALUES, LEAST_BATCH, SMALL_BATCH, Effort
+from hirelc_deploy.evaluate.effort import (
+    ANSWER_BYTES,
+    BATCH,
+    CALIBRATION_VALUES,
+    GRADIENT_VALUES,
+    LEAST_BATCH,
+    SMALL_BATCH,
+    Effort,
+)
 from hirelc_deploy.evaluate.selection import Selection
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.graph.sensitivity import Gram, Losses, importance, input_grams
@@ -171,15 +179,20 @@ class UncutModel:
             return slicing.slice_model(self.model, self.graph, {})
         return at(cut(self.cuttable, plan), CPU)
 
+    @property
+    def calibration_batch(self) -> int:
+        """Images of one batch of a calibration."""
+        return max(1, min(SMALL_BATCH, CALIBRATION_VALUES // self.example[0].numel()))
+
     def calibration_batches(self) -> Iterable[Tensor]:
         """Return all calibration images: preprocessed once where they are few, else batch by batch each time."""
         if len(self.data.calibration) * self.example[0].nbytes <= sizes.KEPT_BYTES:
             return self._kept_calibration
-        return batches(self.data.calibration, SMALL_BATCH)
+        return batches(self.data.calibration, self.calibration_batch)
 
     @cached_property
     def _kept_calibration(self) -> list[Tensor]:
-        kept = list(batches(self.data.calibration, SMALL_BATCH))
+        kept = list(batches(self.data.calibration, self.calibration_batch))
         if self.data.calibration.canvases is not None:
             self.data.calibration.canvases.forget()
         return kept

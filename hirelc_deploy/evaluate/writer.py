@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from hirelc_deploy.compress.onnx_file.whole import FileExporter
 from hirelc_deploy.errors import TargetUnavailable
 from hirelc_deploy.evaluate.by_layer import AS_USUAL, ByLayer
 from hirelc_deploy.evaluate.cutting import FLOAT
-from hirelc_deploy.evaluate.effort import EQUALISING_BATCHES
+from hirelc_deploy.evaluate.effort import EQUALISING_IMAGES
 from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
 from hirelc_deploy.measure.backend import Backend, Precision
@@ -127,7 +128,8 @@ class Writer:
         return bool(wide_streams(onnx.load(str(batched)), self._few_images()))
 
     def _few_images(self) -> list[NDArray[np.float32]]:
-        return [batch.numpy() for batch in islice(self._uncut.calibration_batches(), EQUALISING_BATCHES)]
+        count = math.ceil(EQUALISING_IMAGES / self._uncut.calibration_batch)
+        return [batch.numpy() for batch in islice(self._uncut.calibration_batches(), count)]
 
     def write(self, exported: Exported, path: Path, pattern: str, precision_of: Callable[[str], str]) -> None:
         """Write the file that is shipped and timed, and beside it which of its nodes belong to which layer."""
