@@ -13,7 +13,7 @@ SMALL_BATCH = 32
 demo network, one core: 512 images judged in 0.79 s, not 0.90, to the same bits; 256 calibrated in 0.72 s, not 1.59."""
 EQUALISING_IMAGES = 64
 CALIBRATION_VALUES = 2**20
-"""Values of the images of one batch of a calibration, which may hold all tensors at once: 32 images of 3 x 64 x 64, 6 of
+"""Values of the images of one calibration batch, which may hold all tensors at once: 32 images of 3 x 64 x 64, or 6 of
 3 x 224 x 224. ResNet-50 takes a quarter of a GB for each of these."""
 GRADIENT_VALUES = 2**22
 """Values of the images of one batch where gradients are needed: 128 of 3 x 64 x 64, 27 of 3 x 224 x 224."""
