@@ -132,7 +132,7 @@ def test_a_search_on_two_nodes_writes_the_journal_of_a_serial_one(nodes: Nodes, 
 
             pipeline.jobs, pipeline.evaluators = 2, evaluators
         table = LatencyTable(pipeline.backend, tmp_path / f"{name}.jsonl", 1)
-        config = SearchConfig(f1_evaluations=10, finalists=1, options=4)
+        config = SearchConfig(f1_evaluations=10, finalists=1, options=4, race=2)
         Search(pipeline, pipeline.run, table, Limits(speedup=2.0), config).finalists()
         pipeline.run.close()
         assert ("_ahead" in vars(pipeline)) == (name == "ray")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import timm
@@ -114,6 +116,24 @@ def test_weights_flags_and_gradients_are_as_before():
     assert all(p.grad is None for p in model.parameters())
     assert all(not module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_was_seen_of_a_batch_is_freed_with_it() -> None:
+    model = DemoNet((8, 16), 1, num_classes=3).eval()
+    images = torch.rand((4, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    graph = build_graph(model, images[:2])
+
+    def tensors() -> int:
+        return sum(isinstance(one, Tensor) for one in gc.get_objects())
+
+    gc.collect()
+    gc.disable()  # which would find cycles after a while: until then gigabytes of large images were kept
+    try:
+        before = tensors()
+        importance(model, graph, [(images, lambda answers: answers["output"].square().sum(1))] * 3)
+        assert tensors() - before < 3
+    finally:
+        gc.enable()
 
 
 def test_input_moments_equal_hand_counts_over_images_and_pixels():

@@ -70,9 +70,10 @@ def importance(
         seen = x.clone()
         if not seen.requires_grad:  # no image has a part in it, as in a table of positions
             seen.requires_grad_()
+        values = seen.detach()  # `seen` in its own hook would live until Python looks for cycles
 
         def add(gradient: Tensor) -> None:
-            per_feature = _per_image(layer, seen.detach() * gradient, at_once)
+            per_feature = _per_image(layer, values * gradient, at_once)
             for unit, index in rows_of[name]:
                 part = per_feature[:, torch.from_numpy(index).to(x.device)].sum(2)
                 taylor[unit] = taylor[unit] + part if unit in taylor else part
