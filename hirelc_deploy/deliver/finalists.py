@@ -133,7 +133,8 @@ class Search:
             )
         singles = singles_of(pipeline.graph, config.options)
         self.agenda.search(self._to_find, files=SAMPLES, judged=judged, depth=config.depth, singles=singles)
-        pipeline.training.rehearse(CompressionPlan(uniform_keep(pipeline.graph, REHEARSED_KEEP)))
+        rehearsed = CompressionPlan(uniform_keep(pipeline.graph, REHEARSED_KEEP))
+        pipeline.training.rehearse(rehearsed, short=config.budget_seconds is not None)
         self.agenda.search(self._to_find, files=SAMPLES, judged=judged, depth=config.depth, singles=singles)
         network, self.fit = fit_network_time(pipeline, table)
         self.agenda.search(self._to_find, judged=judged, depth=config.depth, singles=singles)
@@ -401,17 +402,20 @@ class Search:
         if not problem.decisions or smallest(problem)[1] > budget:
             return None
         result = self._searched(problem, budget, aim_ms)
-        if result.best is not None and self._gone is None and self._settles_depth and self._has_time_for_depth():
+        to_settle = result.best is not None and self._gone is None and self._settles_depth
+        if to_settle and not self._has_time_for_depth():
+            to_settle = self._settles_depth = False
+        if result.best is not None and to_settle:
             key = f"{BRANCHES}{aim_ms:.6g} ms on {self.pipeline.files.machine}"
             elsewhere = nearest_depth(self.run.facts, aim_ms, key)
             if depths := settled_depth(self.pipeline, problem, budget, result.rivals(), elsewhere):
                 self._gone, *self._other_depths = depths
                 self.run.remember(key, lambda: {"budget_ms": aim_ms, "gone": sorted(depths[0])})
-            again = self._gone is not None and self._gone != gone_from(result.best[0])
-            self._expect(searched=int(not again))
-            if again:
+            if self._gone is not None and self._gone != gone_from(result.best[0]):
+                self._expect()
                 problem, budget = self._with_bytes(aim_ms)
                 result = self._searched(problem, budget, aim_ms)
+        self._expect(searched=1)
         return result.best
 
     def _has_time_to_correct(self) -> bool:
