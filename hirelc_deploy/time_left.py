@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ class TimeLeft:
 
     Attributes:
         spent: Seconds of the commands before.
+        deadline: On the clock, when a budget of time ends: what does not fit into it is not begun.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,6 +32,7 @@ class TimeLeft:
         self._ahead: dict[str, float] = {}
         self._answered: dict[str, int] = {}
         self._inside = self.spent = 0.0
+        self.deadline = math.inf
 
     @contextmanager
     def step(self, kind: str) -> Iterator[None]:
@@ -92,7 +95,8 @@ class TimeLeft:
     def seconds(self) -> float | None:
         """Return what the whole command needs yet; None before its steps are known, or what one of them takes."""
         new = {kind: count - self._answered.get(kind, 0) for kind, count in self._ahead.items()}
-        return self.seconds_for(new) if self._ahead else None
+        needed = self.seconds_for(new) if self._ahead else None
+        return None if needed is None else min(needed, max(0.0, self.deadline - self._clock()))
 
     def seconds_for(self, counts: Mapping[str, float]) -> float | None:
         """Return what so many steps of each kind take; None where nothing says it of one of them."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_pipeline import data_file, make_pipeline
 from test_time_left import SECONDS, SIZES
 from toy_problem import Toy
 
@@ -15,6 +16,7 @@ from hirelc_deploy.deliver import agenda
 from hirelc_deploy.deliver.agenda import Agenda
 from hirelc_deploy.deliver.budget import Budget
 from hirelc_deploy.deliver.finalists import Finalist, Search
+from hirelc_deploy.evaluate.training import LONG, REHEARSED
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
@@ -22,6 +24,8 @@ from hirelc_deploy.runs import Run
 from hirelc_deploy.strategies.baselines import make_strategy
 from hirelc_deploy.strategies.loop import run_search
 from hirelc_deploy.time_left import CUT, F1, FILE, TRAINING_STEP, TimeLeft
+
+__all__ = ["data_file"]
 
 FILE_S, SINGLES = 14.4, 120
 
@@ -174,3 +178,28 @@ def test_further_finalists_of_one_budget_come_one_by_one_and_as_time_allows(tmp_
                 (finalists + 0.5) * one + delivery + spent, clocked.agenda, spent=spent, clock=lambda c=clocked: c.now
             )
             assert len(OneBudget(clocked)._finalists_at(1.0)) == finalists
+
+
+def test_a_short_recovery_is_rehearsed_where_a_budget_needs_to_know(data_file: Path, tmp_path: Path) -> None:
+    pipeline = make_pipeline(data_file, tmp_path / "run")
+    training, left = pipeline.training, pipeline.progress.left
+    plan = CompressionPlan({"stages.0.residual": 8}, default_precision="float")
+    assert 2 * REHEARSED < training.steps() < LONG * REHEARSED
+    training.rehearse(plan)
+    assert left.seconds_of(TRAINING_STEP) is None
+    training.rehearse(plan, short=True)
+    assert left.measured(TRAINING_STEP)[0] == REHEARSED
+
+
+def test_no_more_time_is_told_than_a_budget_leaves(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", "seed = 0\n", {})
+    with run:
+        told = []
+        for budget_s in (None, 600.0):
+            clocked = Clocked(run, budget_s, 1)
+            clocked.left.expect(F1, 10_000)
+            clocked.do(F1)
+            clocked.now += 100.0
+            told.append(clocked.left.seconds() or 0.0)
+    assert told[0] > 9_000 * SECONDS[F1]
+    assert told[1] == pytest.approx(500.0 - SECONDS[F1])

@@ -17,9 +17,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.evaluate.cutting import cut
 from hirelc_deploy.evaluate.further import lies_within, recovered
 from hirelc_deploy.evaluate.pipeline import Pipeline
-from hirelc_deploy.evaluate.training import LONG, REHEARSED
 from hirelc_deploy.plan import CompressionPlan
-from hirelc_deploy.time_left import TRAINING_STEP
 
 __all__ = ["data_file"]
 
@@ -105,13 +103,3 @@ def test_a_share_of_a_recovery_is_one_and_no_race_is_run_with_it() -> None:
         SearchConfig(further_recovery=1.5)
     with pytest.raises(InputError, match="train equally long"):
         SearchConfig(further_recovery=0.5, race=4)
-
-
-def test_a_short_recovery_is_rehearsed_where_a_budget_needs_to_know(data_file: Path, tmp_path: Path) -> None:
-    training = make_pipeline(data_file, tmp_path / "run").training
-    left, plan = training.progress.left, float_plan(SMALL)
-    assert 2 * REHEARSED < training.steps() < LONG * REHEARSED
-    training.rehearse(plan)
-    assert left.seconds_of(TRAINING_STEP) is None
-    training.rehearse(plan, short=True)
-    assert left.measured(TRAINING_STEP)[0] == REHEARSED

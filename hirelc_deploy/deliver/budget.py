@@ -34,7 +34,7 @@ class Budget:
         """Args: `seconds` is None for no budget; `spent` of it are gone already."""
         self._agenda, self._clock, self._seconds = agenda, clock, seconds
         self._began = clock() - spent
-        self.deadline = math.inf if seconds is None else self._began + seconds
+        self.deadline = agenda.left.deadline = math.inf if seconds is None else self._began + seconds
 
     @property
     def left(self) -> float:
