@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,7 +75,10 @@ def ran(command: Sequence[str], tools: Path | None = None) -> subprocess.Complet
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
     """Return the last words of a command that failed."""
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("{")]
-    return f"exit code {done.returncode}: {lines[-1][-300:] if lines else ''}"
+    said = (
+        re.sub(r"(?<!\S)(/[^\s/]+)+/", "", lines[-1]) if lines else ""
+    )  # folders of this machine say nothing elsewhere
+    return f"exit code {done.returncode}: {said[-300:]}"
 
 
 def made_files(runtime: str, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:

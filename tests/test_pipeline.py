@@ -27,6 +27,7 @@ from hirelc_deploy.evaluate import network_time, tables
 from hirelc_deploy.evaluate.effort import Effort
 from hirelc_deploy.evaluate.guarded import guarded, guarded_file
 from hirelc_deploy.evaluate.pipeline import Pipeline
+from hirelc_deploy.evaluate.uncut import UncutModel
 from hirelc_deploy.graph.units import build_graph
 from hirelc_deploy.inputs.data.images import ArrayImages
 from hirelc_deploy.inputs.data.load import load_data
@@ -41,6 +42,7 @@ from hirelc_deploy.runs import Run
 from hirelc_deploy.strategies import depth
 from hirelc_deploy.strategies.knapsack import smallest, solve
 from hirelc_deploy.strategies.problem import Problem
+from hirelc_deploy.tasks.classification import CLASSIFICATION
 from hirelc_deploy.tasks.paired import PairedDrop
 from hirelc_deploy.testing.fake_backend import FakeBackend, Faults
 
@@ -82,6 +84,13 @@ def test_the_uncut_float_plan_loses_nothing(pipeline: Pipeline):
     assert outcome.loss < 1e-6
     assert outcome.ratio == pytest.approx(1.0)
     assert outcome.params == sum(p.numel() for p in tiny_net().parameters())
+
+
+@pytest.mark.parametrize(("side", "batch"), [(16, 32), (64, 32), (224, 6), (2048, 1)])
+def test_large_images_are_calibrated_a_few_at_a_time(side: int, batch: int) -> None:
+    uncut = UncutModel(tiny_net(), load_data("pixels:2"), CLASSIFICATION, EFFORT, Progress(quiet=True))
+    uncut.example = torch.empty(2, 3, side, side, device="meta")
+    assert uncut.calibration_batch == batch
 
 
 def test_cost_counted_from_the_plan_is_that_of_the_sliced_model(pipeline: Pipeline):
