@@ -7,39 +7,28 @@ prints.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from torch import nn
-from torch.utils.data import Dataset
-
+from hirelc_deploy.arguments import Model, Splits, data_of, job_config, limits_of, search_config, several
 from hirelc_deploy.compress import recovery
 from hirelc_deploy.config import (
-    DataConfig,
     JobConfig,
     Limits,
-    ModelConfig,
     PreprocessConfig,
-    SearchConfig,
-    TaskConfig,
-    parse_duration,
 )
 from hirelc_deploy.deliver.against import check_limits
 from hirelc_deploy.deliver.read import load
 from hirelc_deploy.deliver.verify import VerifyResult, verify_against
 from hirelc_deploy.deliver.verify import verify as verify_bundle
 from hirelc_deploy.errors import HirelcError, InputError
-from hirelc_deploy.inputs.data.datasets import data_from_datasets
-from hirelc_deploy.inputs.data.load import NO_DATA, load_data
-from hirelc_deploy.inputs.data.splits import Data, SplitSizes
-from hirelc_deploy.inputs.fitting import plain
+from hirelc_deploy.inputs.data.splits import Data
 from hirelc_deploy.inputs.models.given import source_of
 from hirelc_deploy.jobs.apply import run_apply
 from hirelc_deploy.jobs.assist import assist, check_others
@@ -76,12 +65,6 @@ __all__ = [
     "verify",
     "why",
 ]
-
-Model = str | nn.Module | Callable[[], nn.Module]
-"""A timm name or another spec of the command line, a module (which is copied), or a function that makes one."""
-
-Splits = str | Mapping[str, Dataset[Any]] | Data
-"""A spec of the command line, or split names (train, and test or val) to torch data sets of (image, target)."""
 
 
 @usual_torch()
@@ -156,7 +139,7 @@ def search(
         ray=ray,
         **job,
     )
-    config, given = _search_config(model, data, _limits(limits), asked)
+    config, given = search_config(model, data, limits_of(limits), asked)
     return _done(config, given, _folder(out), job, jobs=jobs, ray=ray)
 
 
@@ -186,8 +169,8 @@ def family(
     """
     if ranks.count() > 1:
         raise InputError("several limits: processes of torchrun share one search; give one limit, or leave it out.")
-    members = [_limits(one) for one in _several("limits", limits) or ()]
-    config, given = _search_config(model, data, members[0] if members else Limits(), options)
+    members = [limits_of(one) for one in several("limits", limits) or ()]
+    config, given = search_config(model, data, members[0] if members else Limits(), options)
     command = options.get("command") or "hirelc_deploy.family(...)"
     job: SearchOptions = {**options, "command": command}
 
@@ -226,7 +209,7 @@ def apply(
         file.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", "utf-8")
         plan = file
     try:
-        config, given = _config(model, data, task, target, metric, loss, job, plan=str(plan))
+        config, given = job_config(model, data, task, target, metric, loss, job, plan=str(plan))
         return _done(config, given, _folder(out), job)
     except HirelcError:
         if file is not None and not Path(out).exists():
@@ -267,8 +250,8 @@ def inspect(
     told = _told(progress)
     started = told.clock()
     source = source_of(model, weights, model_args, pretrained, weights_key)
-    overrides = PreprocessConfig(_several("input_size", input_size)).overrides()
-    excluded, included = _several("exclude", exclude) or (), _several("include", include) or ()
+    overrides = PreprocessConfig(several("input_size", input_size)).overrides()
+    excluded, included = several("exclude", exclude) or (), several("include", include) or ()
     if not verdict:
         for name, value in (("target", target), ("threads", threads), ("seconds", seconds)):
             if value is not None:
@@ -318,7 +301,7 @@ def timed(
         raise InputError(f"--seconds {seconds:g}: give a finite number above 0.")
     if batch is not None and batch < 1:
         raise InputError(f"batch = {batch}: give a whole number of at least 1.")
-    paths = [Path(file) for file in _several("files", files) or ()]
+    paths = [Path(file) for file in several("files", files) or ()]
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no such file; give ONNX files, the reference first.")
@@ -360,7 +343,7 @@ def verify(
         HirelcError: There is no bundle or baseline, data or reference do not fit, or a limit that was given cannot be
             judged.
     """
-    given = _data(data, JobOptions(data_dir=data_dir)) if data is not None else None
+    given = data_of(data, JobOptions(data_dir=data_dir)) if data is not None else None
     path, profile = Path(reference) if reference else None, find_target(target)
     backend, others = open_target(profile), open_others(profile)
     check_limits(None if against is None else Path(against), max_drop, max_slowdown)
@@ -425,7 +408,7 @@ def _splits_again(run: Path, data: Splits, data_dir: str | Path | None) -> Data:
         selection_images=config.data.selection_images,
         seed=config.seed,
     )
-    return _data(data, job)
+    return data_of(data, job)
 
 
 def run_config(config: JobConfig, out: Path, progress: Progress, command: str) -> Result:
@@ -458,7 +441,7 @@ def _done(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by
 def _opened(config: JobConfig, given: Given, out: Path, job: JobOptions, **side_by_side: Any) -> Workplace:
     progress = _told(job.get("progress"))
     command = job.get("command") or f"hirelc_deploy.{'apply' if config.plan else 'search'}(...)"
-    track = _several("track", job.get("track")) or ()
+    track = several("track", job.get("track")) or ()
     return open_workplace(config, out, command, progress, given=given, track=track, **side_by_side)
 
 
@@ -469,146 +452,7 @@ def _told(progress: Listener | Progress | None) -> Progress:
     return progress if isinstance(progress, Progress) else Progress(quiet=progress is None, listener=progress)
 
 
-def _search_config(
-    model: Model, data: Splits | None, limits: Limits, options: SearchOptions
-) -> tuple[JobConfig, Given]:
-    """Return the configuration of a search, and the objects that it can only name."""
-    budget = options.get("budget")
-    found = SearchConfig(
-        strategy=options.get("strategy", "hirelc"),
-        budget_seconds=parse_duration(budget) if isinstance(budget, str) else budget,
-        f1_evaluations=options.get("trials", 24),
-        finalists=options.get("finalists", 3),
-        options=options.get("options", 8),
-        warm_start=_place(options.get("warm_start")),
-        depth=options.get("depth", True),
-        precisions=options.get("precisions", False),
-        race=options.get("race", 0),
-        library=_place(options.get("library")),
-        further_recovery=None if (share := options.get("further_recovery")) == 1 else share,
-    )
-    task, target = options.get("task"), options.get("target", "cpu")
-    metric, loss = options.get("metric"), options.get("loss")
-    return _config(model, data, task, target, metric, loss, options, limits=limits, search=found)
-
-
-def _place(given: str | Path | None) -> str | None:
-    return str(Path(given).resolve()) if given else None
-
-
-def _config(
-    model: Model,
-    data: Splits | None,
-    task: str | None,
-    target: str,
-    metric: Callable[..., Any] | str | None,
-    loss: Callable[..., Any] | str | None,
-    job: JobOptions,
-    **more: Any,
-) -> tuple[JobConfig, Given]:
-    """Return the configuration of a job, and the objects that it can only name."""
-    known = SearchOptions if "search" in more else JobOptions
-    if unknown := sorted(set(job) - known.__annotations__.keys()):
-        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
-    if job.get("lower_is_better") is not None and metric is None:
-        raise InputError("lower_is_better: it is said of a metric of your own; name one with --metric.")
-    weights, folder = job.get("weights"), job.get("data_dir")
-    if data is None:
-        if not (isinstance(model, str) and model.lower().endswith(".onnx")):
-            raise InputError("--data is missing: name what judges the model; only an ONNX file can do without it.")
-        data = NO_DATA
-    named = isinstance(model, str)
-    source = None if named else source_of(model, weights, job.get("model_args"), job.get("pretrained", False))
-    splits = None if isinstance(data, str) else _data(data, job)
-    config = JobConfig(
-        model=ModelConfig(
-            source.spec if source else str(model),
-            str(Path(weights).resolve()) if weights else None,
-            _named("model_args", job.get("model_args")),
-            job.get("pretrained", False),
-            job.get("weights_key"),
-        ),
-        data=DataConfig(
-            data if isinstance(data, str) else f"datasets:{splits.name if splits else ''}",
-            str(Path(folder).resolve()) if folder else None,
-            job.get("calibration_images"),
-            job.get("selection_images"),
-        ),
-        target=target,
-        seed=job.get("seed", 0),
-        threads=job.get("threads"),
-        batch=job.get("batch") if job.get("batch") != 1 else None,  # the same job, said in two ways
-        recovery_epochs=job.get("recovery_epochs", 1.0),
-        learning_rate=job.get("learning_rate", 0.01),
-        recovery_batch=job.get("recovery_batch"),
-        sync_norms=job.get("sync_norms", False),
-        exclude=_several("exclude", job.get("exclude")) or (),
-        include=_several("include", job.get("include")) or (),
-        float_layers=_several("float_layers", job.get("float_layers")) or (),
-        equalise=_several("equalise", job.get("equalise")) or (),
-        ranges=_named("ranges", job.get("ranges")),
-        preprocess=PreprocessConfig(
-            _several("input_size", job.get("input_size")),
-            _several("mean", job.get("mean")),
-            _several("std", job.get("std")),
-            geometry=job.get("geometry"),
-            interpolation=job.get("interpolation"),
-        ),
-        task=TaskConfig(
-            task,
-            metric if isinstance(metric, str) else None,
-            loss if isinstance(loss, str) else None,
-            job.get("lower_is_better"),
-            plain(_named("task_options", job.get("task_options"))),
-        ),
-        **more,
-    )
-    own_metric, own_loss = (None if isinstance(one, str) else one for one in (metric, loss))
-    return config, Given(source, splits, own_metric, own_loss, job.get("task_options"))
-
-
-def _limits(given: Limits | Mapping[str, float] | None) -> Limits:
-    if isinstance(given, Limits):
-        return given
-    fields = [field.name for field in dataclasses.fields(Limits)]
-    for name in (limits := _named("limits", given)):
-        if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"did you mean {near[0]}? There are" if near else "there are"
-            raise InputError(f"limits: {name!r} is unknown; {hint} {', '.join(fields)}.")
-    return Limits(**(limits or {"max_drop": 1.0}))
-
-
 def _folder(given: str | Path) -> Path:
     if not isinstance(given, str | Path) or not str(given):
         raise InputError(f"out = {given!r}: name the folder that is made for the results.")
     return Path(given)
-
-
-def _named(name: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    if given is not None and not isinstance(given, Mapping):
-        raise InputError(f"{name} = {given!r:.60}: give a dict of names and values.")
-    return dict(given or {})
-
-
-def _several(name: str, given: Any) -> tuple[Any, ...] | None:
-    """Return the values of an option that takes several; None where there are none."""
-    if given is not None and (isinstance(given, str | Path) or not isinstance(given, Iterable)):
-        raise InputError(f"{name} = {str(given)!r:.60}: give several values, in a list.")
-    return tuple(given) or None if given is not None else None
-
-
-def _data(data: Splits, job: JobOptions) -> Data:
-    if isinstance(data, Data):
-        return data
-    folder, seed = job.get("data_dir"), job.get("seed", 0)
-    if isinstance(data, str):
-        return load_data(
-            data,
-            data_dir=Path(folder) if folder else None,
-            calibration_images=job.get("calibration_images"),
-            selection_images=job.get("selection_images"),
-            seed=seed,
-        )
-    sizes = SplitSizes(job.get("calibration_images"), job.get("selection_images"))
-    return data_from_datasets(data, sizes, seed, job.get("collate_fn"), classes=job.get("classes"))

@@ -20,6 +20,7 @@ from test_refill import random_cuts
 from test_schemas import MODEL, SEARCH, check, command, searched_in, strict
 
 from hirelc_deploy import api
+from hirelc_deploy.arguments import job_config
 from hirelc_deploy.cli import application
 from hirelc_deploy.compress.onnx_file import export, refill, rewrite
 from hirelc_deploy.errors import InputError
@@ -199,7 +200,7 @@ def test_a_run_goes_on_at_its_batch_only(place: Path, capsys: pytest.CaptureFixt
 
 def test_one_image_said_or_unsaid_is_the_same_job(place: Path) -> None:
     job = {"limits": {"max_drop": 50.0}, "recovery_epochs": 0.0, "calibration_images": 16, "selection_images": 24}
-    one, unsaid = (api._config("net.py:net", "net.py:data", None, "cpu", None, None, {"batch": b}) for b in (1, None))
+    one, unsaid = (job_config("net.py:net", "net.py:data", None, "cpu", None, None, {"batch": b}) for b in (1, None))
     assert one[0] == unsaid[0]
     assert "batch" not in one[0].to_toml()
     with pytest.raises(InputError, match=r"batch = 1000000: .* values go into one inference"):
