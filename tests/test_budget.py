@@ -6,22 +6,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_pipeline import data_file, make_pipeline
 from test_time_left import SECONDS, SIZES
-from toy_problem import Toy
+from toy_problem import WIDTHS, Toy
 
 from hirelc_deploy.config import Limits, SearchConfig
 from hirelc_deploy.deliver import agenda
 from hirelc_deploy.deliver.agenda import Agenda
 from hirelc_deploy.deliver.budget import Budget
-from hirelc_deploy.deliver.finalists import Finalist, Search
+from hirelc_deploy.deliver.finalists import UNUSED, Finalist, Search
+from hirelc_deploy.deliver.limits import TOLERANCE
 from hirelc_deploy.evaluate.training import LONG, REHEARSED
 from hirelc_deploy.outcome import Fidelity, Measured, Outcome
 from hirelc_deploy.plan import CompressionPlan
 from hirelc_deploy.progress import Progress
 from hirelc_deploy.runs import Run
 from hirelc_deploy.strategies.baselines import make_strategy
+from hirelc_deploy.strategies.knapsack import solve
 from hirelc_deploy.strategies.loop import run_search
 from hirelc_deploy.time_left import CUT, F1, FILE, TRAINING_STEP, TimeLeft
 
@@ -178,6 +181,42 @@ def test_further_finalists_of_one_budget_come_one_by_one_and_as_time_allows(tmp_
                 (finalists + 0.5) * one + delivery + spent, clocked.agenda, spent=spent, clock=lambda c=clocked: c.now
             )
             assert len(OneBudget(clocked)._finalists_at(1.0)) == finalists
+
+
+class OneAim(Search):
+    """A search at an asked latency whose files take a tenth longer than is predicted, without time for another one."""
+
+    def __init__(self, toy: Toy) -> None:
+        reference: Any = SimpleNamespace(files=SimpleNamespace(reference_ms=1.0))
+        self.pipeline, self.limits, self.config = reference, Limits(max_latency_ms=1.0), SearchConfig()
+        self.problem, self._gone, self.toy = toy.problem, None, toy
+        self.ms = dict[str, float]()
+
+    def _evaluate(self, plan: CompressionPlan, fidelity: Fidelity) -> Outcome:
+        choices = np.array([WIDTHS.index(plan.keep[decision.name]) for decision in self.problem.decisions])
+        self.ms[plan.digest] = ms = 1.1 * self.toy.ms(choices)
+        return Measured(plan.digest, fidelity, self.toy.loss(choices), None, 0, 0, ratio=ms)
+
+    def _best_at(self, aim_ms: float) -> tuple[CompressionPlan, Measured] | None:
+        plan = self.problem.plan_of(solve(self.problem, aim_ms))
+        found = self._evaluate(plan, "F2")
+        assert isinstance(found, Measured)
+        return plan, found
+
+    def _has_time_to_correct(self) -> bool:
+        return False
+
+
+def test_a_plan_that_is_known_to_break_its_limit_is_not_trained_where_there_is_no_time_to_search_again() -> None:
+    toy = Toy(0)
+    search = OneAim(toy)
+    budget_ms = 0.5 * toy.problem.uncut_ms
+    plan = search._best_plan(budget_ms)
+    assert plan is not None
+    first, second = search.ms.values()
+    assert first > (1 + TOLERANCE) * budget_ms
+    assert (1 - UNUSED) * budget_ms < second <= (1 + TOLERANCE) * budget_ms
+    assert search.ms[plan.digest] == second
 
 
 def test_a_short_recovery_is_rehearsed_where_a_budget_needs_to_know(data_file: Path, tmp_path: Path) -> None:

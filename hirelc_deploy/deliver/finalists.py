@@ -328,13 +328,16 @@ class Search:
     def _best_plan(self, budget_ms: float) -> CompressionPlan | None:
         """Search at one budget; where a file misses one that was asked for, search again at a corrected one.
 
-        Too slow breaks the limit; too fast gives accuracy away. Of files that meet the budget that which loses least,
-        or where several may enter a race, that which loses least as its training goes on.
+        Where there is no time for that, the solver says what keeps the corrected one: a plan that is known to break its
+        limit is not worth a training. Too slow breaks the limit; too fast gives accuracy away. Of files that meet the
+        budget that which loses least, or where several may enter a race, that which loses least as its training goes
+        on.
         """
         aim_ms, tried = budget_ms, list[tuple[CompressionPlan, Measured]]()
         asked_for = latency_budget_ms(self.limits, self.pipeline.files.reference_ms) is not None
         for attempt in range(CORRECTIONS + 1 if asked_for else 1):
             if attempt and not self._has_time_to_correct():
+                tried += self._solved_at(aim_ms)
                 break
             found = self._best_at(aim_ms)
             if found is None:
@@ -417,6 +420,15 @@ class Search:
                 result = self._searched(problem, budget, aim_ms)
         self._expect(searched=1)
         return result.best
+
+    def _solved_at(self, aim_ms: float) -> list[tuple[CompressionPlan, Measured]]:
+        """Return the solver's plan of a predicted time, where it can be had: one more file in place of a search."""
+        problem, budget = self._with_bytes(aim_ms)
+        if smallest(problem)[1] > budget:
+            return []
+        plan = problem.plan_of(solve(problem, budget))
+        outcome = self._evaluate(plan, "F2")
+        return [(plan, outcome)] if isinstance(outcome, Measured) else []
 
     def _has_time_to_correct(self) -> bool:
         """Return whether the time budget allows a further search for the same finalist, and if so expect it."""
