@@ -248,9 +248,10 @@ def test_a_yolo_is_read_with_and_without_objectness() -> None:
     found = np.zeros((1, 7, 2), dtype=np.float32)
     found[0, :, 1] = [100, 50, 20, 10, 0.1, 0.2, 0.8]
     expected = {"boxes": [[90, 45, 110, 55]], "labels": [2], "names": ["bird"]}
-    [result] = decoded(task_of("yolo"), {"output": found})
-    assert {key: result[key] for key in expected} == expected
-    assert result["scores"] == pytest.approx([0.8])
+    for name in ("output", "output0"):
+        [result] = decoded(task_of("yolo"), {name: found})
+        assert {key: result[key] for key in expected} == expected
+        assert result["scores"] == pytest.approx([0.8])
     with_objectness = np.insert(found.transpose(0, 2, 1), 4, 0.5, axis=2)
     [result] = decoded(task_of("yolo", objectness=True), {"output": with_objectness})
     assert {key: result[key] for key in expected} == expected
@@ -429,6 +430,11 @@ def test_answers_are_found_by_name_or_place() -> None:
     assert list(own_names.answers({"reg": boxes, "cls": scores})) == ["cls", "reg"]
     own_names.check({"cls": scores, "reg": boxes}, None)
     assert list(task_of("yolo").answers((torch.zeros(1, 7, 5), [torch.zeros(1, 2)]))) == ["boxes"]
+    alone = task_of("yolo")
+    assert list(alone.answers({"output0": torch.zeros(1, 7, 5)})) == ["output0"]
+    alone.check({"output0": torch.zeros(1, 7, 5)}, None)
+    with pytest.raises(InputError, match="no output 'rows'"):
+        task_of("yolo", outputs=["rows"]).answers({"output0": torch.zeros(1, 7, 5)})
     with pytest.raises(InputError, match="known as boxes; name them in the option outputs"):
         task_of("detr").answers({"logits": scores, "places": boxes})
 

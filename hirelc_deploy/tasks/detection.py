@@ -327,6 +327,8 @@ class Detection:
         found = {}
         for role, names in self._names.items():
             name = next((name for name in names if name in answers), None)
+            if len(self._names) == len(answers) == 1 and names is USUAL_NAMES[role]:
+                (name,) = answers  # whatever it is called, there is no other
             if name is None:
                 raise InputError(
                     f"task detection: none of the outputs {', '.join(answers)} is known as {role}; "
