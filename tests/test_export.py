@@ -81,6 +81,35 @@ def test_a_node_carries_the_weight_of_the_layer_it_is_named_after(tmp_path):
             np.testing.assert_array_equal(ours.T if node.op_type == "MatMul" else ours, theirs)
 
 
+class Grandchildren(nn.Module):
+    """Calls layers of modules that are not called themselves, one of them named as another layer is, and two that
+    share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Module()
+        self.body.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.body.blocks = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, padding=1)}) for _ in range(2))
+        self.body.tokens = nn.Linear(4, 4)
+        self.first, self.tied = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.tied.weight = self.first.weight
+
+    def forward(self, x):
+        x = self.body.first(x)
+        for block in self.body.blocks:
+            x = block["conv"](x)
+        x = self.tied(self.first(x))
+        return self.body.tokens(x.flatten(2).transpose(1, 2)).mean(1)
+
+
+def test_layers_of_modules_that_are_not_called_keep_their_names(tmp_path):
+    torch.manual_seed(0)
+    export.export_onnx(Grandchildren().eval(), images(2), tmp_path / "m.onnx")
+    layers = export.layer_of_node(onnx.load(str(tmp_path / "m.onnx"))).values()
+    body = ["body.blocks.0.conv", "body.blocks.1.conv", "body.first", "body.tokens"]
+    assert sorted(layers) == [*body, "first", "tied"]
+
+
 def test_batch_norm_is_folded_and_means_are_pools(tmp_path):
     export.export_onnx(small_cnn(), images(2), tmp_path / "m.onnx")
     found = operators(tmp_path / "m.onnx")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from hirelc_deploy.compress.onnx_file.folding import Arrays, Recipe, fold, tensors_of
-from hirelc_deploy.compress.onnx_file.links import reads
+from hirelc_deploy.compress.onnx_file.links import makers_of, reads
 from hirelc_deploy.errors import ExportError, InputError, check_room
 from hirelc_deploy.graph.answers import OUTPUT, Answers, answers, named
 
@@ -299,8 +299,7 @@ def _torchscript(model: nn.Module, example: Tensor, dynamic_batch: bool = True) 
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ExportError(f"{UNWRITTEN} ({_reason(error)})") from None
     proto = onnx.load_from_string(buffer.getvalue())
-    modules = {name for name, _ in model.named_modules()}
-    _name_nodes(proto, [_layer_on_path(node.name.split("/")[1:-1], modules) for node in proto.graph.node])
+    _name_nodes(proto, _layers_by_weight(proto, model))
     return Export(proto, fold(proto, tensors_of(model), WEIGHT_OPERATORS))
 
 
@@ -333,7 +332,32 @@ def _torch_export(model: nn.Module, example: Tensor) -> Export:
     return Export(proto, None)
 
 
-def _layer_on_path(path: list[str], modules: set[str]) -> str:
+def _layers_by_weight(proto: ModelProto, model: nn.Module) -> list[str]:
+    """Return the layer of each node that TorchScript wrote: whose weight it reads, else where it was called.
+
+    Scopes leave out modules that are not called themselves, so that `body.0.conv` may be called `conv`, as another
+    layer is. Of layers that share a weight the file has one name, and there the scope says which it is.
+    """
+    modules, makers, tensors = dict(model.named_modules()), makers_of(proto.graph), tensors_of(model)
+    layers = []
+    for node in proto.graph.node:
+        layer, weight = _layer_on_path(node.name.split("/")[1:-1], modules), ""
+        if node.op_type in WEIGHT_OPERATORS:
+            maker = makers.get(node.input[1])
+            weight = maker.input[0] if maker is not None and maker.op_type == "Transpose" else node.input[1]
+        owner = weight.rpartition(".")[0]
+        if weight in tensors and owner in modules and not _share_a_weight(modules[owner], modules[layer]):
+            layer = owner
+        layers.append(layer)
+    return layers
+
+
+def _share_a_weight(one: nn.Module, other: nn.Module) -> bool:
+    weight = getattr(one, "weight", None)
+    return isinstance(weight, Tensor) and getattr(other, "weight", None) is weight
+
+
+def _layer_on_path(path: list[str], modules: Container[str]) -> str:
     """Return the module that a TorchScript scope ends in: [`layer2`, `down`, `down.0`] is layer2.down.0."""
     layer, previous = "", ""
     for step in path:
