@@ -110,6 +110,41 @@ def test_layers_of_modules_that_are_not_called_keep_their_names(tmp_path):
     assert sorted(layers) == [*body, "first", "tied"]
 
 
+class Padded(nn.Module):
+    """A convolution behind a padding of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.other = kind, nn.Conv2d(3, 4, 3, 2, padding=(1, 0)), nn.Conv2d(3, 4, 1, 2)
+
+    def forward(self, x):
+        if self.kind == "unlike":
+            return self.conv(nn.functional.pad(x, (0, 1, 2, 0)))
+        if self.kind == "read twice":
+            x = nn.functional.pad(x, (0, 1, 0, 1))
+            return self.conv(x).mean() + self.other(x)
+        if self.kind == "cropped":
+            return self.conv(nn.functional.pad(x, (-1, 1, 0, 0)))
+        if self.kind == "of ones":
+            return self.conv(nn.functional.pad(x, (0, 1, 0, 1), value=1.0))
+        return self.conv(nn.functional.pad(x, (0, 1, 0, 1), mode="reflect"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"), [("unlike", 0), ("read twice", 1), ("cropped", 1), ("of ones", 1), ("mirrored", 1)]
+)
+def test_a_convolution_pads_for_itself_where_zeros_are_put_around_what_it_alone_reads(kind, left, tmp_path):
+    torch.manual_seed(0)
+    model = Padded(kind).eval()
+    export.export_onnx(model, images(2), tmp_path / "m.onnx")
+    assert operators(tmp_path / "m.onnx")["Pad"] == left
+    with torch.no_grad():
+        np.testing.assert_allclose(run(tmp_path / "m.onnx", images(3)), model(images(3)).numpy(), atol=1e-5)
+    if kind == "unlike":
+        (conv,) = onnx.load(str(tmp_path / "m.onnx")).graph.node
+        assert next(list(a.ints) for a in conv.attribute if a.name == "pads") == [3, 0, 1, 1]
+
+
 def test_batch_norm_is_folded_and_means_are_pools(tmp_path):
     export.export_onnx(small_cnn(), images(2), tmp_path / "m.onnx")
     found = operators(tmp_path / "m.onnx")

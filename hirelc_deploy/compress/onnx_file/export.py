@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress.onnx_file.folding import Arrays, Recipe, fold, tensors_of
 from hirelc_deploy.compress.onnx_file.links import makers_of, reads
+from hirelc_deploy.compress.onnx_file.pads import pad_in_convolutions
 from hirelc_deploy.errors import ExportError, InputError, check_room
 from hirelc_deploy.graph.answers import OUTPUT, Answers, answers, named
 
@@ -378,7 +379,7 @@ def _name_nodes(proto: ModelProto, layers: list[str]) -> None:
 
 
 def _finish(proto: ModelProto, example: Tensor, dynamic_batch: bool) -> ModelProto:
-    """Pin every dimension but the batch, use GlobalAveragePool, fold constants."""
+    """Pin every dimension but the batch, use GlobalAveragePool, fold constants, pad in convolutions."""
     graph = proto.graph
     for value in graph.input:
         if dynamic_batch and value.type.tensor_type.shape.dim[0].HasField("dim_value"):
@@ -393,6 +394,7 @@ def _finish(proto: ModelProto, example: Tensor, dynamic_batch: bool) -> ModelPro
             value.type.tensor_type.shape.dim[0].dim_value = len(example)
     pool_instead_of_mean(proto)
     finished = optimised(proto)
+    pad_in_convolutions(finished)
     check_finite({i.name: numpy_helper.to_array(i) for i in finished.graph.initializer})
     return finished
 
