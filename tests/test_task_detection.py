@@ -355,6 +355,25 @@ def test_boxes_of_a_list_may_change_their_places_but_not_vanish() -> None:
     assert float(task.divergence(without, wanted)) > 0.05  # one too many
 
 
+@pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
+def test_queries_are_a_set_whose_order_an_image_may_choose(scores: str) -> None:
+    task = task_of("detr", scores=scores)
+    wanted = random_answers(task, images=3, scale=3.0)
+    wanted["boxes"][:, 1] = wanted["boxes"][:, 0]  # two queries on one box, told apart by how sure they are
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    turned = {name: answer[:, order] for name, answer in wanted.items()}
+    assert task.divergence(wanted, turned).tolist() == pytest.approx([0.0] * 3, abs=1e-6)
+    slopes = []
+    for found in (wanted, turned):
+        scores_of = (found["scores"] - 0.1 * torch.arange(found["scores"].shape[-1])).requires_grad_()
+        total = task.divergence(wanted, {**found, "scores": scores_of}).sum()
+        slopes += torch.autograd.grad(total, scores_of)
+    torch.testing.assert_close(slopes[1], slopes[0][:, order])
+    lost = {**wanted, "scores": wanted["scores"].clone()}
+    lost["scores"][:, 0] = -9.0 if scores == "sigmoid" else torch.tensor([-9.0, -9.0, -9.0, 9.0])
+    assert task.divergence(wanted, lost).min() > 0.01
+
+
 @each_form
 def test_squared_gradients_of_the_surprise_are_the_curvature_of_the_divergence(task: Detection) -> None:
     one = {name: answer.double() for name, answer in random_answers(task, images=1, scale=0.7).items()}

@@ -22,6 +22,9 @@ SMALLEST = 1 / 500
 FOUND = 0.5
 """Overlap from which an anchor, or a box, is taken for the true one (Liu et al. 2016)."""
 
+UNSURE = 0.05
+"""Probability below which it does not matter what a query sees."""
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -35,6 +38,7 @@ class Candidates:
         codes: (n, a, 4) what the head answers of boxes in CODE_UNITS of anchors; None where it answers boxes.
         anchors: (a, 4) centred boxes that codes start from; None where it answers boxes.
         labels: (n, a) classes where the head has chosen; k is 1 then.
+        is_a_set: A place means nothing: what one query sees in one answer another may see in the next.
     """
 
     logits: Tensor
@@ -44,12 +48,15 @@ class Candidates:
     codes: Tensor | None = None
     anchors: Tensor | None = None
     labels: Tensor | None = None
+    is_a_set: bool = False
+
+    def probabilities(self) -> Tensor:
+        """Return (n, a, k) probabilities of the classes, without the background."""
+        return self.logits.softmax(-1)[..., :-1] if self.exclusive else self.logits.sigmoid()
 
     def foreground(self) -> Tensor:
         """Return (n, a) the largest probability of a class that is not the background."""
-        if self.exclusive:
-            return self.logits.softmax(-1)[..., :-1].amax(-1)
-        return self.logits.sigmoid().amax(-1)
+        return self.probabilities().amax(-1)
 
     def of_class(self, labels: Tensor, image: int) -> Tensor:
         """Return (g, a) probability that each candidate of an image has each of (g,) classes."""
@@ -150,7 +157,7 @@ class Detr:
 
     def candidates(self, outputs: Mapping[str, Tensor]) -> Candidates:
         """Return a candidate for each query."""
-        return Candidates(outputs["scores"], self.exclusive, outputs["boxes"], SMALLEST)
+        return Candidates(outputs["scores"], self.exclusive, outputs["boxes"], SMALLEST, is_a_set=True)
 
     def assigned(self, candidates: Candidates, image: int, boxes: Tensor, labels: Tensor) -> Tensor:
         """Give each box one query, the best pair first.
@@ -229,15 +236,16 @@ def paired(wanted: Candidates, found: Candidates) -> tuple[Candidates, Candidate
 
     Heads with places of their own have that already. Lists of boxes that were chosen change their order, so each found
     box goes to the wanted one of its class that it overlaps most. What has no partner is given one that says nothing.
+    Queries are a set, and where an image chooses them (Zhu et al. 2021, two-stage) rounding changes their order.
     """
+    if wanted.is_a_set and found.is_a_set:
+        return wanted, _in_order_of(wanted, found)
     if wanted.labels is None or found.labels is None:
         return wanted, found
     partners = []
     for image in range(len(wanted.boxes)):
         ours, theirs = wanted.boxes[image].detach(), found.boxes[image].detach()
-        equal = (ours[:, None] == theirs).all(-1)  # also where a box is empty and overlaps nothing
-        over = torch.maximum(overlaps(ours, theirs), equal.to(ours))
-        over = over * (wanted.labels[image][:, None] == found.labels[image])
+        over = _alike(ours, theirs) * (wanted.labels[image][:, None] == found.labels[image])
         partners.append(_one_each(over, FOUND))  # (found boxes,) its wanted one, or -1
     partner = torch.stack(partners)
     met = (partner >= 0)[..., None]
@@ -254,6 +262,30 @@ def paired(wanted: Candidates, found: Candidates) -> tuple[Candidates, Candidate
         replace(wanted, logits=torch.cat([theirs, unmet], 1), boxes=torch.cat([their_boxes, wanted.boxes], 1)),
         replace(found, logits=torch.cat([found.logits, lost], 1), boxes=torch.cat([found.boxes, wanted.boxes], 1)),
     )
+
+
+def _in_order_of(wanted: Candidates, found: Candidates) -> Candidates:
+    """Return found queries each at the place of the wanted one that it is most like; as they are where these see alike.
+
+    Of queries on one object the surer one goes to the surer one: alike are the probabilities too.
+    """
+    both = wanted.probabilities().detach(), found.probabilities().detach()
+    sure = torch.maximum(both[0].amax(-1), both[1].amax(-1))
+    orders = []
+    for image, (ours, theirs) in enumerate(zip(*both, strict=True)):
+        over = _alike(wanted.boxes[image].detach(), found.boxes[image].detach())
+        if ((over.diagonal() >= FOUND) | (sure[image] < UNSURE)).all():
+            orders.append(torch.arange(len(ours), device=over.device))
+        else:
+            orders.append(_one_each(over - (ours[:, None] - theirs).abs().amax(-1), -math.inf).argsort())
+    order = torch.stack(orders)[..., None]
+    logits = found.logits.gather(1, order.expand_as(found.logits))
+    return replace(found, logits=logits, boxes=found.boxes.gather(1, order.expand_as(found.boxes)))
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return (g, a) overlaps of boxes, 1 for equal ones that are empty and overlap nothing."""
+    return torch.maximum(overlaps(ours, theirs), (ours[:, None] == theirs).all(-1).to(ours))
 
 
 def _one_each(fit: Tensor, least: float) -> Tensor:
