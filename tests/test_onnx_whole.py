@@ -128,6 +128,24 @@ def test_inspect_counts_its_layers_and_says_why_none_is_cut(place: Path) -> None
     assert record["params"] > sum(layer.params for layer in graph_of_file(build(place / "net.onnx")).layers)
 
 
+@pytest.mark.parametrize("padding", [{"pads": [0, 0, 1, 1]}, {"pads": [2, 0, 1, 1]}, {"auto_pad": "SAME_UPPER"}])
+@pytest.mark.parametrize("side", [2, 7, 16])
+def test_a_layer_that_pads_unlike_at_both_ends_is_timed_on_what_it_sees(
+    tmp_path: Path, side: int, padding: dict[str, Any]
+) -> None:
+    model = looped_net(image=(1, 3, side, side))
+    stem = next(one for one in model.graph.node if one.op_type == "Conv")
+    del stem.attribute[:]
+    options = {"strides": [2, 2], "dilations": [1, 1], "kernel_shape": [3, 3], **padding}
+    stem.attribute.extend(helper.make_attribute(name, value) for name, value in options.items())
+    shape = graph_of_file(whole(model, tmp_path)).layers[0].shape
+    sizes = zip(shape.input_size, shape.padding, shape.dilation, shape.kernel, shape.stride, strict=True)
+    found = [
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, pad, dilation, kernel, stride in sizes
+    ]
+    assert np.prod(found) == shape.positions > 0
+
+
 def test_a_verdict_beforehand_needs_pieces_which_a_loop_does_not_have(place: Path) -> None:
     with pytest.raises(InputError, match="has a Loop or an If, which cannot be timed in pieces; apply it with --plan"):
         hirelc_deploy.inspect(str(place / "net.onnx"), verdict=True, seconds=20)

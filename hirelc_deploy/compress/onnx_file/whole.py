@@ -162,14 +162,21 @@ def _layer(
     turned = node.op_type == "ConvTranspose"
     inputs, outputs = (weight[0], weight[1] * groups) if turned else (weight[1] * groups, weight[0])
     positions = math.prod(result[2:])
+    size, kernel, stride = _pair(given[2:]), _pair(weight[2:]), _pair(of.get("strides", ()))
+    dilation, pads = _pair(of.get("dilations", ())), of.get("pads", ())
+    padding = _pair(pads[: len(pads) // 2], 0)
+    if not turned and (_pair(pads[len(pads) // 2 :], 0) != padding or of.get("auto_pad", b"NOTSET") != b"NOTSET"):
+        # Unlike at both ends: the layer takes as long as one without padding on what it then sees.
+        answers = zip(_pair(result[2:]), stride, dilation, kernel, strict=True)
+        size, padding = _pair([(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in answers]), (0, 0)
     shape = LayerShape(
         "conv",
         positions,
-        _pair(given[2:]),
-        _pair(weight[2:]),
-        _pair(of.get("strides", ())),
-        _pair(of.get("pads", ())[: len(weight) - 2], 0),
-        _pair(of.get("dilations", ())),
+        size,
+        kernel,
+        stride,
+        padding,
+        dilation,
         depthwise=groups > 1 and groups == inputs == outputs,
         groups=1 if groups == inputs == outputs else groups,
     )
