@@ -62,10 +62,11 @@ def test_means_of_other_features_than_the_weight_reads_are_not_used():
 
 
 class Deep(nn.Module):
-    """Pointwise and depthwise layers in turn; one linear layer runs twice."""
+    """Pointwise and depthwise layers in turn; the linear layer before the last runs once, or twice."""
 
-    def __init__(self):
+    def __init__(self, runs=1):
         super().__init__()
+        self.runs = runs
         layers = [nn.Conv2d(3, 16, 3, 2)]
         for _ in range(3):
             layers += [nn.ReLU6(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6(), nn.Conv2d(16, 16, 1)]
@@ -73,7 +74,9 @@ class Deep(nn.Module):
 
     def forward(self, x):
         x = self.body(x).relu().mean((2, 3))
-        return self.head(self.shared(self.shared(x)))
+        for _ in range(self.runs):
+            x = self.shared(x)
+        return self.head(x)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,13 @@ def test_calibration_takes_the_mean_input_of_every_layer(files):
         np.testing.assert_allclose(means["body.4"], model.body[:4](everything).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_that_runs_twice_has_no_one_mean_and_is_left_out(tmp_path):
+    torch.manual_seed(0)
+    export.export_onnx(Deep(runs=2).eval(), torch.from_numpy(images(2)), tmp_path / "twice.onnx")
+    means = calibrate(tmp_path / "twice.onnx", [images(5)], "minmax").means
+    assert set(means) == {*(f"body.{index}" for index in range(0, 13, 2)), "head"}
+
+
 def test_layers_are_observed_where_the_runtime_reads_them(files):
     import onnx
 
@@ -106,17 +116,19 @@ def test_layers_are_observed_where_the_runtime_reads_them(files):
 
 
 @pytest.mark.parametrize("pattern", ["all", "weights"])
-def test_corrected_files_are_nearer_to_the_float_ones(files, tmp_path, pattern):
-    folder = files[1]
-    ranges = calibrate(folder / "dynamic.onnx", [images(64)], "minmax")
-    target = dataclasses.replace(U8S8, weight_bits=7)
-    wanted = export.open_session(folder / "dynamic.onnx").run(None, {"input": images(64, 1)})[0]
-    errors = []
-    for means in ({}, ranges.means):
-        out = tmp_path / "q.onnx"
-        one = dataclasses.replace(ranges, means=means)
-        quantize.quantize(folder / "static.onnx", out, one, lambda _: "int8", target=target, pattern=pattern)
-        session = export.open_session(out)
-        found = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images(64, 1)])
-        errors.append(np.abs((found - wanted).mean(0)).mean())
-    assert errors[1] < 0.8 * errors[0]
+def test_corrected_files_are_nearer_to_the_float_ones(tmp_path, pattern):
+    target, out = dataclasses.replace(U8S8, weight_bits=7), tmp_path / "q.onnx"
+    errors = [0.0, 0.0]
+    for seed in range(8):  # one small network is nearer or not by chance
+        torch.manual_seed(seed)
+        export.export_onnx(Deep().eval(), torch.from_numpy(images(2)), tmp_path / "dynamic.onnx")
+        export.set_static_batch(tmp_path / "dynamic.onnx", tmp_path / "static.onnx")
+        ranges = calibrate(tmp_path / "dynamic.onnx", [images(64)], "minmax")
+        wanted = export.open_session(tmp_path / "dynamic.onnx").run(None, {"input": images(64, 1)})[0]
+        for corrected, means in enumerate(({}, ranges.means)):
+            one = dataclasses.replace(ranges, means=means)
+            quantize.quantize(tmp_path / "static.onnx", out, one, lambda _: "int8", target=target, pattern=pattern)
+            session = export.open_session(out)
+            found = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images(64, 1)])
+            errors[corrected] += np.abs((found - wanted).mean(0)).mean()
+    assert errors[1] < 0.9 * errors[0]

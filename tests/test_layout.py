@@ -28,6 +28,7 @@ ORDER = (
     ("results",),
     ("jobs",),
     ("returned", "options"),
+    ("arguments",),
     ("api",),
     ("__init__", "cli", "__main__"),
 )
