@@ -19,8 +19,8 @@ def decode(outputs: dict[str, Any], options: dict[str, Any], arrays: dict[str, A
         options: `classes`, `input_size` (channels, height, width) and what the task says in its `decoder_options`.
         arrays: For SSD `anchors`, (a, 4) centre x, centre y, width, height as shares of the input.
     """
-    first = next(iter(outputs))  # an output whose name nobody knows is the only one
-    known = {role: next((k for k in names if k in outputs), first) for role, names in options["outputs"].items()}
+    only = list(outputs) if len(outputs) == 1 else []  # whatever it is called, there is no other
+    known = {role: next(k for k in [*names, *only] if k in outputs) for role, names in options["outputs"].items()}
     by_role = {role: outputs[name] for role, name in known.items()}
     boxes, scores, labels = HEADS[options["head"]](by_role, options, arrays)
     return [_picked(boxes[i], scores[i], None if labels is None else labels[i], options) for i in range(len(boxes))]
