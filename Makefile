@@ -13,7 +13,7 @@ TEST_JOBS ?= auto
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
-RUNTIME := numpy onnx onnxruntime onnxscript safetensors pillow pyyaml huggingface_hub typer rich jinja2 tomlkit hatchling editables
+RUNTIME := numpy onnx onnxruntime onnxscript safetensors pillow simplejpeg pyyaml huggingface_hub typer rich jinja2 tomlkit hatchling editables
 TOOLS := pytest pytest-cov pytest-timeout pytest-xdist hypothesis ruff mypy optuna transformers pyarrow datasets einops uv \
 	pycocotools nbconvert ipykernel jsonschema
 DOCS := mkdocs-material mkdocstrings[python]

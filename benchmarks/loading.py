@@ -5,8 +5,9 @@
     python benchmarks/loading.py memory imagenet-sample-1000.zip     peak of apply and of search, 2,000 and 50,000 files
 
 The archive holds WNID/CLASS.jpg. Its first pictures become 500 x 375 JPEG files, and hard links make of them as many as
-are asked for. `rate` holds the loader against a loop that decodes, and one that decodes and resizes, in as many
-processes: decoding is the limit of any loader, resizing is what the model's input asks for. Prints JSON with machine,
+are asked for. `rate` holds the loader, in as many processes, against three loops: one that decodes as Pillow does, one
+that decodes as the loader does, and one that also resizes. Decoding is the limit of any loader, resizing is what the
+model's input asks for. Prints JSON with machine,
 versions, command and commit.
 """
 
@@ -44,7 +45,7 @@ from hirelc_deploy.inputs.data import loader
 from hirelc_deploy.inputs.data.canvas import resized
 from hirelc_deploy.inputs.data.image_folder import read_image_folder
 from hirelc_deploy.inputs.data.images import Images
-from hirelc_deploy.inputs.data.pictures import read_image
+from hirelc_deploy.inputs.data.pictures import read_image, read_reduced
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.data.splits import HELD_OUT, SplitSizes
 from hirelc_deploy.progress import Progress
@@ -95,6 +96,11 @@ class Reading:
         return len([self.read(file) for file in files])
 
 
+def decoded(file: Path) -> np.ndarray:
+    """Return the pixels of a file as the loader decodes them."""
+    return read_reduced(file, IMAGENET.canvas_size)[0]
+
+
 def read_by(read: Callable[[Path], Any], files: list[Path], workers: int) -> Iterator[Any]:
     """Read whole batches of files in so many processes, in this one where there are none."""
     parts = [files[start : start + BATCH] for start in range(0, len(files) - BATCH + 1, BATCH)]
@@ -123,9 +129,10 @@ def rate(archive: Path, count: int, processes: list[int]) -> list[dict[str, Any]
         wanted = [loader.Wanted(rows[start : start + BATCH], 0) for start in range(0, len(rows) - BATCH + 1, BATCH)]
         for workers in processes:
             ways: dict[str, Callable[[int], Iterator[Any]]] = {
-                "decoding": lambda workers: read_by(read_image, files, workers),
+                "pillows_decoding": lambda workers: read_by(read_image, files, workers),
+                "decoding": lambda workers: read_by(decoded, files, workers),
                 "decoding_and_resizing": lambda workers: read_by(
-                    lambda file: resized(read_image(file), IMAGENET, exact=False), files, workers
+                    lambda file: resized(decoded(file), IMAGENET, exact=False), files, workers
                 ),
                 "loader": lambda workers: loader.loaded(
                     images.preprocessed(IMAGENET), wanted, targets=True, workers=workers
@@ -134,7 +141,7 @@ def rate(archive: Path, count: int, processes: list[int]) -> list[dict[str, Any]
             record: dict[str, Any] = {"processes": workers}
             for name, begin in ways.items():  # begun one after the other: processes read ahead
                 record[f"{name}_images_per_second"] = images_per_second(begin(workers), 2 * max(1, workers))
-            for limit in ("decoding", "decoding_and_resizing"):
+            for limit in ("pillows_decoding", "decoding", "decoding_and_resizing"):
                 record[f"share_of_{limit}"] = record["loader_images_per_second"] / record[f"{limit}_images_per_second"]
             records.append(record)
             print(record, file=sys.stderr)

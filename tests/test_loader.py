@@ -353,14 +353,14 @@ def test_a_large_jpeg_is_decoded_at_least_twice_as_large_as_it_is_wanted(size, w
     (file,) = pictures(tmp_path, 1, size)
     image, own = read_reduced(file, lambda height, width: wanted_size[::-1])
     assert own == size[::-1]
-    assert image.size == decoded
+    assert image.shape == (*decoded[::-1], 3)
     assert read_image(file).size == size
 
 
 def test_a_png_is_decoded_whole(tmp_path: Path):
     Image.new("RGB", (400, 300)).save(tmp_path / "a.png")
     image, own = read_reduced(tmp_path / "a.png", lambda height, width: (10, 10))
-    assert (image.size, own) == ((400, 300), (300, 400))
+    assert (image.shape, own) == ((300, 400, 3), (300, 400))
 
 
 def test_views_of_a_large_jpeg_show_what_the_whole_picture_shows(tmp_path: Path):

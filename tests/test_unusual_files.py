@@ -21,7 +21,7 @@ from torch.nn import functional
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.data.datasets import data_from_datasets
 from hirelc_deploy.inputs.data.load import load_data
-from hirelc_deploy.inputs.data.pictures import files_in, look_into, read_image, read_reduced, stated_size
+from hirelc_deploy.inputs.data.pictures import FINER, files_in, look_into, read_image, read_reduced, stated_size
 from hirelc_deploy.inputs.data.preprocess import Preprocess
 from hirelc_deploy.inputs.fitting import fit
 from hirelc_deploy.inputs.models.given import source_of
@@ -131,7 +131,7 @@ def test_pictures_lie_as_people_see_them_here_and_in_the_bundle(suffix: str, hel
     assert look_into(file).size == stated_size(file) == wanted.shape[:2]
     reduced, size = read_reduced(file, lambda height, width: (height // 8, width // 8))
     assert size == wanted.shape[:2]
-    assert reduced.height / reduced.width == wanted.shape[0] / wanted.shape[1]
+    assert reduced.shape[0] / reduced.shape[1] == wanted.shape[0] / wanted.shape[1]
     module = inputs_module(tmp_path, Preprocess((3, 8, 8), (0.0,) * 3, (1.0,) * 3))
     np.testing.assert_array_equal(module.picture(str(file)), wanted)
 
@@ -142,6 +142,37 @@ def test_broken_exif_data_are_no_reason_to_refuse_a_picture(tmp_path: Path) -> N
     assert read_image(tmp_path / "photo.jpg").size == (16, 8)
     module = inputs_module(tmp_path, Preprocess((3, 8, 8), (0.0,) * 3, (1.0,) * 3))
     assert module.picture(str(tmp_path / "photo.jpg")).shape == (8, 16, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_is_decoded_for_views_to_the_bits_that_pillow_decodes(mode: str, tmp_path: Path) -> None:
+    smooth = Image.fromarray(pixels(12, 9, 3)).resize((203, 151), Image.Resampling.BICUBIC).convert(mode)
+    saved: list[dict[str, Any]] = [{"progressive": False}, {"progressive": True}]
+    saved += [{"subsampling": number} for number in range(3)] if mode == "RGB" else []
+    for number, options in enumerate(saved):
+        smooth.save(file := tmp_path / f"{number}.jpg", quality=85, **options)
+        for part in (1, 2, 4, 8):
+            with Image.open(file) as image:
+                image.draft(None, (203 // part, 151 // part))
+                wanted = np.asarray(image.convert("RGB"))
+            size = (151 // part // FINER, 203 // part // FINER)
+            found, own = read_reduced(file, lambda height, width, size=size: size)
+            assert own == (151, 203)
+            np.testing.assert_array_equal(found, wanted)
+            grey, _ = read_reduced(file, lambda height, width, size=size: size, channels=1)
+            assert grey.shape == wanted.shape[:2]
+
+
+def test_a_jpeg_cut_short_is_refused_for_views_as_it_is_judged(tmp_path: Path) -> None:
+    file = tmp_path / "photo.jpg"
+    Image.fromarray(pixels(64, 48, 3)).save(file)
+    whole = file.read_bytes()
+    for length in (len(whole) // 2, len(whole) - 40, 20):
+        file.write_bytes(whole[:length])
+        with pytest.raises(InputError) as judged:
+            read_image(file)
+        with pytest.raises(InputError, match=re.escape(str(judged.value))):
+            read_reduced(file, lambda height, width: (height, width))
 
 
 def test_what_pictures_hold_beside_the_usual_is_said(tmp_path: Path) -> None:
