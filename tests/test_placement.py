@@ -147,6 +147,33 @@ def test_changes_that_are_decided_are_not_timed_as_whole_files(tmp_path):
     assert not any("B" in path.name.rpartition("-")[2] for path in clock.timed)
 
 
+def test_what_is_surely_slower_in_a_rough_look_is_not_timed_exactly(tmp_path):
+    # The fastest first: of the first eight two are near, of the next none, so that the last is not looked at.
+    names = [chr(ord("a") + index) for index in range(17)]
+    cost = {name: 0.0 if index == 1 else -0.5 if index == 0 else 0.1 * index for index, name in enumerate(names)}
+    clock = Clockwork(
+        tmp_path, lambda pattern, floats: 10.0 if pattern == "float" else 5 + sum(cost[f] for f in floats)
+    )
+    looked = []
+
+    def screen(files):
+        looked.extend(path.name.rpartition("-")[2] for path in files[1:])
+        return clock.time(files)
+
+    exactly = []
+
+    def time(files):
+        exactly.extend(path.name.rpartition("-")[2] for path in files[1:])
+        return clock.time(files)
+
+    tried = {name: frozenset(name) for name in names}
+    found = place(tmp_path / "float", tried, clock.build, time, ("all",), screen=screen)
+    assert found.float_layers == ("a",)
+    assert looked == names[:16]
+    assert [name for name in exactly if name] == ["a", "b", "a"]
+    assert found.candidates.keys() == {"all", *names[:16]}
+
+
 def test_where_every_integer_file_is_slower_every_layer_is_tried_in_the_float_one(tmp_path):
     clock = Clockwork(tmp_path, lambda pattern, floats: 10.0 if pattern == "float" else 12.0 - 3.0 * ("b" in floats))
     found = place(tmp_path / "float", CHANGES, clock.build, clock.time, undecided=lambda tried: {})

@@ -6,7 +6,6 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from hirelc_deploy.measure import accuracy
 from hirelc_deploy.measure.backend import Backend
 from hirelc_deploy.measure.batch import filled
 from hirelc_deploy.measure.machine import describe, fingerprint
-from hirelc_deploy.measure.protocol import Timing, TimingLimits, compare
+from hirelc_deploy.measure.protocol import ROUGH, Timing, TimingLimits, compare
 from hirelc_deploy.measure.table import LatencyTable
 from hirelc_deploy.outcome import Fidelity
 from hirelc_deploy.plan import END_OF, CompressionPlan
@@ -122,7 +121,7 @@ class Files:
                     self.divergence,
                     ends,
                     partial(undecided, layers=self._uncut.graph.layers, table=table),
-                    partial(self.time, limits=replace(self._uncut.effort.timing, too_slow=placement.AS_FAST)),
+                    partial(self.time, limits=ROUGH),
                 )
                 return found.to_dict()
 

@@ -63,7 +63,6 @@ class TimingLimits:
     Attributes:
         half_width: Of the 95 % interval of the ratio, as a fraction.
         seconds: Wall-clock limit, starting and warming up the processes included; one visit to each is always made.
-        too_slow: Files whose whole intervals lie above this ratio need no narrower ones, and no more rounds.
     """
 
     processes: int = 5
@@ -71,7 +70,6 @@ class TimingLimits:
     max_rounds: int = 2000
     half_width: float = 0.0075
     seconds: float = 120.0
-    too_slow: float = math.inf
 
     def __post_init__(self) -> None:
         if self.processes < 1 or not 1 <= self.min_rounds <= self.max_rounds:
@@ -85,6 +83,9 @@ FULL = TimingLimits()
 QUICK = TimingLimits(processes=2, min_rounds=40, max_rounds=200, half_width=0.01, seconds=30.0)
 """For use inside a search. A bootstrap over two processes sees only half of the variance between sessions, so intervals
 are too narrow and verdicts are hints: enough to rank candidates, not to report them."""
+
+ROUGH = TimingLimits(processes=2, min_rounds=20, max_rounds=20, seconds=30.0)
+"""Shows which files are surely slower than the first by more than 1 %: fewer than 5 % of those that are not."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,7 @@ def compare(
             seconds_per_round = (now() - started) / step  # one round of every process
             affordable = int((deadline - now()) / seconds_per_round) if seconds_per_round > 0 else STEP_ROUNDS
             wanted = limits.min_rounds if done < limits.min_rounds else limits.max_rounds
-            most = BLOCK_ROUNDS if limits.too_slow < math.inf else STEP_ROUNDS
-            step = min(most, affordable, math.ceil((wanted - done) / limits.processes))
+            step = min(STEP_ROUNDS, affordable, math.ceil((wanted - done) / limits.processes))
             if step < 1:
                 break
     if samples_path is not None:
@@ -395,13 +395,11 @@ def _bootstrap_medians(log_ratios: NDArray[np.float64], draws: int, seed: int) -
 
 def _settled(samples: Samples, clock: Clock, limits: TimingLimits, seed: int) -> bool:
     """Return whether every file is known as exactly as the limits ask."""
-    enough = samples.shape[0] * samples.shape[1] >= limits.min_rounds
-    if not enough and (limits.too_slow == math.inf or samples.shape[1] < 2 * BLOCK_ROUNDS):
+    if samples.shape[0] * samples.shape[1] < limits.min_rounds:
         return False
     candidates = _log_ratios(samples, clock)[1:] if samples.shape[2] > 1 else _spread_of_one_file(samples, clock)
     low, high = np.percentile(_bootstrap_medians(candidates, LOOKS_DRAWS, seed), [2.5, 97.5], axis=1)
-    narrow = enough & ((high - low) / 2 <= limits.half_width)
-    return bool(np.all(narrow | (low > math.log(limits.too_slow))))
+    return bool(np.all((high - low) / 2 <= limits.half_width))
 
 
 def _spread_of_one_file(samples: Samples, clock: Clock) -> NDArray[np.float64]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,9 @@ def place(
         divergence: Of a file's answers from the float ones, in nats; without it the clock alone decides, and ends stay
             float.
         ends: What decodes the answers.
-        undecided: Of the changes to float those that may make a file faster, or cost it nothing.
-        screen: As `time`, where a file that takes longer than `AS_FAST` need not be timed any more exactly.
+        undecided: Of the changes to float those that may make a file faster, or cost it nothing; the fastest first.
+        screen: As `time`, but rough: a file that it calls surely slower than `AS_FAST` is timed no more exactly, and
+            where it says so of all of a group, what `undecided` names after them is not timed at all.
     """
     decoding = frozenset[str]().union(*(end.parts for end in ends))
     tried = {name: layers - decoding for name, layers in tried.items() if layers - decoding}
@@ -153,7 +155,8 @@ def place(
         starts = {IN_FLOAT: (decoding.union(*tried.values()), tried), **starts}
     ends_of_starts = []
     for where, (floats, changes) in starts.items():
-        changed, more, seen = _changed(floats, changes, best, build, time, screen or time)
+        ordered = screen is not None and where != IN_FLOAT
+        changed, more, seen = _changed(floats, changes, best, build, time, screen, ordered=ordered)
         ends_of_starts.append((candidates[best]["ratio"] * more, changed))
         candidates |= {f"{name}{where}": summary for name, summary in seen.items()}
     if len(ends_of_starts) > 1:
@@ -275,25 +278,42 @@ def _changed(
     pattern: str,
     build: Callable[[str, frozenset[str]], Path],
     time: Callable[[Sequence[Path]], Sequence[Timing]],
-    screen: Callable[[Sequence[Path]], Sequence[Timing]],
+    screen: Callable[[Sequence[Path]], Sequence[Timing]] | None,
+    *,
+    ordered: bool,
 ) -> tuple[frozenset[str], float, dict[str, dict[str, float]]]:
     """Return float layers after the changes that pay, their time by that before, and the time of each single change."""
     current = build(pattern, floats)
     candidates: dict[str, dict[str, float]] = {}
+    left = list(tried.items())
+    if screen is not None:
+        left = []
+        for group in _groups(tried.items()):
+            looked = _times(current, [build(pattern, floats ^ layers) for _, layers in group], screen)
+            seen = {name: _summary(timing) for (name, _), timing in zip(group, looked, strict=True) if timing}
+            candidates |= seen
+            near = [(name, layers) for name, layers in group if name in seen and seen[name]["ratio_low"] <= AS_FAST]
+            left += near
+            if ordered and not near:
+                break
     gains: list[tuple[float, frozenset[str]]] = []
-    waiting = [(name, layers, build(pattern, floats ^ layers)) for name, layers in tried.items()]
-    for start in range(0, len(waiting), TOGETHER):
-        group = waiting[start : start + TOGETHER]
-        for (name, layers, _), timing in zip(group, _times(current, [path for *_, path in group], screen), strict=True):
-            if timing is None:
-                continue
-            candidates[name] = _summary(timing)
-            if timing.ratio_high < 1 - LEAST_GAIN:
-                gains.append((timing.ratio, layers))
+    for group in _groups(left):
+        exact = _times(current, [build(pattern, floats ^ layers) for _, layers in group], time)
+        for (name, layers), timing in zip(group, exact, strict=True):
+            if timing is not None:
+                candidates[name] = _summary(timing)
+                if timing.ratio_high < 1 - LEAST_GAIN:
+                    gains.append((timing.ratio, layers))
     if not gains:
         return floats, 1.0, candidates
     gains.sort(key=lambda gain: gain[0])
     return *_fastest_together(current, gains, floats, pattern, build, time), candidates
+
+
+def _groups(changes: Iterable[tuple[str, frozenset[str]]]) -> Iterator[list[tuple[str, frozenset[str]]]]:
+    waiting = iter(changes)
+    while group := list(islice(waiting, TOGETHER)):
+        yield group
 
 
 def _fastest_together(
