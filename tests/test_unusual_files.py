@@ -175,6 +175,29 @@ def test_a_jpeg_cut_short_is_refused_for_views_as_it_is_judged(tmp_path: Path) -
             read_reduced(file, lambda height, width: (height, width))
 
 
+def test_a_damaged_jpeg_is_for_views_what_it_is_when_it_is_judged(tmp_path: Path) -> None:
+    def outcome(read: Callable[[], Any]) -> str | bytes:
+        try:
+            return np.asarray(read()).tobytes()
+        except InputError as error:
+            return str(error)
+
+    rng, found = np.random.default_rng(0), set()
+    file = tmp_path / "photo.jpg"
+    Image.fromarray(pixels(40, 56, 3)).save(file)
+    whole = file.read_bytes()
+    scan = whole.index(b"\xff\xda")
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for place in rng.integers(scan, len(whole), 2):
+            damaged[place] = int(rng.integers(256))
+        file.write_bytes(damaged)
+        judged = outcome(lambda: read_image(file))
+        assert outcome(lambda: read_reduced(file, lambda height, width: (height, width))[0]) == judged
+        found.add(type(judged))
+    assert found == {str, bytes}
+
+
 def test_what_pictures_hold_beside_the_usual_is_said(tmp_path: Path) -> None:
     root, exif = folder(tmp_path, count=20), Image.Exif()
     exif[0x0112] = 6
