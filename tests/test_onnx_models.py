@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import FLOAT, graph_of, model_of, node, saved, small_net, values
+from PIL import Image
 from torch import nn
 
 from hirelc_deploy.compress import slicing
@@ -406,4 +407,22 @@ def test_a_file_that_ends_in_a_softmax_is_compared_by_its_probabilities(tmp_path
         result = hirelc_deploy.apply(str(path), job[1], job[0], out=tmp_path / name, task_options=told)
         task = json.loads((result.bundle / "task.json").read_text("utf-8"))
         assert task["made_of"]["options"]["scores"] == told.get("scores", "probabilities")
-        assert any("ends in a softmax" in text for text in result.record["warnings"]) == (not told)
+        assert any("ends in a softmax or in sigmoids" in text for text in result.record["warnings"]) == (not told)
+
+
+def test_a_segmenter_that_ends_in_a_sigmoid_is_judged_at_one_half(tmp_path: Path) -> None:
+    import hirelc_deploy
+
+    # Bright pixels are leaves: their probability is the sigmoid of 12 times the mean of three channels, less 6.
+    weights = {"w": np.full((1, 3, 1, 1), 4.0, np.float32), "b": np.array([-6.0], np.float32)}
+    model = model_of([node("Conv", ["x", "w", "b"], ["logits"]), node("Sigmoid", ["logits"])], weights)
+    path, rng = saved(model, tmp_path / "net.onnx"), np.random.default_rng(0)
+    for index in range(60):
+        leaf = np.kron(rng.integers(0, 2, (4, 4)), np.ones((4, 4), np.int64))
+        for folder, pixels in (("images", 40 + 180 * leaf), ("masks", 255 * leaf)):
+            (tmp_path / "d" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "d" / folder / f"{index:02}.png")
+    plan, data = "uniform:keep=1,precision=float", f"masks:{tmp_path}/d,kind=binary"
+    result = hirelc_deploy.apply(str(path), data, plan, out=tmp_path / "run")
+    assert any("ends in a softmax or in sigmoids" in text for text in result.record["warnings"])
+    assert result.record["accuracy"]["test"] == pytest.approx(1.0)

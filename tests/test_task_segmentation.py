@@ -51,6 +51,30 @@ def test_one_matrix_is_over_all_images_and_an_image_counts_as_often_as_it_is_giv
     assert TASK.value(parts_of(TASK, said([[[0, 0]]]), [[[255, 255]]])) == 0.0  # nothing is labelled
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_scores_may_be_probabilities(channels: int) -> None:
+    names = ("leaf",) if channels == 1 else NAMES
+    plain, other = (Segmentation(names, told) for told in ({}, {"scores": "probabilities"}))
+    chances = torch.sigmoid if channels == 1 else lambda values: values.softmax(1)
+    two = [logits(2, seed, channels) for seed in (0, 1)]
+    as_logits, as_chances = ([{"out": kind(values)} for values in two] for kind in (lambda values: values, chances))
+    masks = torch.randint(2, (2, 8, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(other.divergence(*as_chances, 2.0), plain.divergence(*as_logits, 2.0))
+    torch.testing.assert_close(other.loss(as_chances[0], masks), plain.loss(as_logits[0], masks))
+    drawn = [
+        task.surprise(answers, torch.Generator().manual_seed(3))
+        for task, answers in ((plain, as_logits[0]), (other, as_chances[0]))
+    ]
+    torch.testing.assert_close(*drawn)
+    found = [
+        task.parts({"out": answers["out"].numpy()}, masks)
+        for task, answers in ((plain, as_logits[0]), (other, as_chances[0]))
+    ]
+    np.testing.assert_array_equal(*found)
+    zero = {"out": torch.zeros_like(two[0])}
+    assert other.divergence(zero, as_chances[0]).isfinite().all()
+
+
 def test_one_channel_is_the_second_of_two_classes() -> None:
     assert BINARY.classes == ("background", "leaf")
     answer = torch.tensor([[[[3.0, -1.0], [0.5, -4.0]]]])

@@ -16,6 +16,7 @@ from hirelc_deploy.tasks.decoders import classification, embedding, keypoints, m
 from hirelc_deploy.tasks.embedding import Embedding
 from hirelc_deploy.tasks.keypoints import Keypoints
 from hirelc_deploy.tasks.multilabel import MultiLabel, average_precision
+from hirelc_deploy.tasks.probabilities import LOOK_SO
 from hirelc_deploy.tasks.regression import Regression
 from hirelc_deploy.testing.task_contract import TaskContract
 
@@ -42,6 +43,24 @@ class TestClassification(TaskContract):
 
     def perfect(self, targets):
         return {"output": 9.0 * F.one_hot(torch.tensor(targets), 3)}
+
+
+@pytest.mark.parametrize(
+    ("task", "answers", "wanted"),
+    [
+        ("classification", drawn(0, 4, 5).softmax(1), True),
+        ("classification", drawn(0, 4, 5), False),
+        ("multilabel", 5 * drawn(0, 4, 5).sigmoid(), False),
+        ("multilabel", (5 * drawn(0, 4, 5)).sigmoid(), True),
+        ("multilabel", 0.5 + 0.01 * drawn(0, 4, 5), False),  # untrained
+        ("segmentation", drawn(0, 4, 3, 2, 2).softmax(1), True),
+        ("segmentation", drawn(0, 4, 3, 2, 2).sigmoid(), False),
+        ("segmentation", (5 * drawn(0, 4, 1, 2, 2)).sigmoid(), True),
+        ("segmentation", drawn(0, 4, 1, 2, 2), False),
+    ],
+)
+def test_probabilities_are_told_from_logits_by_the_answers_to_several_images(task, answers, wanted):
+    assert LOOK_SO[task](iter(answers.split(1))) == wanted
 
 
 class TestClassificationOfProbabilities(TestClassification):
@@ -165,6 +184,32 @@ def test_probabilities_are_as_far_apart_as_the_logits_that_they_come_from():
     assert other.divergence({"output": torch.tensor([[1.0, 0]])}, {"output": torch.tensor([[0.0, 1]])}).isfinite()
     said = classification.decode({"output": np.array([[0.25, 0.75]])}, {"classes": (), **other.decoder_options}, {})
     assert said == [{"index": 1, "class": 1, "score": 0.75}]
+
+
+def test_labels_scores_may_be_probabilities():
+    logits, targets = drawn(3, 20, 6), (drawn(4, 20, 6) > 0).float()
+    plain, other = (
+        MultiLabel((), {"metric": "f1", "threshold": 0.3, **told}) for told in ({}, {"scores": "probabilities"})
+    )
+    both = {"output": logits}, {"output": logits.sigmoid()}
+    again = {"output": logits + 0.3}, {"output": (logits + 0.3).sigmoid()}
+    torch.testing.assert_close(other.divergence(both[1], again[1], 2.0), plain.divergence(both[0], again[0], 2.0))
+    torch.testing.assert_close(other.loss(both[1], targets), plain.loss(both[0], targets))
+    surprises = (
+        task.surprise(one, torch.Generator().manual_seed(0)) for task, one in zip((plain, other), both, strict=True)
+    )
+    torch.testing.assert_close(*surprises)
+    values = [
+        task.value(task.parts({"output": one["output"].numpy()}, targets))
+        for task, one in zip((plain, other), both, strict=True)
+    ]
+    assert values[0] == values[1]
+    said = [
+        multilabel.decode({"output": one["output"].numpy()}, {"classes": (), **task.decoder_options}, {})
+        for task, one in zip((plain, other), both, strict=True)
+    ]
+    assert [row["labels"] for row in said[0]] == [row["labels"] for row in said[1]]
+    assert said[0][0]["scores"] == pytest.approx(said[1][0]["scores"], abs=1e-5)
 
 
 def test_the_divergence_of_classes_is_todays_numpy_code_and_todays_distillation():

@@ -21,10 +21,11 @@ from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.ordinary import note
 from hirelc_deploy.inputs.models.source import preprocess_of
 from hirelc_deploy.inputs.rehearsal import check_functions, check_targets
-from hirelc_deploy.tasks.classification import PROBABILITIES, is_distribution, only
+from hirelc_deploy.tasks.classification import only
 from hirelc_deploy.tasks.contract import Task
 from hirelc_deploy.tasks.custom import WithLoss, WithMetric, load_function
 from hirelc_deploy.tasks.none import UNJUDGED, NoTask
+from hirelc_deploy.tasks.probabilities import LOOK_SO, PROBABILITIES
 from hirelc_deploy.tasks.registry import make_task
 
 TASK_OF_KIND = {
@@ -45,6 +46,9 @@ KINDS_OF_TASK = {"embedding": ("classes",)} | {
 
 PIXEL_BATCH = 64
 """Images that are looked at together."""
+
+LOOKED_AT = 8
+"""Images whose answers say whether a model ends in probabilities; the first answer that is none ends it."""
 
 SAYS_THE_TASK = "task"
 """Entry of a model's `task_options` that names the task; the others are options of that task."""
@@ -117,16 +121,13 @@ def fit(
         answer = check_output(model, data.calibration.batch(rows), task, targets)
     except WidthError as error:
         raise _of_classes(error, data) from None
-    if (
-        task.name == "classification"
-        and "scores" not in record["options"]
-        and is_distribution(only(task.answers(answer)))
-    ):
+    if "scores" not in record["options"] and _ends_in_probabilities(model, data, task):
         wanted = replace(wanted, options={**wanted.options, "scores": PROBABILITIES})
         task, record = task_for(model, data, wanted, metric, loss)
         note(
             model,
-            "the model ends in a softmax: its answers are compared as probabilities (--task-arg scores=logits if not)",
+            "the model ends in a softmax or in sigmoids: its answers are compared as probabilities "
+            "(--task-arg scores=logits if not)",
         )
     answering(model, task, answer)
     check_targets(data, task, task.answers(answer))
@@ -142,6 +143,16 @@ def _task_of_answers(model: nn.Module, data: Data) -> str:
     with torch.no_grad():
         found = list(named(model(data.calibration.batch(np.arange(min(2, len(data.calibration)))))).values())
     return "classification" if len(found) == 1 and found[0].ndim == 2 else "none"
+
+
+def _ends_in_probabilities(model: nn.Module, data: Data, task: Task) -> bool:
+    """Return whether the answers to a few images are all probabilities; logits of so many would lie outside."""
+    look_so = LOOK_SO.get(task.name)
+    if look_so is None:
+        return False
+    rows = range(min(LOOKED_AT, len(data.calibration)))
+    with torch.no_grad():
+        return look_so(only(task.answers(model(data.calibration.batch(np.array([row]))))) for row in rows)
 
 
 def _of_classes(error: InputError, data: Data) -> InputError:

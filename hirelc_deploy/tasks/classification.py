@@ -19,15 +19,10 @@ from hirelc_deploy.errors import InputError, WidthError
 from hirelc_deploy.graph.answers import Answers, named, selected
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import classification as decoder
+from hirelc_deploy.tasks.probabilities import LOGITS, PROBABILITIES, log_of
 
 INPUT_SIZE = "input_size"
 """Option that every task is given: [channels, height, width] of the model's input."""
-
-PROBABILITIES = "probabilities"
-"""What `scores` of a classifier are that ends in a softmax."""
-
-LEAST_PROBABILITY = 1e-7
-"""Smaller ones count as this, so that those that round to 0 have a logarithm; float32 has steps of 6e-8 at 1."""
 
 Value = TypeVar("Value")
 
@@ -49,8 +44,8 @@ class Classification:
     def __init__(self, classes: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self.classes = tuple(classes)
         self.output = output_option(self.name, options, known=("outputs", "scores"))
-        self.scores = choice_option(self.name, options, "scores", ("logits", PROBABILITIES))
-        self.decoder_options: Mapping[str, Any] = {} if self.scores == "logits" else {"scores": self.scores}
+        self.scores = choice_option(self.name, options, "scores", (LOGITS, PROBABILITIES))
+        self.decoder_options: Mapping[str, Any] = {} if self.scores == LOGITS else {"scores": self.scores}
         self.decoder_arrays: Mapping[str, NDArray[Any]] = {}
 
     def answers(self, answer: Any) -> Answers:
@@ -60,7 +55,7 @@ class Classification:
     def _logits(self, answers: Answers) -> Tensor:
         """Return (n, classes) logits; those of probabilities are their logarithms."""
         found = only(answers)
-        return found if self.scores == "logits" else found.clamp(min=LEAST_PROBABILITY).log()
+        return found if self.scores == LOGITS else log_of(found)
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
         """Raise InputError unless answers are finite (n, classes) logits, and targets numbers of their classes."""
@@ -215,13 +210,6 @@ def check_width(outputs: int, classes: Sequence[str], words: str = "classes") ->
             f"the model has {outputs} outputs, but the data has {len(classes)} {words}; "
             f"use a model and weights for {len(classes)} {words} (timm: --model-arg num_classes={len(classes)})."
         )
-
-
-def is_distribution(answer: Tensor) -> bool:
-    """Return whether each row of (n, classes) answers is a distribution, as a softmax makes them."""
-    if answer.ndim != 2 or answer.shape[1] < 2:
-        return False
-    return bool((answer >= 0).all()) and bool(((answer.double().sum(1) - 1).abs() < 1e-3).all())
 
 
 def check_count(answers: int, targets: int) -> None:

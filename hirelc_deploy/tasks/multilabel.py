@@ -28,6 +28,7 @@ from hirelc_deploy.tasks.classification import (
 )
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import multilabel as decoder
+from hirelc_deploy.tasks.probabilities import LOGITS, PROBABILITIES, logit_of
 
 
 class MultiLabel:
@@ -38,6 +39,7 @@ class MultiLabel:
 
     Options:
         outputs: Name of the output that holds the logits, in a list of one.
+        scores: `probabilities` where the model ends in sigmoids; else `logits`.
         metric: `map`, the mean over labels of average precision, or `f1`, over all labels at `threshold`.
         threshold: Score in (0, 1) from which a label counts, 0.5 by default; also in the bundle.
     """
@@ -49,16 +51,22 @@ class MultiLabel:
 
     def __init__(self, classes: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self.classes = tuple(classes)
-        self.output = output_option(self.name, options, known=("outputs", "metric", "threshold"))
+        self.output = output_option(self.name, options, known=("outputs", "scores", "metric", "threshold"))
+        self.scores = choice_option(self.name, options, "scores", (LOGITS, PROBABILITIES))
         self.kind = choice_option(self.name, options, "metric", ("map", "f1"))
         self.threshold = number_option(self.name, options, "threshold", 0.5, high=1)
         self.metric = Metric("mAP" if self.kind == "map" else "F1")
-        self.decoder_options: Mapping[str, Any] = {"threshold": self.threshold}
+        told = {} if self.scores == LOGITS else {"scores": self.scores}
+        self.decoder_options: Mapping[str, Any] = {"threshold": self.threshold, **told}
         self.decoder_arrays: Mapping[str, NDArray[Any]] = {}
 
     def answers(self, answer: Any) -> Answers:
         """Return the logits by the name of their output."""
         return one_output(answer, self.output, "(batch, labels)")
+
+    def _logits(self, answers: Answers) -> Tensor:
+        """Return (n, labels) logits, also of probabilities."""
+        return only(answers) if self.scores == LOGITS else logit_of(only(answers))
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
         """Raise InputError unless answers are finite (n, labels) logits, and targets 0, 1 or NaN of the same shape."""
@@ -97,27 +105,27 @@ class MultiLabel:
 
     def divergence(self, wanted: Answers, found: Answers, temperature: float = 1.0) -> Tensor:
         """Return (n,) T^2 * KL(wanted || found at temperature T) in nats, of independent labels: a sum over them."""
-        p, q = only(wanted) / temperature, only(found) / temperature
+        p, q = self._logits(wanted) / temperature, self._logits(found) / temperature
         yes = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
         no = (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
         return temperature**2 * (yes + no).sum(1)
 
     def surprise(self, answers: Answers, generator: torch.Generator) -> Tensor:
         """Return (n,) cross-entropies against labels that are drawn from the answers."""
-        logits = only(answers)
+        logits = self._logits(answers)
         chance = torch.rand(logits.shape, generator=generator, device=generator.device).to(logits)
         drawn = (chance < logits.detach().sigmoid()).to(logits)
         return F.binary_cross_entropy_with_logits(logits, drawn, reduction="none").sum(1)
 
     def loss(self, answers: Answers, targets: Targets) -> Tensor:
         """Return (n,) cross-entropies in nats, summed over the labels that are known."""
-        logits = only(answers)
+        logits = self._logits(answers)
         truth = targets.to(logits)
         each = F.binary_cross_entropy_with_logits(logits, truth.nan_to_num(0.0), reduction="none")
         return torch.where(truth.isnan(), 0.0, each).sum(1)
 
     def parts(self, answers: Arrays, targets: Targets) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Return the logits of each image with its targets, both (labels,)."""
+        """Return the scores of each image with its targets, both (labels,)."""
         logits, truth = only(answers), np.asarray(targets, np.float32)
         check_count(len(logits), len(truth))
         return list(zip(logits, truth, strict=True))
@@ -145,7 +153,8 @@ class MultiLabel:
         return result
 
     def _f1(self, scores: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
-        said = scores.astype(np.float64) >= np.log(self.threshold / (1 - self.threshold))
+        least = self.threshold if self.scores == PROBABILITIES else np.log(self.threshold / (1 - self.threshold))
+        said = scores.astype(np.float64) >= least
         hits, wrong = int((said & (truth == 1)).sum()), int((said & (truth == 0)).sum())
         missed = int((~said & (truth == 1)).sum())
         return 2 * hits / (2 * hits + wrong + missed) if hits + wrong + missed else 1.0

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError, WidthError
 from hirelc_deploy.graph.answers import Answers, named, selected
-from hirelc_deploy.tasks.classification import check_names, output_option, switch_option
+from hirelc_deploy.tasks.classification import check_names, choice_option, output_option, switch_option
 from hirelc_deploy.tasks.colours import colour
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import segmentation as decoder
+from hirelc_deploy.tasks.probabilities import LOGITS, PROBABILITIES, log_of, logit_of
 
 USUAL_NAMES = ("out", "logits")
 """Of the answer that counts where a model has several: torchvision's (beside `aux`), and that of transformers."""
 
 BACKGROUND = "background"
-OPTIONS = ("outputs", "ignore_index", "flips")
+OPTIONS = ("outputs", "scores", "ignore_index", "flips")
 
 
 class Segmentation:
@@ -38,6 +39,7 @@ class Segmentation:
     Args:
         classes: Names in the order of the channels. A single name is the foreground; `background` comes before it.
         options: `outputs`, the name of the answer that counts, where the model has several and it is not `out` or
+            `logits`; `scores`, `probabilities` where the model ends in a softmax, or of one channel in a sigmoid, else
             `logits`; `ignore_index`, the mask's number of void pixels, which count nowhere (255); `flips`, whether
             pictures may be mirrored in training (true).
 
@@ -63,7 +65,9 @@ class Segmentation:
         self.classes = tuple(classes) if len(classes) > 1 else (BACKGROUND, *classes)
         self.flips = switch_option(self.name, options, "flips", True)
         self.ignore_index = void
-        self.decoder_options: Mapping[str, Any] = {"outputs": chosen or list(USUAL_NAMES)}
+        self.scores = choice_option(self.name, options, "scores", (LOGITS, PROBABILITIES))
+        told = {} if self.scores == LOGITS else {"scores": self.scores}
+        self.decoder_options: Mapping[str, Any] = {"outputs": chosen or list(USUAL_NAMES), **told}
         self.decoder_arrays: Mapping[str, NDArray[Any]] = {}
         self._chosen = chosen
 
@@ -80,6 +84,13 @@ class Segmentation:
         raise InputError(
             f"task segmentation: the model returns {', '.join(found)}; name the one with the logits in outputs."
         )
+
+    def _logits(self, answers: Answers) -> Tensor:
+        """Return (n, channels, h, w) logits, also of probabilities."""
+        found = _only(answers)
+        if self.scores == LOGITS:
+            return found
+        return logit_of(found) if found.shape[1] == 1 else log_of(found)
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
         """Raise InputError where the answer is not (n, classes, h, w), or the masks hold other numbers than classes."""
@@ -124,7 +135,7 @@ class Segmentation:
 
     def divergence(self, wanted: Answers, found: Answers, temperature: float = 1.0) -> Tensor:
         """Return (n,) Kullback-Leibler divergences in nats, mean over pixels, times the temperature squared."""
-        wanted_logits, found_logits = _only(wanted) / temperature, _only(found) / temperature
+        wanted_logits, found_logits = (self._logits(each) / temperature for each in (wanted, found))
         wanted_log, found_log = _log_probabilities(wanted_logits), _log_probabilities(found_logits)
         per_pixel = (wanted_log.exp() * (wanted_log - found_log)).sum(1)
         return per_pixel.flatten(1).mean(1) * temperature**2
@@ -136,7 +147,7 @@ class Segmentation:
         of mean zero, so that the expected square of their sum is the sum of E[g_p g_p^T], the Fisher informations of
         the pixels. Over P it is their mean, which is the curvature of `divergence`, the mean over pixels, at 0.
         """
-        log = _log_probabilities(_only(answers))
+        log = _log_probabilities(self._logits(answers))
         chance = torch.rand(log[:, :1].shape, generator=generator, device=generator.device, dtype=torch.float64)
         reached = log.detach().double().exp().cumsum(1) <= chance.to(log.device)
         drawn = reached[:, :-1].sum(1, keepdim=True)  # how many of the first classes the chance has passed
@@ -144,7 +155,7 @@ class Segmentation:
 
     def loss(self, answers: Answers, targets: Tensor) -> Tensor:
         """Return (n,) cross-entropies, mean over labelled pixels; 0 where an image has none."""
-        logits = _only(answers)
+        logits = self._logits(answers)
         if logits.shape[-2:] != targets.shape[-2:]:
             logits = F.interpolate(logits, size=targets.shape[-2:], mode="bilinear", align_corners=False)
         targets = targets.to(logits.device)

@@ -12,12 +12,13 @@ def decode(outputs: dict[str, Any], options: dict[str, Any], arrays: dict[str, A
 
     Args:
         outputs: Name to the (n, labels) logits.
-        options: `classes`, which may be empty, and `threshold`, the score from which a label counts.
+        options: `classes`, which may be empty; `threshold`, the score from which a label counts; `scores`, which is
+            `probabilities` where these are no logits.
         arrays: Nothing is needed.
     """
     names, results = options["classes"], []
     for row in next(iter(outputs.values())).astype(np.float64):
-        scores = 1 / (1 + np.exp(-np.clip(row, -80, 80)))
+        scores = row if options.get("scores") == "probabilities" else 1 / (1 + np.exp(-np.clip(row, -80, 80)))
         order = [int(k) for k in np.argsort(-row, kind="stable") if scores[k] >= options["threshold"]]
         found = {"labels": order, "names": [names[k] if names else str(k) for k in order]}
         results.append(dict(found, scores=[round(float(scores[k]), 6) for k in order]))

@@ -19,9 +19,10 @@ def decode(outputs: dict[str, Any], options: dict[str, Any], arrays: dict[str, A
     """
     name = next((name for name in options["outputs"] if name in outputs), next(iter(outputs)))
     names, results = options["classes"], []
+    half = 0.5 if options.get("scores") == "probabilities" else 0.0
     for answer in outputs[name]:
         logits = _enlarged(answer, *options["input_size"][1:])
-        mask = logits.argmax(0) if len(logits) > 1 else logits[0] > 0  # above 0 is above one half
+        mask = logits.argmax(0) if len(logits) > 1 else logits[0] > half
         counts = np.bincount(mask.ravel().astype(np.int64), minlength=len(names))
         shares = {names[k]: round(float(counts[k]) / mask.size, 4) for k in counts.argsort()[::-1] if counts[k]}
         results.append({"mask": mask.astype(np.uint8), "shares": shares})
