@@ -307,6 +307,22 @@ OPERATORS: dict[str, Any] = {
     ),
     "gather_many": one("Gather", {"i": ints(2, 0, 0, 1)}, axis=1),
     "gather_matrix": one("Gather", {"i": np.array([[2, 0], [1, 1]])}, axis=1),
+    "gather_nd": model_of(  # as torch exports x[:, [2, 0]]
+        [
+            node("Transpose", ["x"], ["t"], perm=[1, 0, 2, 3]),
+            node("GatherND", ["t", "i"], ["g"]),
+            node("Transpose", ["g"], perm=[1, 0, 2, 3]),
+        ],
+        {"i": np.array([[2], [-3]])},
+    ),
+    "gather_nd_matrix": model_of(
+        [
+            node("Transpose", ["x"], ["t"], perm=[1, 2, 3, 0]),
+            node("GatherND", ["t", "i"], ["g"]),
+            node("Transpose", ["g"], perm=[4, 0, 1, 2, 3]),
+        ],
+        {"i": np.array([[[2], [0]], [[1], [1]]])},
+    ),
     "top_k": model_of(
         [
             node("TopK", ["x", "k"], ["v", "i"], axis=2),
@@ -335,6 +351,21 @@ OPERATORS: dict[str, Any] = {
         {"w": values(3), "b": values(3, seed=1), "m": values(3, seed=2), "v": np.abs(values(3, seed=3)) + 0.1},
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("index", "settings", "why"),
+    [
+        ([[0]], {}, "it picks [0] of"),
+        ([[0, 1]], {}, "along several dimensions at once"),
+        ([[0]], {"batch_dims": 1}, "others for each image"),
+    ],
+)
+def test_what_is_not_read_of_gather_nd_is_placed_whole(tmp_path: Path, index: Any, settings: Any, why: str) -> None:
+    path = saved(one("GatherND", {"i": np.array(index)}, **settings), tmp_path / "net.onnx")
+    network = build(path)
+    assert isinstance(network, FileNetwork)
+    assert why in network.file.reason
 
 
 @pytest.mark.parametrize("name", OPERATORS)

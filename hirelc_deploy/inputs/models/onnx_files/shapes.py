@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -258,20 +259,35 @@ def _gather(node: Node) -> Call:
         if x.fixed and dim == 0 and x.rank == 2:
             raise NotReadError("it looks words up in a table; networks of pictures are read")
         raise NotReadError("its numbers are computed from the images, or depend on their number")
+    return _picked(node, x, np.asarray(index.array, np.int64), dim)
+
+
+def _picked(node: Node, x: Value, numbers: NDArray[np.int64], dim: int) -> Call:
+    """Return the call that picks elements of one dimension; the shape of the numbers takes its place."""
     sizes = {shape[dim] for shape in _shapes(node, x)}
-    numbers = np.asarray(index.array, np.int64)
-    numbers = np.where(numbers < 0, numbers + x.shape[dim], numbers)
-    if len(sizes) > 1 or (numbers.size and not 0 <= numbers.min() <= numbers.max() < x.shape[dim]):
-        raise NotReadError(f"it picks {index.array.reshape(-1)[:4].tolist()} of {x.shape[dim]}")
-    if numbers.ndim == 0:
-        return Call(Function(torch.select, dim=dim, index=int(numbers)), [x])
-    check_size((*x.shape[:dim], numbers.size, *x.shape[dim + 1 :]))
-    picked = Picked(torch.from_numpy(numbers.reshape(-1).copy()), dim)
-    if numbers.ndim == 1:
+    counted = np.where(numbers < 0, numbers + x.shape[dim], numbers)
+    if len(sizes) > 1 or (counted.size and not 0 <= counted.min() <= counted.max() < x.shape[dim]):
+        raise NotReadError(f"it picks {numbers.reshape(-1)[:4].tolist()} of {x.shape[dim]}")
+    if counted.ndim == 0:
+        return Call(Function(torch.select, dim=dim, index=int(counted)), [x])
+    check_size((*x.shape[:dim], counted.size, *x.shape[dim + 1 :]))
+    picked = Picked(torch.from_numpy(counted.reshape(-1).copy()), dim)
+    if counted.ndim == 1:
         return Call(picked, [x])
-    shape = (*x.shape[:dim], *numbers.shape, *x.shape[dim + 1 :])
-    others = [(*s[:dim], *numbers.shape, *s[dim + 1 :]) for s in _shapes(node, x)]
-    return Call(nn.Sequential(picked, Reshape(_growing([shape, *others]))), [x])
+    shapes = [(*shape[:dim], *counted.shape, *shape[dim + 1 :]) for shape in _shapes(node, x)]
+    return Call(nn.Sequential(picked, Reshape(_growing(shapes))), [x])
+
+
+@reads("GatherND")
+def _gather_nd(node: Node) -> Call:
+    x, index = node.value(0), node.value(1)
+    if not index.fixed:
+        raise NotReadError("its numbers are computed from the images, or depend on their number")
+    if node.attributes.get("batch_dims", 0):
+        raise NotReadError("it picks others for each image")
+    if index.array.ndim == 0 or index.array.shape[-1] != 1:
+        raise NotReadError("it picks along several dimensions at once")
+    return _picked(node, x, np.asarray(index.array, np.int64)[..., 0], 0)
 
 
 @reads("GatherElements")
