@@ -115,6 +115,7 @@ def job_config(
             several("std", job.get("std")),
             geometry=job.get("geometry"),
             interpolation=job.get("interpolation"),
+            crop_pct=job.get("crop_pct"),
         ),
         task=TaskConfig(
             task,

@@ -26,6 +26,7 @@ class JobOptions(TypedDict, total=False):
         input_size: (channels, height, width) of the model's input.
         mean, std: Of the normalisation, per channel.
         geometry, interpolation: Of pictures of another size: `crop`, `stretch` or `letterbox`, and how.
+        crop_pct: Share of the resized picture that a crop keeps, in (0, 1].
         recovery_epochs, learning_rate: Of the recovery of each finalist.
         recovery_batch: Images of one step of it, over all processes; the learning rate grows with it.
         sync_norms: Batch norms see the whole batch where processes of torchrun share it.
@@ -57,6 +58,7 @@ class JobOptions(TypedDict, total=False):
     std: Sequence[float] | None
     geometry: str | None
     interpolation: str | None
+    crop_pct: float | None
     recovery_epochs: float
     learning_rate: float
     recovery_batch: int | None

@@ -999,6 +999,7 @@ FILES = [
     case("two-stage detector", apply(model="torchvision:fasterrcnn_resnet50_fpn"), ("second stage", "one-stage")),
     case("video network of torchvision", apply(model="torchvision:r3d_18"), ("video",)),
     case("ultralytics is not installed", apply(model="ultralytics:yolo11n.yaml"), ("pip install", "ultralytics")),
+    case("crop larger than the picture", apply("--crop-pct", "1.5", model="nets.py:two"), ("crop_pct 1.5", "(0, 1]")),
     case("unknown geometry", apply(model="nets.py:two", geometry="sqeeze"), ("'sqeeze'", "letterbox")),
     case("unknown interpolation", apply(model="nets.py:two", interpolation="lanzcos"), ("'lanzcos'", "bicubic")),
     case("network with two inputs", apply(model="nets.py:Two"), ("images, mask", "one tensor")),

@@ -435,7 +435,11 @@ def test_a_file_that_ends_in_a_softmax_is_compared_by_its_probabilities(tmp_path
     np.savez(tmp_path / "d.npz", **arrays)
     job = ("uniform:keep=1,precision=float", f"npz:{tmp_path}/d.npz")
     for name, told in (("run", {}), ("other", {"scores": "logits"})):
-        result = hirelc_deploy.apply(str(path), job[1], job[0], out=tmp_path / name, task_options=told)
+        result = hirelc_deploy.apply(
+            str(path), job[1], job[0], out=tmp_path / name, task_options=told, crop_pct=0.8 if told else None
+        )
+        preprocess = json.loads((result.bundle / "preprocess.json").read_text("utf-8"))
+        assert preprocess["crop_pct"] == (0.8 if told else 1.0)
         task = json.loads((result.bundle / "task.json").read_text("utf-8"))
         assert task["made_of"]["options"]["scores"] == told.get("scores", "probabilities")
         assert any("ends in a softmax or in sigmoids" in text for text in result.record["warnings"]) == (not told)

@@ -22,6 +22,7 @@ from hirelc_deploy.cli.application import app, show
 from hirelc_deploy.cli.options import (
     Batch,
     CalibrationImages,
+    CropPct,
     DataDir,
     DataSpec,
     Equalise,
@@ -86,6 +87,7 @@ AS_THEY_ARE = (
         "selection_images",
         "geometry",
         "interpolation",
+        "crop_pct",
     ),
     *("recovery_epochs", "learning_rate", "recovery_batch", "sync_norms", "threads", "batch", "seed"),
 )
@@ -206,6 +208,7 @@ def search(
     std: Std = None,
     geometry: Geometry = None,
     interpolation: Interpolation = None,
+    crop_pct: CropPct = None,
     exclude: Exclude = None,
     include: Include = None,
     float_layers: FloatLayers = None,
@@ -324,6 +327,7 @@ def apply(
     std: Std = None,
     geometry: Geometry = None,
     interpolation: Interpolation = None,
+    crop_pct: CropPct = None,
     exclude: Exclude = None,
     include: Include = None,
     float_layers: FloatLayers = None,

@@ -48,6 +48,10 @@ LossSpec = Annotated[
     str | None, typer.Option("--loss", help="file.py:function of (outputs, targets) in place of the task's loss.")
 ]
 Geometry = Annotated[str | None, typer.Option(help="How pictures get the input's size: crop, stretch or letterbox.")]
+CropPct = Annotated[
+    float | None,
+    typer.Option(help="Share of the resized picture that a crop keeps; 1 where the model says nothing."),
+]
 Interpolation = Annotated[str | None, typer.Option(help="Of resizing: nearest, bilinear, bicubic or box.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of a torchvision data set (torch/...).")]
 Target = Annotated[str, typer.Option("--target", help="A target profile; `hirelc-deploy targets` lists them.")]
