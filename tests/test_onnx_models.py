@@ -20,6 +20,7 @@ from hirelc_deploy.compress import slicing
 from hirelc_deploy.compress.onnx_file.export import export_onnx
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.graph.units import build_graph
+from hirelc_deploy.inputs.data.views import normalised
 from hirelc_deploy.inputs.models.onnx_files.load import build
 from hirelc_deploy.inputs.models.onnx_files.network import OnnxNetwork
 from hirelc_deploy.inputs.models.onnx_files.whole import FileNetwork
@@ -461,3 +462,43 @@ def test_a_segmenter_that_ends_in_a_sigmoid_is_judged_at_one_half(tmp_path: Path
     result = hirelc_deploy.apply(str(path), data, plan, out=tmp_path / "run")
     assert any("ends in a softmax or in sigmoids" in text for text in result.record["warnings"])
     assert result.record["accuracy"]["test"] == pytest.approx(1.0)
+
+
+def of_bytes(tmp_path: Path, *first: Any, image: tuple[Any, ...] = ("n", 3, 16, 16)) -> Path:
+    """Save a small network whose images are bytes; `first` are the nodes between x and its `floats`."""
+    small = small_net()
+    nodes = [*first, *small.graph.node]
+    nodes[len(first)].input[0] = "floats"
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in small.graph.initializer}
+    return saved(model_of(nodes, tensors, image=image, kind=TensorProto.UINT8), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_file_that_takes_bytes_answers_pictures_as_it_did(tmp_path: Path, last: bool, whole: bool) -> None:
+    first = [node("Cast", ["x"], ["floats"], to=1)]
+    if last:
+        first = [node("Transpose", ["x"], ["turned"], perm=[0, 3, 1, 2]), node("Cast", ["turned"], ["floats"], to=1)]
+    if whole:  # an If that depends on the image cannot become layers
+        first[-1].output[0] = "shown"
+        branches = {name: graph_of([node("Identity", ["shown"], [name])], [name]) for name in ("then", "else")}
+        first += [
+            node("ReduceMax", ["shown"], ["most"], keepdims=0),
+            node("Cast", ["most"], ["bright"], to=9),
+            node("If", ["bright"], ["floats"], then_branch=branches["then"], else_branch=branches["else"]),
+        ]
+    path = of_bytes(tmp_path, *first, image=("n", 16, 16, 3) if last else ("n", 3, 16, 16))
+    network = build(path)
+    assert isinstance(network, FileNetwork if whole else OnnxNetwork)
+    assert any("takes bytes" in text for text in notes_of(network))
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = network(normalised(pixels, preprocess_of(network)))["y"].numpy()
+    given = pixels.permute(0, 2, 3, 1).contiguous() if last else pixels
+    np.testing.assert_allclose(found, answer_of_runtime(path, given)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_needs_whole_numbers_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = of_bytes(tmp_path, node("Cast", ["x"], ["whole"], to=6), node("Cast", ["whole"], ["floats"], to=1))
+    with pytest.raises(InputError, match=r"input x takes bytes, and output y is another one .* export it with"):
+        build(path)

@@ -23,7 +23,7 @@ from hirelc_deploy.errors import InputError
 from hirelc_deploy.inputs.models.onnx_files import runtime
 from hirelc_deploy.inputs.models.onnx_files.network import OnnxNetwork
 from hirelc_deploy.inputs.models.onnx_files.node import LARGEST_VALUE, UnreadError
-from hirelc_deploy.inputs.models.onnx_files.proto import OnnxFile, read_file, with_told
+from hirelc_deploy.inputs.models.onnx_files.proto import OnnxFile, read_file, with_float_input, with_told
 from hirelc_deploy.inputs.models.onnx_files.reader import read_graph
 from hirelc_deploy.inputs.models.onnx_files.runtime import difference
 from hirelc_deploy.inputs.models.onnx_files.whole import whole_network
@@ -50,6 +50,13 @@ PREPROCESSING = (
     "an ONNX file does not say how its input is made of pixels: they go in from 0 to 1 as they are, unless --mean and "
     "--std say otherwise"
 )
+
+BYTES = (
+    "takes bytes; what is made of it takes the same numbers as floats, from 0 to 255, and pictures become such floats "
+    "unless --mean and --std say otherwise"
+)
+BELOW = 2e-5
+"""By so much a float may miss the byte that it was made of; a network that cuts it to a whole number is one off."""
 
 
 def build(
@@ -83,17 +90,21 @@ def build(
 
 @functools.lru_cache(maxsize=1)
 def _built(name: str, input_size: tuple[int, ...] | None, told: str, _changed: int, _size: int) -> nn.Module:
-    file = with_told(read_file(Path(name)), json.loads(told))
+    as_it_came = with_told(read_file(Path(name)), json.loads(told))
+    file = with_float_input(as_it_came)
     given, batch, size, last = _input_of(file, input_size)
     try:
         network: nn.Module = _of_layers(file, given, batch, size, last)
     except UnreadError as reason:
         network = whole_network(file, given, batch, size, last, str(reason))
         note(network, f"{Path(name).name}: nothing of it is cut, its precision is placed: {reason}")
-    note(network, f"{Path(name).name}: {PREPROCESSING}")
+    of_bytes = file is not as_it_came
+    if of_bytes:
+        _check_bytes(as_it_came, network, given, size, batch, last)
+    note(network, f"{Path(name).name}: {BYTES if of_bytes else PREPROCESSING}")
     if last:
         note(network, f"{Path(name).name}: takes channels last; what is made of it takes them first")
-    return marked(network, {}, (), {"input_size": size})
+    return marked(network, {}, (), {"input_size": size, **({"std": (1 / 255,)} if of_bytes else {})})
 
 
 def _of_layers(file: OnnxFile, given: str, batch: int | None, size: tuple[int, int, int], last: bool) -> OnnxNetwork:
@@ -162,6 +173,22 @@ def _check_parity(file: OnnxFile, network: OnnxNetwork, size: tuple[int, int, in
             raise UnreadError(
                 f"output {name} of what was read differs from the file's in ONNX Runtime by {apart:.1e} of its "
                 f"largest value, more than {tolerance:g}"
+            )
+
+
+def _check_bytes(
+    file: OnnxFile, network: nn.Module, given: str, size: tuple[int, int, int], batch: int | None, last: bool
+) -> None:
+    """Raise InputError unless the network answers floats as the file answers the bytes that they stand for."""
+    images = np.random.default_rng(2).integers(0, 256, (2, *size)).astype(np.float32)
+    with torch.no_grad():
+        found = {name: values.numpy() for name, values in network(torch.from_numpy(images - BELOW)).items()}
+    wanted = runtime.run(file.source, file.path, list(found), images, batch, last)
+    for name, values in wanted.items():
+        if not difference(found[name], values) <= PARITY_TOLERANCE:
+            raise InputError(
+                f"{file.path}: input {given} takes bytes, and output {name} is another one where it is given the same "
+                "numbers as floats; export it with an input of floats."
             )
 
 

@@ -55,7 +55,8 @@ class OnnxFile:
         has_external: Whether tensors came from files beside it.
         half: Whether any of its tensors is a 16-bit float.
         foreign: The first operator that neither the standard nor the file defines, `` for none.
-        told: Inputs that were told beforehand and are tensors now.
+        changed: It is not what lies at `path` any more: inputs that were told beforehand are tensors now, or the images
+            are floats in place of bytes.
     """
 
     path: Path
@@ -65,12 +66,12 @@ class OnnxFile:
     has_external: bool
     half: bool
     foreign: str = ""
-    told: tuple[str, ...] = ()
+    changed: bool = False
 
     @property
     def source(self) -> Path | bytes:
         """What ONNX Runtime is given: the path only where tensors lie beside it."""
-        if self.told:
+        if self.changed:
             whole: bytes = self_contained(self).SerializeToString()
             return whole
         return self.path if self.has_external else self.path.read_bytes()
@@ -139,7 +140,24 @@ def with_told(file: OnnxFile, told: Mapping[str, Any]) -> OnnxFile:
         model.graph.initializer.append(numpy_helper.from_array(array, name))
         model.graph.input.remove(given[name])
         tensors[name] = _as_float32(array)
-    return replace(file, model=model, tensors=tensors, told=tuple(told))
+    return replace(file, model=model, tensors=tensors, changed=True)
+
+
+def with_float_input(file: OnnxFile) -> OnnxFile:
+    """Return a file that takes floats in place of the bytes of its images; the same file where it takes none.
+
+    What follows the input takes floats as well, most often because a Cast to floats comes first.
+    """
+    inputs = [value for value in file.graph.input if value.name not in file.tensors]
+    if len(inputs) != 1 or inputs[0].type.tensor_type.elem_type != TensorProto.UINT8:
+        return file
+    model = ModelProto()
+    model.CopyFrom(file.model)
+    for value in model.graph.input:
+        if value.name == inputs[0].name:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    del model.graph.value_info[:]
+    return replace(file, model=model, changed=True)
 
 
 def _as_float32(array: Array) -> Array:

@@ -26,6 +26,9 @@ SECONDS = 120
 PATIENCE = 20
 """Times as long it may take by the clock, on a machine that is busy otherwise."""
 
+KINDS = {"tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
+"""Of inputs that are not float32."""
+
 TRIAL = """
 import json, resource, sys
 path, most_bytes, seconds, *shape = sys.argv[1:]
@@ -107,7 +110,7 @@ def run(
     try:
         session = open_plain(source)
         given = session.get_inputs()[0]
-        kind: Any = {"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(given.type, np.float32)
+        kind: Any = KINDS.get(given.type, np.float32)
         parts = [
             session.run(list(names), {given.name: whole[start : start + rows].astype(kind)})
             for start in range(0, len(whole), rows)
