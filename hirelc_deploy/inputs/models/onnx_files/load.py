@@ -133,7 +133,7 @@ def _input_of(file: OnnxFile, wanted: Sequence[int] | None) -> tuple[str, int | 
         found = types[kind.elem_type] if 0 <= kind.elem_type < len(types) else kind.elem_type
         raise InputError(
             f"{file.path}: input {inputs[0].name} is {found} with {len(sizes)} dimensions; networks of pictures are "
-            "read, which take floats (n, channels, height, width)."
+            "read, which take floats or bytes (n, channels, height, width)."
         )
     last = sizes[3] in CHANNELS and sizes[1] not in CHANNELS and (sizes[1] is not None or sizes[2] is not None)
     batch, own = sizes[0], [sizes[3], *sizes[1:3]] if last else sizes[1:]
