@@ -8,7 +8,7 @@ import torch
 
 from hirelc_deploy.compress.integer.ends import End
 from hirelc_deploy.compress.integer.forms import FORMS, SIXTEEN_BITS, with_whole_floats
-from hirelc_deploy.compress.integer.placement import Placement, changes, place
+from hirelc_deploy.compress.integer.placement import Placement, changes, only_in_ends, place
 from hirelc_deploy.compress.integer.quantize import PATTERNS, SIGMOID_GELU
 from hirelc_deploy.demo.model import DemoNet
 from hirelc_deploy.errors import ExportError
@@ -237,6 +237,14 @@ def test_equal_layers_are_tried_together(tmp_path):
     assert twins == {"stages.1.0.conv2", "stages.1.1.conv1", "stages.1.1.conv2"}
     every = frozenset().union(*(layers for name, layers in found.items() if not name.startswith("first")))
     assert len(every) == sum(len(layers) for name, layers in found.items() if not name.startswith("first"))
+
+
+def test_what_only_decodes_the_answers_is_told_from_the_rest():
+    nodes = [("Conv", "a"), ("Sigmoid", "b"), ("Conv", "c"), ("Exp", "d"), ("Sigmoid", "e"), ("Mul", "f")]
+    made = [onnx.helper.make_node(kind, ["x"], [name], name) for kind, name in nodes]
+    proto = onnx.helper.make_model(onnx.helper.make_graph(made, "net", [], []))
+    assert only_in_ends(proto, [End(("f",), frozenset("def"), ("Exp",))]) == {"Exp", "Mul"}
+    assert only_in_ends(proto, []) == set()
 
 
 def test_every_exact_pattern_is_timed(tmp_path):

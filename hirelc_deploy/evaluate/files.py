@@ -103,14 +103,15 @@ class Files:
         """What becomes integer in the fastest file of the uncut model, timed as whole files on the target."""
 
         def measure() -> dict[str, Any]:
-            runner = self.backend.build(self.blanket, self.threads)
-            wholly_integer = not accuracy.operators(runner, filled(self._uncut.example.numpy(), self.batch)).float_ops
-            exported = self._exported
-            changes = placement.changes(onnx.load(str(exported.static)), wholly_integer=wholly_integer)
+            runner, exported = self.backend.build(self.blanket, self.threads), self._exported
+            proto, ends = onnx.load(str(exported.static)), quantize.ends_of(exported.static, exported.ranges)
+            in_float = accuracy.float_kinds(runner, filled(self._uncut.example.numpy(), self.batch))
+            wholly_integer = in_float <= placement.only_in_ends(proto, ends)
+            changes = placement.changes(proto, wholly_integer=wholly_integer)
             free = {name: layers - self.writer.by_layer.in_float for name, layers in changes.items()}
             tried = {name: layers for name, layers in free.items() if layers}
             with self._progress.stage("precision placement"):
-                patterns, ends = self.writer.form.patterns, quantize.ends_of(exported.static, exported.ranges)
+                patterns = self.writer.form.patterns
                 table = LatencyTable(self.backend, None, self.threads, self.batch)
                 found = placement.place(
                     self.reference,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hirelc_deploy.errors import ExportError
-from hirelc_deploy.measure.backend import Outputs, Runner
+from hirelc_deploy.measure.backend import OperatorTime, Outputs, Runner
 
 WITHOUT_ARITHMETIC = frozenset(
     {
@@ -43,6 +43,15 @@ def operators(runner: Runner, images: NDArray[np.float32]) -> OperatorCount:
 
     Operators that only move or convert numbers (WITHOUT_ARITHMETIC) count as neither.
     """
-    ran = [time for time in runner.profile(images, 1) if time.operator not in WITHOUT_ARITHMETIC]
+    ran = _arithmetic(runner, images)
     integer = sum(time.is_integer for time in ran)
     return OperatorCount(integer, len(ran) - integer)
+
+
+def float_kinds(runner: Runner, images: NDArray[np.float32]) -> set[str]:
+    """Return the kinds of operators that ran in floating point, as the runtime calls them; see `operators`."""
+    return {time.operator for time in _arithmetic(runner, images) if not time.is_integer}
+
+
+def _arithmetic(runner: Runner, images: NDArray[np.float32]) -> list[OperatorTime]:
+    return [time for time in runner.profile(images, 1) if time.operator not in WITHOUT_ARITHMETIC]

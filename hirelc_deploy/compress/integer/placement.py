@@ -87,8 +87,8 @@ class Placement:
 def changes(proto: ModelProto, *, wholly_integer: bool = False) -> dict[str, frozenset[str]]:
     """Return a name for each change that is tried, and the layers that it turns to the other precision.
 
-    Where a blanket file is wholly integer only the image's end is tried: amid integer layers a float one is slower
-    itself and costs two conversions more.
+    Where a blanket file is wholly integer, but for what decodes the answers, only the image's end is tried: amid
+    integer layers a float one is slower itself and costs two conversions more.
 
     Layers are equal, and decided together, when operator, weight shape, groups, strides and input size agree.
     """
@@ -114,6 +114,15 @@ def changes(proto: ModelProto, *, wholly_integer: bool = False) -> dict[str, fro
         name = members[0] if len(members) == 1 else f"{members[0]} and {len(members) - 1} like it"
         found[name] = frozenset(members)
     return found
+
+
+def only_in_ends(proto: ModelProto, ends: Sequence[End]) -> set[str]:
+    """Return the kinds of operators that decode the answers and are nowhere else in a float file."""
+    decoding = frozenset[str]().union(*(end.nodes for end in ends))
+    kinds: tuple[set[str], set[str]] = (set(), set())
+    for node in proto.graph.node:
+        kinds[node.name in decoding].add(node.op_type)
+    return kinds[True] - kinds[False]
 
 
 def place(
