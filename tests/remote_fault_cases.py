@@ -402,7 +402,8 @@ def no_python(bench: Bench) -> str:
 def python_too_old(bench: Bench) -> str:
     old = bench.folder / "old-python"
     code = "import sys; sys.version_info = (3, 6, 9); exec(sys.argv[-1])"
-    old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$@\"\n")
+    # Without site-packages: what measures coverage there stumbles over the other version.
+    old.write_text(f"#!/bin/sh\nexec {sys.executable} -I -S -c '{code}' \"$@\"\n")
     old.chmod(0o755)
     with refused(TargetUnavailable, "python 3.6 is too old", "3.8 or newer") as error:
         bench.toys(python=str(old)).connect()
