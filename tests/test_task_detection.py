@@ -244,6 +244,28 @@ def test_a_detr_has_one_class_a_query_and_no_object_last() -> None:
     assert several["names"] == ["dog", "bird"]
 
 
+@pytest.mark.parametrize("form", ["ssd by sigmoid", "ssd by softmax", "detr", "detr by sigmoid"])
+def test_scores_may_be_probabilities(form: str) -> None:
+    plain = FORMS[form]
+    kept = ("head", "scores", "background", "variances", "code_order")
+    options = {key: value for key, value in plain.decoder_options.items() if key in kept}
+    anchors = {"anchors": ANCHORS} if options["head"] == "ssd" else {}
+    other = Detection(NAMES, {**options, **anchors, "input_size": SIZE, "probabilities": True})
+    two = [random_answers(plain, seed=seed) for seed in (0, 1)]
+    chances = (lambda x: x.softmax(-1)) if options["scores"] == "softmax" else torch.sigmoid
+    as_chances = [{**one, "scores": chances(one["scores"])} for one in two]
+    torch.testing.assert_close(other.divergence(*as_chances), plain.divergence(*two), rtol=1e-4, atol=1e-6)
+    drawn = [
+        task.surprise(answers, torch.Generator().manual_seed(2))
+        for task, answers in ((plain, two[0]), (other, as_chances[0]))
+    ]
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-6)
+    found, again = decoded(plain, two[0]), decoded(other, as_chances[0])
+    assert [one["names"] for one in found] == [one["names"] for one in again]
+    for one, same in zip(found, again, strict=True):
+        assert one["scores"] == pytest.approx(same["scores"], rel=1e-5)
+
+
 def test_a_yolo_is_read_with_and_without_objectness() -> None:
     found = np.zeros((1, 7, 2), dtype=np.float32)
     found[0, :, 1] = [100, 50, 20, 10, 0.1, 0.2, 0.8]

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from hirelc_deploy.errors import InputError
 from hirelc_deploy.tasks import registry
 from hirelc_deploy.tasks.classification import Classification
+from hirelc_deploy.tasks.contract import Scored
 from hirelc_deploy.tasks.decoders import classification, embedding, keypoints, multilabel, regression
+from hirelc_deploy.tasks.detection import Detection
 from hirelc_deploy.tasks.embedding import Embedding
 from hirelc_deploy.tasks.keypoints import Keypoints
 from hirelc_deploy.tasks.multilabel import MultiLabel, average_precision
-from hirelc_deploy.tasks.probabilities import LOOK_SO
 from hirelc_deploy.tasks.regression import Regression
+from hirelc_deploy.tasks.segmentation import Segmentation
 from hirelc_deploy.testing.task_contract import TaskContract
 
 SIZE = [3, 32, 48]
@@ -45,22 +47,34 @@ class TestClassification(TaskContract):
         return {"output": 9.0 * F.one_hot(torch.tensor(targets), 3)}
 
 
+SURE = {"head": "detr", "input_size": SIZE}
+NAMES = ("a", "b", "c")
+
+
 @pytest.mark.parametrize(
     ("task", "answers", "wanted"),
     [
-        ("classification", drawn(0, 4, 5).softmax(1), True),
-        ("classification", drawn(0, 4, 5), False),
-        ("multilabel", 5 * drawn(0, 4, 5).sigmoid(), False),
-        ("multilabel", (5 * drawn(0, 4, 5)).sigmoid(), True),
-        ("multilabel", 0.5 + 0.01 * drawn(0, 4, 5), False),  # untrained
-        ("segmentation", drawn(0, 4, 3, 2, 2).softmax(1), True),
-        ("segmentation", drawn(0, 4, 3, 2, 2).sigmoid(), False),
-        ("segmentation", (5 * drawn(0, 4, 1, 2, 2)).sigmoid(), True),
-        ("segmentation", drawn(0, 4, 1, 2, 2), False),
+        (Classification((), {}), drawn(0, 4, 5).softmax(1), True),
+        (Classification((), {}), drawn(0, 4, 5), False),
+        (MultiLabel((), {}), 5 * drawn(0, 4, 5).sigmoid(), False),
+        (MultiLabel((), {}), (5 * drawn(0, 4, 5)).sigmoid(), True),
+        (MultiLabel((), {}), 0.5 + 0.01 * drawn(0, 4, 5), False),  # untrained
+        (Segmentation(NAMES, {}), drawn(0, 4, 3, 2, 2).softmax(1), True),
+        (Segmentation(NAMES, {}), drawn(0, 4, 3, 2, 2).sigmoid(), False),
+        (Segmentation(NAMES[:1], {}), (5 * drawn(0, 4, 1, 2, 2)).sigmoid(), True),
+        (Segmentation(NAMES[:1], {}), drawn(0, 4, 1, 2, 2), False),
+        (Detection(NAMES, SURE), drawn(0, 4, 6, 4).softmax(2), True),
+        (Detection(NAMES, SURE), drawn(0, 4, 6, 4), False),
+        (Detection(NAMES, {**SURE, "scores": "sigmoid"}), (5 * drawn(0, 4, 6, 3)).sigmoid(), True),
+        (Detection(NAMES, {"head": "decoded"}), drawn(0, 4, 6).sigmoid(), False),
     ],
 )
 def test_probabilities_are_told_from_logits_by_the_answers_to_several_images(task, answers, wanted):
-    assert LOOK_SO[task](iter(answers.split(1))) == wanted
+    one_by_one = ({"scores": one, "boxes": drawn(1, 1, 6, 4).sigmoid()} for one in answers.split(1))
+    if not isinstance(task, Detection):
+        one_by_one = ({"output": one} for one in answers.split(1))
+    assert isinstance(task, Scored)
+    assert task.ends_in_probabilities(one_by_one) == wanted
 
 
 class TestClassificationOfProbabilities(TestClassification):

@@ -21,11 +21,10 @@ from hirelc_deploy.inputs.models.given import Source
 from hirelc_deploy.inputs.models.ordinary import note
 from hirelc_deploy.inputs.models.source import preprocess_of
 from hirelc_deploy.inputs.rehearsal import check_functions, check_targets
-from hirelc_deploy.tasks.classification import only
-from hirelc_deploy.tasks.contract import Task
-from hirelc_deploy.tasks.custom import WithLoss, WithMetric, load_function
+from hirelc_deploy.tasks.contract import Scored, Task
+from hirelc_deploy.tasks.custom import WithLoss, WithMetric, load_function, without_own
 from hirelc_deploy.tasks.none import UNJUDGED, NoTask
-from hirelc_deploy.tasks.probabilities import LOOK_SO, PROBABILITIES
+from hirelc_deploy.tasks.probabilities import LOGITS
 from hirelc_deploy.tasks.registry import make_task
 
 TASK_OF_KIND = {
@@ -121,13 +120,14 @@ def fit(
         answer = check_output(model, data.calibration.batch(rows), task, targets)
     except WidthError as error:
         raise _of_classes(error, data) from None
-    if "scores" not in record["options"] and _ends_in_probabilities(model, data, task):
-        wanted = replace(wanted, options={**wanted.options, "scores": PROBABILITIES})
+    if said := _of_probabilities(model, data, without_own(task), record["options"]):
+        wanted = replace(wanted, options={**wanted.options, **said})
+        option, value = next(iter(said.items()))
         task, record = task_for(model, data, wanted, metric, loss)
         note(
             model,
             "the model ends in a softmax or in sigmoids: its answers are compared as probabilities "
-            "(--task-arg scores=logits if not)",
+            f"(--task-arg {option}={'false' if value is True else LOGITS} if not)",
         )
     answering(model, task, answer)
     check_targets(data, task, task.answers(answer))
@@ -145,14 +145,14 @@ def _task_of_answers(model: nn.Module, data: Data) -> str:
     return "classification" if len(found) == 1 and found[0].ndim == 2 else "none"
 
 
-def _ends_in_probabilities(model: nn.Module, data: Data, task: Task) -> bool:
-    """Return whether the answers to a few images are all probabilities; logits of so many would lie outside."""
-    look_so = LOOK_SO.get(task.name)
-    if look_so is None:
-        return False
+def _of_probabilities(model: nn.Module, data: Data, task: Task, said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options that say so where answers to a few images are probabilities; nothing where that is said."""
+    if not isinstance(task, Scored) or task.in_probabilities.keys() & said.keys():
+        return {}
     rows = range(min(LOOKED_AT, len(data.calibration)))
     with torch.no_grad():
-        return look_so(only(task.answers(model(data.calibration.batch(np.array([row]))))) for row in rows)
+        answers = (task.answers(model(data.calibration.batch(np.array([row])))) for row in rows)
+        return task.in_probabilities if task.ends_in_probabilities(answers) else {}
 
 
 def _of_classes(error: InputError, data: Data) -> InputError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from hirelc_deploy.errors import InputError, WidthError
 from hirelc_deploy.graph.answers import Answers, named, selected
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import classification as decoder
-from hirelc_deploy.tasks.probabilities import LOGITS, PROBABILITIES, log_of
+from hirelc_deploy.tasks.probabilities import LOGITS, PROBABILITIES, SCORES_ARE, are_shares, log_of
 
 INPUT_SIZE = "input_size"
 """Option that every task is given: [channels, height, width] of the model's input."""
@@ -40,6 +40,7 @@ class Classification:
     mean_of_images = True
     flips = True
     decoder = Path(decoder.__file__)
+    in_probabilities = SCORES_ARE
 
     def __init__(self, classes: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self.classes = tuple(classes)
@@ -56,6 +57,10 @@ class Classification:
         """Return (n, classes) logits; those of probabilities are their logarithms."""
         found = only(answers)
         return found if self.scores == LOGITS else log_of(found)
+
+    def ends_in_probabilities(self, answers: Iterable[Answers]) -> bool:
+        """Return whether the rows of all answers are distributions, as a softmax makes them."""
+        return are_shares(map(only, answers))
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
         """Raise InputError unless answers are finite (n, classes) logits, and targets numbers of their classes."""

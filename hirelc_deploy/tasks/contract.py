@@ -6,7 +6,7 @@ metric is what the user asked for. It is taken from the exported file on the dev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -123,6 +123,20 @@ class Resampling(Protocol):
 
     def resamples(self, parts: Sequence[Any]) -> Callable[[NDArray[np.int64]], float]:
         """Return a function from (n,) indices of the parts to what `value` returns of those parts."""
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """A task whose networks may end in probabilities, where others answer logits; not every task knows of this.
+
+    Attributes:
+        in_probabilities: The options that say so.
+    """
+
+    in_probabilities: Mapping[str, Any]
+
+    def ends_in_probabilities(self, answers: Iterable[Answers]) -> bool:
+        """Return whether the answers to several batches look so."""
 
 
 TaskFactory = Callable[[tuple[str, ...], Mapping[str, Any]], Task]

@@ -80,6 +80,13 @@ class _Around:
         return self.task.draw(picture, result)
 
 
+def without_own(task: Task) -> Task:
+    """Return the task around which metrics and losses of the user's were put."""
+    while isinstance(task, _Around):
+        task = task.task
+    return task
+
+
 class Kept(NamedTuple):
     """An image's outputs by name, each without the first dimension, and its target: for a metric of the whole set."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hirelc_deploy.tasks.decoders import detection as decoder
 from hirelc_deploy.tasks.decoding import foreign_imports
 from hirelc_deploy.tasks.detection_boxes import CODE_UNITS, centred
 from hirelc_deploy.tasks.detection_heads import Candidates, Decoded, Detr, Head, Ssd, Yolo
+from hirelc_deploy.tasks.probabilities import are_chances, are_shares, log_of, logit_of
 
 Target = Mapping[str, Tensor]
 """Of one image: boxes (k, 4), labels (k,), crowd (k,)."""
@@ -45,6 +46,7 @@ DEFAULTS: Mapping[str, Any] = {
     "input_size": None,
     "outputs": None,
     "scores": None,
+    "probabilities": False,
     "background": None,
     "anchors": None,
     "variances": list(CODE_UNITS),
@@ -57,6 +59,12 @@ DEFAULTS: Mapping[str, Any] = {
     "max_detections": 100,
     "flips": True,
 }
+
+DECODED_BY = (
+    *("head", "scores", "probabilities", "background", "variances", "code_order", "objectness"),
+    "max_detections",
+)
+"""Options that the decoder is told as they are."""
 
 HEADS = ("ssd", "detr", "yolo", "decoded")
 THRESHOLD_COUNTS = {"AP": len(THRESHOLDS), "AP50": 1}
@@ -83,6 +91,7 @@ class Detection:
             null.
             None, with `decode`: `file.py:function`, or a function, as `decode` of the decoders. Bundles take its file,
             which may import numpy alone and have a `line` too, and its name is `decode` of the decoder's options.
+            `probabilities` of an ssd or a detr: scores are what softmax or sigmoid made already (false).
             For all: `outputs`, names of the answers in this order, or those of a tuple in its order if they are the
             words above (scores, boxes, labels); `input_size`, [channels, height, width], without which boxes are not
             clipped; `metric`, AP or AP50; `nms_iou`, the overlap from which the less sure box of a class is left out,
@@ -96,6 +105,7 @@ class Detection:
 
     name = "detection"
     mean_of_images = False
+    in_probabilities: Mapping[str, Any] = {"probabilities": True}
 
     def __init__(self, classes: tuple[str, ...], options: Mapping[str, Any]) -> None:
         check_options(self.name, options, tuple(DEFAULTS))
@@ -123,16 +133,16 @@ class Detection:
             self.head = self._built_in(chosen)
         roles = self.head.roles if self.head else ()
         self._names = _output_names(chosen["outputs"], roles)
-        keep = ("head", "scores", "background", "variances", "code_order", "objectness", "max_detections")
         nms = chosen["nms_iou"]
         self.decoder_options: Mapping[str, Any] = {
-            **{key: chosen[key] for key in keep},
+            **{key: chosen[key] for key in DECODED_BY},
             "outputs": {role: list(names) for role, names in self._names.items()},
             "score_threshold": float(chosen["score_threshold"]),
             "nms_iou": (0.6 if chosen["head"] in ("ssd", "yolo") else None) if nms == DEFAULTS["nms_iou"] else nms,
         }
         if self.head is None:
             self.decoder_options = {**self.decoder_options, "decode": self._decode.__name__}
+        self._probabilities = bool(chosen["probabilities"])
         self._outputs = None if chosen["outputs"] is None else _as_list(chosen["outputs"])
 
     def _take_own(self, chosen: dict[str, Any]) -> None:
@@ -197,6 +207,13 @@ class Detection:
             found = named(answer)
             return {name: found[name] for name in self._found_names(found).values()}
         return selected(answer, list(self.head.roles))
+
+    def ends_in_probabilities(self, answers: Iterable[Answers]) -> bool:
+        """Return whether the scores of an ssd or a detr are what their softmax or sigmoid makes."""
+        if not isinstance(self.head, Ssd | Detr):
+            return False
+        scores = (self._by_role(one)["scores"].movedim(-1, 1) for one in answers)
+        return are_shares(scores) if self.head.exclusive else are_chances(scores)
 
     def check(self, answers: Answers, targets: Sequence[Target] | None) -> None:
         """Raise InputError where outputs are not of the head's form, or targets are not boxes of these images."""
@@ -318,7 +335,11 @@ class Detection:
     def _candidates(self, answers: Answers) -> Candidates:
         if self.head is None:
             raise TypeError("a decoder of the user's own has no candidates")
-        return self.head.candidates(self._by_role(answers))
+        found = self._by_role(answers)
+        if self._probabilities and isinstance(self.head, Ssd | Detr):
+            logits = log_of if self.head.exclusive else logit_of
+            found = {**found, "scores": logits(found["scores"])}
+        return self.head.candidates(found)
 
     def _by_role(self, answers: Answers) -> Answers:
         return {role: answers[name] for role, name in self._found_names(answers).items()}
@@ -363,6 +384,7 @@ def _check_kinds(chosen: Mapping[str, Any]) -> None:
         ("background", chosen["background"] is None or type(chosen["background"]) is int, "give a whole number"),
         ("flips", isinstance(chosen["flips"], bool), switch),
         ("objectness", isinstance(chosen["objectness"], bool), switch),
+        ("probabilities", isinstance(chosen["probabilities"], bool), switch),
         ("outputs", chosen["outputs"] is None or names(chosen["outputs"]), "give the names of the answers"),
         (
             "variances",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from hirelc_deploy.tasks.classification import (
 )
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import multilabel as decoder
-from hirelc_deploy.tasks.probabilities import LOGITS, PROBABILITIES, logit_of
+from hirelc_deploy.tasks.probabilities import LOGITS, PROBABILITIES, SCORES_ARE, are_chances, logit_of
 
 
 class MultiLabel:
@@ -48,6 +48,7 @@ class MultiLabel:
     mean_of_images = False
     flips = True
     decoder = Path(decoder.__file__)
+    in_probabilities = SCORES_ARE
 
     def __init__(self, classes: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self.classes = tuple(classes)
@@ -67,6 +68,10 @@ class MultiLabel:
     def _logits(self, answers: Answers) -> Tensor:
         """Return (n, labels) logits, also of probabilities."""
         return only(answers) if self.scores == LOGITS else logit_of(only(answers))
+
+    def ends_in_probabilities(self, answers: Iterable[Answers]) -> bool:
+        """Return whether all answers are what sigmoids make."""
+        return are_chances(map(only, answers))
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
         """Raise InputError unless answers are finite (n, labels) logits, and targets 0, 1 or NaN of the same shape."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from collections.abc import Iterable
 
 from torch import Tensor
 
 LOGITS, PROBABILITIES = "logits", "probabilities"
 """What `scores` of a model are: the latter where it ends in a softmax or in sigmoids."""
+
+SCORES_ARE = {"scores": PROBABILITIES}
+"""The options that say so."""
 
 LEAST_PROBABILITY = 1e-7
 """Smaller ones count as this, so that those that round to 0 have a logarithm; float32 has steps of 6e-8 at 1."""
@@ -50,17 +52,3 @@ def are_chances(answers: Iterable[Tensor]) -> bool:
         if low < 0 or high > 1:
             return False
     return high - low >= LEAST_SPREAD
-
-
-def _of_pixels(answers: Iterable[Tensor]) -> bool:
-    waiting = iter(answers)
-    first = next(waiting)
-    return (are_chances if first.shape[1] == 1 else are_shares)(chain([first], waiting))
-
-
-LOOK_SO: Mapping[str, Callable[[Iterable[Tensor]], bool]] = {
-    "classification": are_shares,
-    "multilabel": are_chances,
-    "segmentation": _of_pixels,
-}
-"""Tasks with an option `scores`, and what tells from answers to several images that these are probabilities."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from hirelc_deploy.tasks.classification import check_names, choice_option, outpu
 from hirelc_deploy.tasks.colours import colour
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import segmentation as decoder
-from hirelc_deploy.tasks.probabilities import LOGITS, PROBABILITIES, log_of, logit_of
+from hirelc_deploy.tasks.probabilities import (
+    LOGITS,
+    PROBABILITIES,
+    SCORES_ARE,
+    are_chances,
+    are_shares,
+    log_of,
+    logit_of,
+)
 
 USUAL_NAMES = ("out", "logits")
 """Of the answer that counts where a model has several: torchvision's (beside `aux`), and that of transformers."""
@@ -51,6 +60,7 @@ class Segmentation:
     metric = Metric("mIoU")
     mean_of_images = False
     decoder = Path(decoder.__file__)
+    in_probabilities = SCORES_ARE
 
     def __init__(self, classes: tuple[str, ...], options: Mapping[str, Any]) -> None:
         chosen = list(output_option(self.name, options, known=OPTIONS))
@@ -91,6 +101,12 @@ class Segmentation:
         if self.scores == LOGITS:
             return found
         return logit_of(found) if found.shape[1] == 1 else log_of(found)
+
+    def ends_in_probabilities(self, answers: Iterable[Answers]) -> bool:
+        """Return whether all answers are what a softmax makes, or a sigmoid of one channel."""
+        maps = map(_only, answers)
+        first = next(maps)
+        return (are_chances if first.shape[1] == 1 else are_shares)(chain([first], maps))
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
         """Raise InputError where the answer is not (n, classes, h, w), or the masks hold other numbers than classes."""

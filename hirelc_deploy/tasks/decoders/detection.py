@@ -123,6 +123,8 @@ def _pixels(options: dict[str, Any]) -> np.ndarray:
 
 
 def _probabilities(logits: np.ndarray, options: dict[str, Any]) -> Any:
+    if options.get("probabilities"):
+        return logits
     if options["scores"] == "sigmoid":
         return 1 / (1 + np.exp(-np.clip(logits, -80, 80)))
     raised = np.exp(logits - logits.max(-1, keepdims=True))
