@@ -195,7 +195,7 @@ def embedding_cifar(assets: Assets) -> Case:
 def ssd_coco(assets: Assets) -> Case:
     """SSD, 80 classes."""
     graph, shared = str(assets.of("frozen_inference_graph.pb")), str(_there(assets.shared))
-    spec = f"coco:{assets.of('coco128')}"
+    spec = f"yolo:{assets.of('coco128')}"
     return _exported(assets, "ssd_coco", lambda: task_networks.ssd_coco(shared, graph), spec)
 
 

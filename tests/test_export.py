@@ -241,6 +241,22 @@ def test_a_file_that_fails_when_it_runs_is_a_failed_export(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("operator", "good"), [("Sigmoid", True), ("Exp", False)])
+def test_tiny_probabilities_are_compared_as_of_half_a_percent(operator, good):
+    """What a network answers where it sees nothing: ONNX Runtime's sigmoid is off by 1e-7, however small it is."""
+    value = onnx.helper.make_tensor_value_info
+    ends = [value("input", 1, ("batch", 3, 2, 2))], [value("output", 1, ("batch", 3, 2, 2))]
+    graph = onnx.helper.make_graph([onnx.helper.make_node(operator, ["input"], ["output"])], "g", *ends)
+    file = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    nothing = torch.full((1, 3, 2, 2), -12.0)
+    probe = nothing, {"output": nothing.exp().numpy() + np.float32(1e-8)}
+    if good:
+        export.check_parity(file.SerializeToString(), [probe])
+    else:
+        with pytest.raises(ExportError, match="differs from torch by 1.6e-03 of the largest output, allowed is"):
+            export.check_parity(file.SerializeToString(), [probe])
+
+
 class Bessel(nn.Module):
     """A function that ONNX does not have."""
 

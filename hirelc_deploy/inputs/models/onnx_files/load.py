@@ -39,9 +39,6 @@ HALF_TOLERANCE = 2e-2
 LARGEST_ROUNDING = 1e-2
 """No difference beyond is put down to rounding."""
 
-SIGMOID_SCALE = 5e-3
-"""ONNX Runtime's sigmoid was seen to be off by 1e-7, however small it is; so smaller ones are compared as of this."""
-
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 CHANNELS = (1, 2, 3, 4)
 """Numbers of channels that tell a file of (n, height, width, channels) from one of (n, channels, height, width)."""
@@ -163,12 +160,12 @@ def _check_parity(file: OnnxFile, network: OnnxNetwork, size: tuple[int, int, in
     wanted = runtime.run(file.source, file.path, network.output_names, images.numpy(), batch, network.channels_last)
     with torch.no_grad():
         found = {name: values.numpy() for name, values in network(images).items()}
-    sigmoids = {name for node in file.graph.node if node.op_type == "Sigmoid" for name in node.output}
+    scales = runtime.least_scales(file.graph)
     tolerance = HALF_TOLERANCE if file.half else PARITY_TOLERANCE
     for name, values in wanted.items():
         if not np.isfinite(values).all():
             raise InputError(f"{file.path}: output {name} holds NaN or infinity on random images; check its weights.")
-        apart = difference(found[name], values, SIGMOID_SCALE if name in sigmoids else 1e-12)
+        apart = difference(found[name], values, scales[name])
         if not apart <= max(tolerance, _rounding(network, images, name, found[name], values, apart)):
             raise UnreadError(
                 f"output {name} of what was read differs from the file's in ONNX Runtime by {apart:.1e} of its "
