@@ -253,7 +253,7 @@ def test_tiny_probabilities_are_compared_as_of_half_a_percent(operator, good):
     if good:
         export.check_parity(file.SerializeToString(), [probe])
     else:
-        with pytest.raises(ExportError, match="differs from torch by 1.6e-03 of the largest output, allowed is"):
+        with pytest.raises(ExportError, match="differs from torch by"):
             export.check_parity(file.SerializeToString(), [probe])
 
 
