@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hirelc_deploy.errors import InputError, WidthError
 from hirelc_deploy.graph.answers import Answers, named, selected
-from hirelc_deploy.tasks.classification import check_names, choice_option, output_option, switch_option
+from hirelc_deploy.tasks.classification import check_names, choice_option, only, output_option, switch_option
 from hirelc_deploy.tasks.colours import colour
 from hirelc_deploy.tasks.contract import Arrays, Metric, Targets
 from hirelc_deploy.tasks.decoders import segmentation as decoder
@@ -97,20 +97,20 @@ class Segmentation:
 
     def _logits(self, answers: Answers) -> Tensor:
         """Return (n, channels, h, w) logits, also of probabilities."""
-        found = _only(answers)
+        found = only(answers)
         if self.scores == LOGITS:
             return found
         return logit_of(found) if found.shape[1] == 1 else log_of(found)
 
     def ends_in_probabilities(self, answers: Iterable[Answers]) -> bool:
         """Return whether all answers are what a softmax makes, or a sigmoid of one channel."""
-        maps = map(_only, answers)
+        maps = map(only, answers)
         first = next(maps)
         return (are_chances if first.shape[1] == 1 else are_shares)(chain([first], maps))
 
     def check(self, answers: Answers, targets: Targets | None) -> None:
         """Raise InputError where the answer is not (n, classes, h, w), or the masks hold other numbers than classes."""
-        logits = _only(answers)
+        logits = only(answers)
         channels = {len(self.classes)} | ({1} if len(self.classes) == 2 else set())
         if logits.ndim != 4 or logits.shape[1] not in channels or not logits.is_floating_point():
             raise WidthError(
@@ -212,10 +212,6 @@ class Segmentation:
         colours = Image.fromarray(palette[mask]).resize(base.size, Image.Resampling.NEAREST)
         cover = Image.fromarray((shown[mask] * 128).astype(np.uint8)).resize(base.size, Image.Resampling.NEAREST)
         return Image.composite(colours, base, cover)
-
-
-def _only(answers: Answers) -> Tensor:
-    return next(iter(answers.values()))
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -297,7 +297,7 @@ def _opened(picture: Picture) -> Iterator[Image.Image]:
 
 
 def _jpeg_pixels(image: Image.Image) -> np.ndarray | None:
-    """Return the pixels that Pillow would decode from a JPEG file, in 0.6 of its time; None where that is not sure.
+    """Return the pixels that Pillow would decode from a JPEG file, sooner; None where that is not sure.
 
     Both use libjpeg-turbo, and agree in every bit. A file that is broken or cut short is left to Pillow, whose errors
     people know.
