@@ -153,8 +153,9 @@ def place(
             float.
         ends: What decodes the answers.
         undecided: Of the changes to float those that may make a file faster, or cost it nothing; the fastest first.
-        screen: As `time`, but rough: a file that it calls surely slower than `AS_FAST` is timed no more exactly, and
-            where it says so of all of a group, what `undecided` names after them is not timed at all.
+        screen: As `time`, but rough: only a file that it calls perhaps faster is timed more exactly before its answers
+            are looked at, and where all of a group are surely slower than `AS_FAST`, what `undecided` names after them
+            is not timed at all.
     """
     decoding = frozenset[str]().union(*(end.parts for end in ends))
     tried = {name: layers - decoding for name, layers in tried.items() if layers - decoding}
@@ -301,9 +302,8 @@ def _changed(
             looked = _times(current, [build(pattern, floats ^ layers) for _, layers in group], screen)
             seen = {name: _summary(timing) for (name, _), timing in zip(group, looked, strict=True) if timing}
             candidates |= seen
-            near = [(name, layers) for name, layers in group if name in seen and seen[name]["ratio_low"] <= AS_FAST]
-            left += near
-            if ordered and not near:
+            left += [change for change in group if change[0] in seen and seen[change[0]]["ratio_low"] < 1 - LEAST_GAIN]
+            if ordered and all(one["ratio_low"] > AS_FAST for one in seen.values()):
                 break
     gains: list[tuple[float, frozenset[str]]] = []
     for group in _groups(left):
