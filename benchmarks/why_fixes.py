@@ -3,11 +3,12 @@
     python benchmarks/why_fixes.py --model mobilenetv2_100 --weights weights/mobilenetv2_100.safetensors \\
         --data npz:imagenet.npz --run runs/why_fixes --out benchmarks/results/why_fixes.json
 
-The network is placed (`apply`), and `why` is asked for its worst layers' changes on the selection split. The first
-three that it suggests are made one after the other, each with those before it, as its own figures are. Every file is
-judged on the test split and timed beside the one before. What was said of divergence, points and milliseconds is right
-where the new value lies within the interval that was said; whether the two intervals meet is told too, since the new
-value has an interval of its own. A killed command goes on from its run.
+The network is placed (`apply`), and `why` is asked for its worst layers' changes on the selection split. Of the first
+three layers the change that it suggests is made, each with those suggested before it, as its own figures are; of a
+layer for which none surely helps, the one that seemed to help most, alone. Every file is judged on the test split and
+timed beside the one that it changes. What was said of divergence, points and milliseconds is right where the new value
+lies within the interval that was said; whether the two intervals meet is told too, since the new value has an interval
+of its own. A killed command goes on from its run.
 """
 
 from __future__ import annotations
@@ -53,13 +54,15 @@ def wish_of(layer: str, what: str) -> ByLayer:
     return ByLayer(ranges={layer: what.removeprefix("ranges ")})
 
 
-def suggestions(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the suggested changes in the order in which `why` took them, with what was said of each."""
+def changes(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a change for each layer that `why` tried some for, worst layers first, with what was said of it."""
     found = []
     for layer in told["layers"]:
-        for fix in layer["fixes"]:
-            if layer["suggested"] is not None and fix["how"] == layer["suggested"]:
-                found.append({"layer": layer["name"], **fix})
+        tried = [fix for fix in layer["fixes"] if fix["how"] == wish_of(layer["name"], fix["what"]).options]
+        suggested = [fix for fix in tried if fix["how"] == layer["suggested"]]
+        if tried:
+            fix = max(suggested or tried, key=lambda fix: fix["divergence"]["won"])
+            found.append({"layer": layer["name"], "suggested": bool(suggested), **fix})
     return found
 
 
@@ -74,17 +77,19 @@ def written(pipeline: Pipeline, plan: CompressionPlan, wish: ByLayer, folder: st
 def made(
     pipeline: Pipeline, told: Mapping[str, Any], fixes: Sequence[Mapping[str, Any]], test: Images
 ) -> dict[str, Any]:
-    """Return what changes that were suggested bring on images that `why` did not see, one after the other.
+    """Return what changes bring on images that `why` did not see, each beside what was suggested before it.
 
     Args:
         told: What `why` said.
-        fixes: Of `suggestions`.
+        fixes: Of `changes`.
     """
     plan, task = CompressionPlan.from_dict(told["plan"]), pipeline.task
-    wish, paths = AS_USUAL, [written(pipeline, plan, AS_USUAL, "why-fixes")]
+    wish, paths, changed = AS_USUAL, [written(pipeline, plan, AS_USUAL, "why-fixes")], list[int]()
     for number, fix in enumerate(fixes, 1):
-        wish |= wish_of(fix["layer"], fix["what"])
-        paths.append(written(pipeline, plan, wish, f"why-fixes-{number}"))
+        changed.append(max((n for n in range(1, number) if fixes[n - 1]["suggested"]), default=0))
+        with_it = wish | wish_of(fix["layer"], fix["what"])
+        paths.append(written(pipeline, plan, with_it, f"why-fixes-{number}"))
+        wish = with_it if fix["suggested"] else wish
     pictures, targets = torch.cat(list(batches(test, 32))).numpy(), task.collate(test.targets(np.arange(len(test))))
     outputs = [
         pipeline.backend.build(path, torch.get_num_threads()).infer(pictures)
@@ -94,17 +99,18 @@ def made(
     apart = [divergences(task, exact, each) for each in found]
     parts = [task.parts(each, targets) for each in outputs[1:]]
     rows = []
-    for number, fix in enumerate(fixes):
-        before, timing = compare(paths[number : number + 2], pipeline.backend, threads=pipeline.threads, limits=LIMITS)
+    for number, (old, fix) in enumerate(zip(changed, fixes, strict=True), 1):
+        pair = [paths[old], paths[number]]
+        before, timing = compare(pair, pipeline.backend, threads=pipeline.threads, limits=LIMITS)
         shares = (timing.ratio, timing.ratio_high, timing.ratio_low)
         now = {
-            "divergence": asdict(Won.back(mean_drop(apart[number + 1] - apart[number]))),
-            "points": asdict(Won.back(paired_drop(task, parts[number], parts[number + 1]))),
+            "divergence": asdict(Won.back(mean_drop(apart[number] - apart[old]))),
+            "points": asdict(Won.back(paired_drop(task, parts[old], parts[number]))),
             "ms": asdict(Won(*(before.median_ms * (1 - share) for share in shares))),
         }
         said = {name: fix[name] for name in MEASURES}
         rows.append({
-            "layer": fix["layer"], "what": fix["what"], "how": fix["how"], "said": said, "measured": now,
+            **{name: fix[name] for name in ("layer", "what", "how", "suggested")}, "said": said, "measured": now,
             "within": {name: within(said[name], now[name]) for name in MEASURES},
             "meet": {name: meet(said[name], now[name]) for name in MEASURES},
         })  # fmt: skip
@@ -127,7 +133,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     with workplace.run:
         pipeline = workplace.pipeline
         test = load_data(options.data).preprocessed(pipeline.data.preprocess).take_test()
-        found = made(pipeline, told, suggestions(told)[: options.fixes], test)
+        found = made(pipeline, told, changes(told)[: options.fixes], test)
         return {**provenance("python " + " ".join(sys.argv)), "model": options.model, **found}
 
 
@@ -147,7 +153,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--weights")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--fixes", type=int, default=3, help="suggestions that are made")
+    parser.add_argument("--fixes", type=int, default=3, help="changes that are made")
     parser.add_argument("--layers", type=int, default=6, help="worst layers whose changes `why` tries")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path)
@@ -156,7 +162,7 @@ def main() -> None:
     if options.out:
         options.out.write_text(json.dumps(record, indent=1, default=float) + "\n", "utf-8")
     for row in record["fixes"]:
-        print(f"{row['layer']}: {row['what']}")
+        print(f"{row['layer']}: {row['what']}{', suggested' if row['suggested'] else ''}")
         for name in MEASURES:
             if (said := row["said"][name]) is not None:
                 now, verdict = row["measured"][name], "within" if row["within"][name] else "outside"

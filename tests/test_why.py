@@ -126,8 +126,8 @@ def test_the_benchmark_makes_a_suggested_change_and_finds_what_was_said(place: P
 
     place.apply("wide_channel", "benchmark", WHOLE)
     told = hirelc_deploy.why(place.folder / "benchmark", fixes=1).record
-    fixes = why_fixes.suggestions(told)
-    assert [(fix["layer"], fix["what"]) for fix in fixes] == [("mixed", "float")]
+    fixes = why_fixes.changes(told)
+    assert [(fix["layer"], fix["what"], fix["suggested"]) for fix in fixes] == [("mixed", "float", True)]
     assert why_fixes.wish_of("a", "ranges mse").options == "--ranges a=mse"
     assert why_fixes.wish_of("a", "equalise").options == "--equalise a"
     workplace = reopened(place.folder / "benchmark", Progress(quiet=True))
@@ -142,6 +142,19 @@ def test_the_benchmark_makes_a_suggested_change_and_finds_what_was_said(place: P
     assert row["measured"]["divergence"]["won"] == pytest.approx(-np.diff(found["divergence"])[0])
     assert row["said"]["divergence"] == fixes[0]["divergence"]
     assert row["meet"]["divergence"]
+
+
+def test_where_no_change_surely_helps_the_benchmark_makes_the_one_that_seemed_to_help_most() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import why_fixes
+
+    fix = lambda what, how, won: {"what": what, "how": how, "divergence": {"won": won}}  # noqa: E731
+    tried = [fix("float", "--float-layers a", 1.0), fix("ranges mse", "--ranges a=mse", 2.0), fix("f16", "", 3.0)]
+    layers = [{"name": "a", "fixes": tried, "suggested": None}, {"name": "b", "fixes": [], "suggested": None}]
+    (found,) = why_fixes.changes({"layers": layers})
+    assert (found["layer"], found["what"], found["suggested"]) == ("a", "ranges mse", False)
+    (found,) = why_fixes.changes({"layers": [{**layers[0], "suggested": "--float-layers a"}]})
+    assert (found["what"], found["suggested"]) == ("float", True)
 
 
 def test_layers_that_stay_float_are_in_the_plan_of_the_bundle(place: Place) -> None:
