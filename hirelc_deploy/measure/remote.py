@@ -72,9 +72,12 @@ SSH_OPTIONS = (
     *("-o", "ForwardAgent=no", "-o", "ClearAllForwardings=yes", "-o", "ControlPath=none"),
 )
 
+TOO_OLD = 86
+"""Exit code of a Python that cannot run the worker; its words on stderr may be lost on the way."""
+
 BOOT = (
-    "import sys; sys.version_info >= (3, 8) or sys.exit("
-    '"hirelc-deploy: python %d.%d is too old" % sys.version_info[:2]); '
+    "import sys; sys.version_info >= (3, 8) or [sys.stderr.write("
+    f'"python %d.%d\\n" % sys.version_info[:2]), sys.exit({TOO_OLD})]; '
     "SOURCE = sys.stdin.buffer.read({size}); "
     'exec(compile(SOURCE, "worker.py", "exec"), {{"__name__": "board", "SOURCE": SOURCE, "MARK": "{mark}"}})'
 )
@@ -224,11 +227,12 @@ def ssh_problem(host: str, said: str, code: int) -> Exception:
         ),
         ("Permission denied", f"it refuses your key ({last}). Copy your key there:\n  ssh-copy-id {host}"),
         ("Could not resolve hostname", f"there is no host of this name ({last}). Check the name:\n  ssh {host}"),
-        ("is too old", f"its Python is too old ({last}); 3.8 or newer is needed."),
         ("Bad configuration option", f"its SSH configuration is broken ({last})."),
     ):
         if words in said:
             return TargetUnavailable(f"{host}: {sentence}")
+    if code == TOO_OLD:
+        return TargetUnavailable(f"{host}: its Python is too old ({last}); 3.8 or newer is needed.")
     if code != 255 and (code == 127 or "not found" in said or "No such file or directory" in said):
         return TargetUnavailable(
             f"{host}: no Python there ({last}). On the board:\n  sudo apt install python3 python3-numpy"
