@@ -405,7 +405,7 @@ def python_too_old(bench: Bench) -> str:
     # Without site-packages: what measures coverage there stumbles over the other version.
     old.write_text(f"#!/bin/sh\nexec {sys.executable} -I -S -c '{code}' \"$@\"\n")
     old.chmod(0o755)
-    with refused(TargetUnavailable, "its Python is too old", "3.8 or newer") as error:
+    with refused(TargetUnavailable, "python 3.6 is too old", "3.8 or newer") as error:
         bench.toys(python=str(old)).connect()
     return error.sentence
 

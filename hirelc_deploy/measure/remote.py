@@ -72,12 +72,11 @@ SSH_OPTIONS = (
     *("-o", "ForwardAgent=no", "-o", "ClearAllForwardings=yes", "-o", "ControlPath=none"),
 )
 
-TOO_OLD = 86
-"""Exit code of a Python that cannot run the worker; its words on stderr may be lost on the way."""
+TOO_OLD = 180
+"""A Python that cannot run the worker ends with this + 10 * major + minor: its words may be lost on the way."""
 
 BOOT = (
-    "import sys; sys.version_info >= (3, 8) or [sys.stderr.write("
-    f'"python %d.%d\\n" % sys.version_info[:2]), sys.exit({TOO_OLD})]; '
+    f"import sys; v = sys.version_info; v >= (3, 8) or sys.exit({TOO_OLD} + 10 * v[0] + v[1]); "
     "SOURCE = sys.stdin.buffer.read({size}); "
     'exec(compile(SOURCE, "worker.py", "exec"), {{"__name__": "board", "SOURCE": SOURCE, "MARK": "{mark}"}})'
 )
@@ -231,8 +230,9 @@ def ssh_problem(host: str, said: str, code: int) -> Exception:
     ):
         if words in said:
             return TargetUnavailable(f"{host}: {sentence}")
-    if code == TOO_OLD:
-        return TargetUnavailable(f"{host}: its Python is too old ({last}); 3.8 or newer is needed.")
+    major, minor = divmod(code - TOO_OLD, 10)
+    if major in (2, 3):
+        return TargetUnavailable(f"{host}: python {major}.{minor} is too old; 3.8 or newer is needed.")
     if code != 255 and (code == 127 or "not found" in said or "No such file or directory" in said):
         return TargetUnavailable(
             f"{host}: no Python there ({last}). On the board:\n  sudo apt install python3 python3-numpy"
